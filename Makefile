@@ -1,0 +1,91 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv.
+
+PYTHON ?= python3
+PYTEST_WORKERS ?= 2
+# System packages to install first, where make runs as root and apt is there. None is needed at present.
+APT_PACKAGES ?=
+
+VENV := .venv
+VENV313 := .venv313
+BIN := $(VENV)/bin
+EVERYDAY := not soak and not gpu
+
+# A virtual environment knows its folder and its Python: when either is another one, or gone, it is made again.
+MADE_FOR := $(CURDIR) $(PYTHON)
+made_for = $(shell $(1)/bin/python -c pass 2>/dev/null && cat $(1)/.made-for 2>/dev/null)
+ifneq ($(call made_for,$(VENV)),$(MADE_FOR))
+.PHONY: $(VENV)/.made-for
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast test-313 lint types clean system-packages
+
+help: ## Show this list
+	@echo "Targets (PYTHON=$(PYTHON), PYTEST_WORKERS=$(PYTEST_WORKERS)):"
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1|/p' Makefile | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo ## Search a grid with scikit-learn on a pool of local workers
+	@$(BIN)/python examples/demo_grid_search.py
+
+test: $(VENV)/.test ## Run the tests; their fast part again on Python 3.13 where there is one
+	@$(BIN)/python --version
+	@tools/run-tests $(VENV) -m "$(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile
+	@$(MAKE) --no-print-directory test-313
+	@for venv in $(VENV) $(VENV313); do \
+	    if [ -f $$venv/.closing-line ]; then $$venv/bin/python --version; cat $$venv/.closing-line; fi; \
+	done
+
+test-fast: $(VENV)/.test ## Run the fast part of the tests
+	@$(BIN)/python --version
+	@tools/run-tests $(VENV) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile
+
+test-313: $(VENV)/.test
+	@rm -f $(VENV313)/.closing-line
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))'; then \
+	    echo "Not tested a second time on Python 3.13: it is the one in $(VENV)."; \
+	elif python=$$(tools/find-python 3.13); then \
+	    $(MAKE) --no-print-directory $(VENV313)/.test VENV=$(VENV313) PYTHON="$$python" && \
+	    $(VENV313)/bin/python --version && \
+	    tools/run-tests $(VENV313) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile; \
+	else \
+	    echo "Not tested on Python 3.13: none found that runs and can make virtual environments."; \
+	fi
+
+lint: $(VENV)/.test types ## Check style, types and which module may import which
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-logo
+
+types: $(VENV)/.test ## Check types
+	@$(BIN)/mypy
+
+clean: ## Remove environments, caches and build outputs
+	rm -rf $(VENV) $(VENV313) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+system-packages:
+	@if [ -n "$(strip $(APT_PACKAGES))" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    dpkg -s $(APT_PACKAGES) >/dev/null 2>&1 || \
+	    { apt-get update -q && apt-get install -qy --no-install-recommends $(APT_PACKAGES); }; \
+	fi
+
+# Each stamp is written last: what was interrupted is done again.
+$(VENV)/.made-for: | system-packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "skyward needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not: $$($(PYTHON) --version 2>&1)."; \
+	    found=$$(tools/find-python 3.13 || tools/find-python 3.12 || tools/find-python 3.11) && \
+	    echo "Found here: $$found. Try: make PYTHON=$$found $(MAKECMDGOALS)"; \
+	    exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@printf '%s' '$(MADE_FOR)' > $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.made-for
+	@echo "Installing skyward with scikit-learn into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sklearn]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.made-for
+	@echo "Installing skyward and what its tests need into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@

@@ -1,0 +1,307 @@
+"""Ephemeral cloud compute: machines that live as long as a `with` block, on Dask.
+
+This is the public face: everything a user needs is an attribute of this module, and the module itself is an
+execution target, ``train(x) >> sky``, wherever a pool is active. Names are imported when they are first used:
+``import skyward`` loads nothing but the standard library and the few modules that say what a call is.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+try:  # TEMPORARY, until both modules have landed
+    from skyward.compute import compute as compute
+    from skyward.pool import pool as pool
+except ModuleNotFoundError:
+    pass
+if TYPE_CHECKING:
+    from skyward import conc as conc
+    from skyward import integrations as integrations
+    from skyward.accelerators import GPU as GPU
+    from skyward.accelerators import NVIDIA as NVIDIA
+    from skyward.accelerators import Accelerator as Accelerator
+    from skyward.accelerators import Architecture as Architecture
+    from skyward.accelerators import Auto as Auto
+    from skyward.accelerators import Trainium as Trainium
+    from skyward.accelerators import is_nvidia as is_nvidia
+    from skyward.accelerators import is_trainium as is_trainium
+    from skyward.compute import ComputeFunction as ComputeFunction
+    from skyward.compute import PendingBatch as PendingBatch
+    from skyward.compute import PendingCompute as PendingCompute
+    from skyward.compute import PendingStream as PendingStream
+    from skyward.compute import gather as gather
+    from skyward.compute import lazy as lazy
+    from skyward.data import DistributedSampler as DistributedSampler
+    from skyward.data import shard as shard
+    from skyward.data import shard_iterator as shard_iterator
+    from skyward.errors import AllProvidersFailedError as AllProvidersFailedError
+    from skyward.errors import BootstrapError as BootstrapError
+    from skyward.errors import CapacityError as CapacityError
+    from skyward.errors import CredentialsError as CredentialsError
+    from skyward.errors import MachineLostError as MachineLostError
+    from skyward.errors import NoActivePoolError as NoActivePoolError
+    from skyward.errors import NoAvailableProviderError as NoAvailableProviderError
+    from skyward.errors import NoMatchingInstanceError as NoMatchingInstanceError
+    from skyward.errors import PoolBudgetError as PoolBudgetError
+    from skyward.errors import PoolError as PoolError
+    from skyward.errors import PoolTimeoutError as PoolTimeoutError
+    from skyward.errors import ProviderError as ProviderError
+    from skyward.errors import QuotaError as QuotaError
+    from skyward.errors import RemoteTraceback as RemoteTraceback
+    from skyward.errors import SerializationError as SerializationError
+    from skyward.errors import SkywardError as SkywardError
+    from skyward.errors import SpecError as SpecError
+    from skyward.errors import TaskExitError as TaskExitError
+    from skyward.errors import VersionMismatchError as VersionMismatchError
+    from skyward.errors import WorkerDiedError as WorkerDiedError
+    from skyward.events import BootstrapCompleted as BootstrapCompleted
+    from skyward.events import BootstrapProgress as BootstrapProgress
+    from skyward.events import BootstrapStarting as BootstrapStarting
+    from skyward.events import Callback as Callback
+    from skyward.events import ClusterSetupCompleted as ClusterSetupCompleted
+    from skyward.events import CostFinal as CostFinal
+    from skyward.events import CostUpdate as CostUpdate
+    from skyward.events import Error as Error
+    from skyward.events import InfraCreated as InfraCreated
+    from skyward.events import InfraCreating as InfraCreating
+    from skyward.events import InstanceLaunching as InstanceLaunching
+    from skyward.events import InstanceLost as InstanceLost
+    from skyward.events import InstanceProvisioned as InstanceProvisioned
+    from skyward.events import InstanceReplaced as InstanceReplaced
+    from skyward.events import InstanceStopping as InstanceStopping
+    from skyward.events import LogLine as LogLine
+    from skyward.events import Metrics as Metrics
+    from skyward.events import PoolStarted as PoolStarted
+    from skyward.events import PoolStopping as PoolStopping
+    from skyward.events import ProvisioningCompleted as ProvisioningCompleted
+    from skyward.events import RegionAutoSelected as RegionAutoSelected
+    from skyward.events import SkywardEvent as SkywardEvent
+    from skyward.events import TaskPoolInitCompleted as TaskPoolInitCompleted
+    from skyward.events import TaskProgress as TaskProgress
+    from skyward.events import compose as compose
+    from skyward.events import emit as emit
+    from skyward.events import use_callback as use_callback
+    from skyward.executor import Executor as Executor
+    from skyward.pool import ComputePool as ComputePool
+    from skyward.pool import MultiPool as MultiPool
+    from skyward.providers.dask import Dask as Dask
+    from skyward.providers.local import Local as Local
+    from skyward.runtime import InstanceInfo as InstanceInfo
+    from skyward.runtime import current_accelerator as current_accelerator
+    from skyward.runtime import instance_info as instance_info
+    from skyward.selection import select_instance as select_instance
+    from skyward.selection import select_instances as select_instances
+    from skyward.spec import Allocation as Allocation
+    from skyward.spec import ExitedInstance as ExitedInstance
+    from skyward.spec import Image as Image
+    from skyward.spec import Instance as Instance
+    from skyward.spec import InstanceSpec as InstanceSpec
+    from skyward.spec import LogConfig as LogConfig
+    from skyward.spec import S3Volume as S3Volume
+    from skyward.spec import Volume as Volume
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "conc": "skyward",
+    "integrations": "skyward",
+    "Accelerator": "skyward.accelerators",
+    "Architecture": "skyward.accelerators",
+    "Auto": "skyward.accelerators",
+    "GPU": "skyward.accelerators",
+    "NVIDIA": "skyward.accelerators",
+    "Trainium": "skyward.accelerators",
+    "is_nvidia": "skyward.accelerators",
+    "is_trainium": "skyward.accelerators",
+    "ComputeFunction": "skyward.compute",
+    "PendingBatch": "skyward.compute",
+    "PendingCompute": "skyward.compute",
+    "PendingStream": "skyward.compute",
+    "gather": "skyward.compute",
+    "lazy": "skyward.compute",
+    "DistributedSampler": "skyward.data",
+    "shard": "skyward.data",
+    "shard_iterator": "skyward.data",
+    "AllProvidersFailedError": "skyward.errors",
+    "BootstrapError": "skyward.errors",
+    "CapacityError": "skyward.errors",
+    "CredentialsError": "skyward.errors",
+    "MachineLostError": "skyward.errors",
+    "NoActivePoolError": "skyward.errors",
+    "NoAvailableProviderError": "skyward.errors",
+    "NoMatchingInstanceError": "skyward.errors",
+    "PoolBudgetError": "skyward.errors",
+    "PoolError": "skyward.errors",
+    "PoolTimeoutError": "skyward.errors",
+    "ProviderError": "skyward.errors",
+    "QuotaError": "skyward.errors",
+    "RemoteTraceback": "skyward.errors",
+    "SerializationError": "skyward.errors",
+    "SkywardError": "skyward.errors",
+    "SpecError": "skyward.errors",
+    "TaskExitError": "skyward.errors",
+    "VersionMismatchError": "skyward.errors",
+    "WorkerDiedError": "skyward.errors",
+    "BootstrapCompleted": "skyward.events",
+    "BootstrapProgress": "skyward.events",
+    "BootstrapStarting": "skyward.events",
+    "Callback": "skyward.events",
+    "ClusterSetupCompleted": "skyward.events",
+    "CostFinal": "skyward.events",
+    "CostUpdate": "skyward.events",
+    "Error": "skyward.events",
+    "InfraCreated": "skyward.events",
+    "InfraCreating": "skyward.events",
+    "InstanceLaunching": "skyward.events",
+    "InstanceLost": "skyward.events",
+    "InstanceProvisioned": "skyward.events",
+    "InstanceReplaced": "skyward.events",
+    "InstanceStopping": "skyward.events",
+    "LogLine": "skyward.events",
+    "Metrics": "skyward.events",
+    "PoolStarted": "skyward.events",
+    "PoolStopping": "skyward.events",
+    "ProvisioningCompleted": "skyward.events",
+    "RegionAutoSelected": "skyward.events",
+    "SkywardEvent": "skyward.events",
+    "TaskPoolInitCompleted": "skyward.events",
+    "TaskProgress": "skyward.events",
+    "compose": "skyward.events",
+    "emit": "skyward.events",
+    "use_callback": "skyward.events",
+    "Executor": "skyward.executor",
+    "ComputePool": "skyward.pool",
+    "MultiPool": "skyward.pool",
+    "Dask": "skyward.providers.dask",
+    "Local": "skyward.providers.local",
+    "InstanceInfo": "skyward.runtime",
+    "current_accelerator": "skyward.runtime",
+    "instance_info": "skyward.runtime",
+    "select_instance": "skyward.selection",
+    "select_instances": "skyward.selection",
+    "Allocation": "skyward.spec",
+    "ExitedInstance": "skyward.spec",
+    "Image": "skyward.spec",
+    "Instance": "skyward.spec",
+    "InstanceSpec": "skyward.spec",
+    "LogConfig": "skyward.spec",
+    "S3Volume": "skyward.spec",
+    "Volume": "skyward.spec",
+}
+"""Where each name comes from; a submodule comes from `skyward` itself."""
+
+__all__ = [  # noqa: RUF022 - as `sorted` has it
+    "Accelerator",
+    "AllProvidersFailedError",
+    "Allocation",
+    "Architecture",
+    "Auto",
+    "BootstrapCompleted",
+    "BootstrapError",
+    "BootstrapProgress",
+    "BootstrapStarting",
+    "Callback",
+    "CapacityError",
+    "ClusterSetupCompleted",
+    "ComputeFunction",
+    "ComputePool",
+    "CostFinal",
+    "CostUpdate",
+    "CredentialsError",
+    "Dask",
+    "DistributedSampler",
+    "Error",
+    "Executor",
+    "ExitedInstance",
+    "GPU",
+    "Image",
+    "InfraCreated",
+    "InfraCreating",
+    "Instance",
+    "InstanceInfo",
+    "InstanceLaunching",
+    "InstanceLost",
+    "InstanceProvisioned",
+    "InstanceReplaced",
+    "InstanceSpec",
+    "InstanceStopping",
+    "Local",
+    "LogConfig",
+    "LogLine",
+    "MachineLostError",
+    "Metrics",
+    "MultiPool",
+    "NVIDIA",
+    "NoActivePoolError",
+    "NoAvailableProviderError",
+    "NoMatchingInstanceError",
+    "PendingBatch",
+    "PendingCompute",
+    "PendingStream",
+    "PoolBudgetError",
+    "PoolError",
+    "PoolStarted",
+    "PoolStopping",
+    "PoolTimeoutError",
+    "ProviderError",
+    "ProvisioningCompleted",
+    "QuotaError",
+    "RegionAutoSelected",
+    "RemoteTraceback",
+    "S3Volume",
+    "SerializationError",
+    "SkywardError",
+    "SkywardEvent",
+    "SpecError",
+    "TaskExitError",
+    "TaskPoolInitCompleted",
+    "TaskProgress",
+    "Trainium",
+    "VersionMismatchError",
+    "Volume",
+    "WorkerDiedError",
+    "compose",
+    "compute",
+    "conc",
+    "current_accelerator",
+    "emit",
+    "gather",
+    "instance_info",
+    "integrations",
+    "is_nvidia",
+    "is_trainium",
+    "lazy",
+    "pool",
+    "select_instance",
+    "select_instances",
+    "shard",
+    "shard_iterator",
+    "use_callback",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+if not TYPE_CHECKING:  # a type checker that saw it would believe that every name exists
+
+    def __getattr__(name: str) -> Any:
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(_unknown(name))
+        value = import_module(f"skyward.{name}") if home == "skyward" else getattr(import_module(home), name)
+        globals()[name] = value
+        return value
+
+
+def _unknown(name: str) -> str:
+    message = f"module 'skyward' has no attribute {name!r}"
+    if name.startswith("_"):  # a tool that asks, not a slip of the pen
+        return message
+    import difflib
+
+    lowered = {known.lower(): known for known in __all__}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"{message}. Did you mean {lowered[near[0]]!r}?" if near else message

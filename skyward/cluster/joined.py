@@ -1,0 +1,101 @@
+"""Join a Dask cluster that is somebody else's, after checking that its workers can run our calls."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import distributed
+
+import skyward
+from skyward.cluster.barrier import BarrierPlugin
+from skyward.cluster.cluster import JoinedCluster
+from skyward.errors import PoolError, VersionMismatchError
+from skyward.providers.dask import Dask
+
+WAIT_S = 30.0
+"""Seconds that a cluster without workers has to get one, e.g. because it scales up from zero."""
+
+
+def joined_cluster(provider: Dask, pool_id: str) -> JoinedCluster:
+    return JoinedCluster(pool_id, provider.address(), provider.credentials())
+
+
+def prepare(client: Any, cluster: JoinedCluster, share: Path) -> bool:
+    """Check versions, add the barrier, and tell whether all workers see the folder `share`.
+
+    Raises
+    ------
+    PoolError
+        The cluster has no workers.
+    VersionMismatchError
+        A worker lacks skyward or has another Python; the message is a table.
+    """
+    deadline = time.monotonic() + WAIT_S
+    while not cluster.slots():
+        if time.monotonic() > deadline:
+            raise PoolError(
+                f"the Dask cluster at {cluster.scheduler_address} has no workers after {WAIT_S:g} s; "
+                "start some, e.g. with cluster.scale(...) where it was made"
+            )
+        time.sleep(0.05)
+    token = secrets.token_hex(8)
+    (share / token).touch()
+    # A function made here travels by value, so it runs on a worker that has no skyward.
+    answers = client.run(_make_probe(), str(share / token))
+    (share / token).unlink()
+    rows = [
+        (package, here, str(there.get(package) or "missing"))
+        for package, here in _versions().items()
+        for there in answers.values()
+        if not _fits(package, here, there.get(package))
+    ]
+    if rows:
+        table = "\n".join(f"  {p:<12} {h:<12} {t}" for p, h, t in dict.fromkeys(rows))
+        raise VersionMismatchError(
+            f"the workers at {cluster.scheduler_address} can't run this pool's calls:\n"
+            f"  {'package':<12} {'here':<12} there\n{table}\n"
+            "Install the versions shown under 'here' on the workers (pip install skyward==…), or use theirs here.",
+            table=tuple(dict.fromkeys(rows)),
+        )
+    client.register_plugin(BarrierPlugin())
+    return all(there["share"] for there in answers.values())
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "skyward": skyward.__version__,
+        "distributed": distributed.__version__,
+        "cloudpickle": cloudpickle.__version__,
+    }
+
+
+def _fits(package: str, here: str, there: str | None) -> bool:
+    if there is None:
+        return False
+    exact = package in ("python", "skyward")
+    return here == there if exact else here.split(".")[0] == there.split(".")[0]
+
+
+def _make_probe() -> Any:
+    def probe(path: str) -> dict[str, Any]:
+        import importlib
+        import pathlib
+        import sys
+
+        found: dict[str, Any] = {"share": pathlib.Path(path).exists()}
+        found["python"] = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        for name in ("skyward", "distributed", "cloudpickle"):
+            try:
+                found[name] = importlib.import_module(name).__version__
+            except ImportError:
+                found[name] = None
+        return found
+
+    probe.__module__ = "__main__"  # by value, wherever it runs
+    return probe

@@ -1,0 +1,7 @@
+"""Calls become Dask futures here: batches, outcomes, the store for large arguments. Knows no machine."""
+
+from skyward.engine.calls import Call
+from skyward.engine.engine import Engine
+from skyward.engine.group import Group
+
+__all__ = ["Call", "Engine", "Group"]

@@ -1,0 +1,136 @@
+"""Broadcasts: one task per node or slot, pinned there, begun together and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from typing import TYPE_CHECKING
+
+from skyward import runtime
+from skyward.engine.calls import Item, now
+from skyward.engine.failures import WHY_DIED, not_run
+from skyward.errors import MachineLostError, WorkerDiedError
+from skyward.wire import Kind, Outcome, Outcomes, Participant
+
+if TYPE_CHECKING:
+    from skyward.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_RESTART_S = 60.0
+"""Seconds that a dead worker process has to be back, as far as broadcasts wait for it."""
+
+
+class Broadcaster:
+    """Runs the broadcasts of one engine, one after another: two at once would wait for each other's nodes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = asyncio.Lock()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._lock.locked()
+
+    async def run(self, item: Item, every_slot: bool) -> list[Outcome]:
+        """Return the outcomes in order, or the first failure alone. In the engine's loop."""
+        self._engine.last_activity = now()
+        async with self._lock:
+            task = asyncio.current_task()
+            assert task is not None
+            self._engine._tasks.add(task)  # so that the end of the engine ends it
+            try:
+                return await self._run(item, every_slot)
+            finally:
+                self._engine.last_activity = now()
+                self._engine._tasks.discard(task)
+
+    async def _run(self, item: Item, every_slot: bool) -> list[Outcome]:
+        await self._complete()
+        placed = self._engine._placed.nodes
+        targets = [
+            (address, worker, len(slots) if every_slot else 1)
+            for slots in placed
+            for worker, address in enumerate(slots if every_slot else slots[:1])
+        ]
+        barrier = uuid.uuid4().hex if len(targets) > 1 else None
+        tasks: dict[asyncio.Task[Outcome | BaseException], int] = {}
+        keys: list[str] = []
+        for index, (address, worker, per_node) in enumerate(targets):
+            key = f"{item.call.label}-{uuid.uuid4().hex}"
+            keys.append(key)
+            part = Participant(index, len(targets), worker, per_node, barrier)
+            running = self._engine._loop.create_task(self._run_part(key, item, part, address))
+            tasks[running] = index
+        results: dict[int, Outcome] = {}
+        pending = set(tasks)
+        try:
+            while pending:
+                finished, pending = await asyncio.wait(
+                    pending, timeout=0.5, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in sorted(finished, key=tasks.__getitem__):
+                    outcome = task.result()
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    results[tasks[task]] = outcome
+                    if outcome.kind is not Kind.VALUE:
+                        return [outcome]
+                gone = {t[0] for t in targets} - {a for slots in self._engine._placed.nodes for a in slots}
+                if pending and gone & {targets[tasks[t]][0] for t in pending}:
+                    raise MachineLostError(
+                        f"a worker ({', '.join(sorted(gone))}) was lost during a broadcast of {item.call.label}(); "
+                        "the others were ended. A broadcast is not rerun by itself: call it again.",
+                        machine=sorted(gone)[0],
+                        losses=1,
+                    )
+        finally:
+            unfinished = [keys[tasks[t]] for t in pending]
+            for task in pending:
+                task.cancel()
+            if unfinished:
+                await self._abort_barrier(barrier)
+                await self._engine._interrupt(unfinished)
+        return [results[i] for i in range(len(targets))]
+
+    async def _complete(self) -> None:
+        """Wait until every slot is there: a worker that died a moment ago is being started again."""
+        try:
+            async with asyncio.timeout(_RESTART_S):
+                while self._engine.slots < max(1, self._engine._expected()):
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise MachineLostError(
+                f"a broadcast needs every slot, but only {self._engine.slots} of {self._engine._expected()} are there "
+                f"{_RESTART_S:g} s on; scale the pool, or enter it again",
+                machine="",
+                losses=1,
+            ) from None
+
+    async def _run_part(
+        self, key: str, item: Item, part: Participant, address: str
+    ) -> Outcome | BaseException:
+        try:
+            arguments = await self._engine._task_arguments(self._engine._chunk(key, [item], part))
+            future = self._engine.client.submit(
+                runtime.run_batch, *arguments, key=key, pure=False, workers=[address], priority=100
+            )
+            result: Outcomes = await self._engine.client.gather(future, direct=self._engine._direct, asynchronous=True)
+        except Exception as exc:  # as in _run_chunk
+            if type(exc).__name__ == "KilledWorker":
+                return WorkerDiedError(
+                    f"the worker of part {part.rank} of {part.size} died during the broadcast of "
+                    f"{item.call.label}(); the other parts were ended. {WHY_DIED}",
+                    machine=address,
+                    losses=1,
+                )
+            return not_run(exc)
+        return result.items[0]
+
+    async def _abort_barrier(self, name: str | None) -> None:
+        if name is not None:
+            try:
+                await self._engine.client.scheduler.skyward_barrier_abort(name=name)
+            except Exception:  # the scheduler is gone, and nobody waits at its barriers
+                logger.debug("barrier %s could not be aborted", name, exc_info=True)

@@ -1,0 +1,208 @@
+"""Calls on the caller's side: packed once in the thread that makes them, decoded in the thread that wants them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from skyward import pickling
+from skyward.engine.store import Keeper, Store
+from skyward.errors import RemoteTraceback, SerializationError, TaskExitError
+from skyward.wire import BlobRef, FunctionRef, Kind, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call to be made on a worker.
+
+    `retries` counts reruns after an exception of its own; `timeout` is in seconds of run time; `alone` keeps it
+    out of chunks with others; `name` is what the Dask dashboard shows.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    retries: int = 0
+    timeout: float | None = None
+    alone: bool = False
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        name = self.name or getattr(self.fn, "__name__", None) or type(self.fn).__name__
+        return name.replace("<lambda>", "lambda").strip("<>").replace("-", "_") or "call"
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A packed call on its way: queued, in a chunk, or back in the queue after a loss."""
+
+    call: Call
+    index: int
+    function: FunctionRef
+    arguments: bytes
+    buffers: tuple[BlobRef, ...]
+    sink: Any = None  # what the group needs to deliver the outcome
+    attempts: int = 0  # runs that ended in the call's own exception
+    losses: int = 0  # runs that ended with their worker
+    size: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.arguments)
+
+
+class Packer:
+    """Packs the calls of one group: each function once, each large buffer once per identity."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._keeper = Keeper(store)
+        self._functions: dict[int, tuple[Any, FunctionRef]] = {}
+
+    def pack(self, call: Call, index: int = 0, sink: Any = None) -> Item:
+        """Pickle `call`.
+
+        Raises
+        ------
+        SerializationError
+            The function or an argument can't be pickled; the message names it.
+        """
+        kwargs = dict(call.kwargs)
+        try:
+            function = self._function(call.fn)
+            data, buffers = pickling.dumps((call.args, kwargs))
+        except (SerializationError, MemoryError):
+            raise
+        except Exception as exc:  # whatever an object's own __reduce__ raises
+            raise pickling.explain_call(call.fn, call.args, kwargs, exc) from exc
+        refs = tuple(self._keeper.put(b) for b in buffers)
+        return Item(call, index, function, data, refs, sink)
+
+    def _function(self, fn: Callable[..., Any]) -> FunctionRef:
+        known = self._functions.get(id(fn))
+        if known is not None:
+            return known[1]
+        data, buffers = pickling.dumps(fn)
+        refs = tuple(self._store.put(b) for b in buffers)
+        if len(data) > 1 << 20:
+            _warn_of_large(fn, len(data))
+        hasher = xxhash.xxh3_128(data)
+        for ref in refs:
+            hasher.update(ref.digest.encode())
+        found = FunctionRef(hasher.hexdigest(), data, refs)
+        if len(self._functions) >= 256:  # a stream of lambdas must not be kept for ever
+            self._functions.clear()
+        self._functions[id(fn)] = (fn, found)  # keeping fn keeps its id from being given to another
+        return found
+
+
+def _warn_of_large(fn: Callable[..., Any], size: int) -> None:
+    name = getattr(fn, "__qualname__", type(fn).__name__)
+    warnings.warn(
+        f"function {name}() weighs {size / 1e6:.1f} MB when pickled, mostly what it captures, and travels with "
+        "every chunk of calls; pass large objects as arguments instead",
+        stacklevel=2,
+    )
+
+
+class Decoder:
+    """Turns outcomes into values or exceptions, and issues the tasks' warnings again, once per place."""
+
+    def __init__(self) -> None:
+        self._registry: dict[Any, Any] = {}
+
+    def decode(self, call: Call, outcome: Outcome | BaseException) -> tuple[bool, Any]:
+        """Return (True, value) or (False, exception)."""
+        if isinstance(outcome, BaseException):
+            return False, outcome
+        for text, category, filename, line in outcome.warnings:
+            self._warn(text, category, filename, line)
+        if outcome.kind is Kind.VALUE:
+            try:
+                return True, pickling.loads(outcome.data, outcome.buffers)
+            except Exception as exc:  # e.g. its class needs a package that only the worker has
+                return False, _unreadable(f"the result of {call.label}()", exc)
+        return False, self._error(call, outcome)
+
+    def _error(self, call: Call, outcome: Outcome) -> BaseException:
+        match outcome.kind:
+            case Kind.TIMEOUT:
+                return TimeoutError(f"{call.label}() did not end within its timeout of {call.timeout:g} s")
+            case Kind.EXIT:
+                code = pickling.loads(outcome.data)
+                return TaskExitError(
+                    f"{call.label}() called sys.exit({code!r}) on {outcome.machine}. "
+                    "Return a value or raise an exception instead.",
+                    code=code,
+                )
+        error: BaseException
+        try:
+            error = pickling.loads(outcome.data, outcome.buffers)
+        except Exception as exc:  # as above
+            error = _unreadable(f"the exception of {call.label}()", exc)
+        error.__traceback__ = None  # some libraries make it travel; the text says it all, once
+        if outcome.traceback:
+            error.__cause__ = RemoteTraceback(outcome.traceback)
+        error.add_note(f"raised on {outcome.machine}")
+        return error
+
+    def _warn(self, text: str, category: bytes, filename: str, line: int) -> None:
+        try:
+            kind = pickling.loads(category)
+        except Exception:  # a category that only the worker knows: the text matters more
+            kind = UserWarning
+        warnings.warn_explicit(text, kind, filename, line, registry=self._registry)
+
+
+def _unreadable(what: str, cause: Exception) -> SerializationError:
+    error = SerializationError(
+        f"{what} arrived, but can't be unpickled here: {cause}. Is a package missing on this side?", where=what
+    )
+    error.__cause__ = cause
+    return error
+
+
+class Estimates:
+    """Running time per call of each function, from what workers measured."""
+
+    TARGET_S = 0.1
+    """Seconds of work that a chunk should hold: much more than its overhead, little enough to share out evenly."""
+    FLOOR_S = 0.005
+    """A chunk is not made shorter than this for the sake of sharing; below it, overhead would rule."""
+    BUDGET_S = 0.2
+    """After this many seconds a worker returns the calls of a chunk that it has not begun."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def observe(self, digest: str, seconds: float, calls: int) -> None:
+        if not calls:
+            return
+        mean = seconds / calls
+        known = self._seconds.get(digest)
+        self._seconds[digest] = mean if known is None else 0.5 * known + 0.5 * mean
+
+    def chunk_size(self, digest: str, remaining: int, slots: int) -> int:
+        """Return how many of the `remaining` calls of one function the next chunk should hold; at least 1."""
+        share = max(1, remaining // (2 * max(1, slots)))  # two chunks a slot are left: small ones at the end
+        seconds = self._seconds.get(digest)
+        if seconds is None:
+            # Nothing is known. A few at a time when there are plenty; the budget mends a wrong guess.
+            return max(1, min(16, share // 8))
+        seconds = max(seconds, 1e-7)
+        most = max(1, int(self.TARGET_S / seconds))
+        least = max(1, int(self.FLOOR_S / seconds))
+        return min(most, max(share, least))
+
+
+def now() -> float:
+    return time.monotonic()
+
+
+def batch_label(items: Sequence[Item]) -> str:
+    return items[0].call.label

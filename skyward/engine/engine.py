@@ -1,0 +1,519 @@
+"""The engine: turns queued calls into chunks, chunks into Dask tasks, and brings every call's outcome back.
+
+All state is touched in one thread only, that of the Dask client's event loop; other threads queue work and wake
+it. It is handed a Dask client and a way to look up the slots; what machines they are on, it does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import logging
+import math
+import queue
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from skyward import pickling, runtime
+from skyward.engine.broadcast import Broadcaster
+from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_label, now
+from skyward.engine.failures import died, not_run
+from skyward.engine.group import CallFuture, Delivery, Group
+from skyward.engine.store import Store
+from skyward.errors import PoolError
+from skyward.wire import Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_CALLS = 20_000
+"""Most calls in one chunk. By feel: a chunk's list stays within a few megabytes."""
+_CHUNK_BYTES = 16 << 20
+_AHEAD = 2
+"""Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
+
+
+class Engine:
+    """Runs calls on the workers of one Dask cluster.
+
+    Parameters
+    ----------
+    client
+        A connected `distributed.Client`, not asynchronous; the engine lives in its event loop and does not close it.
+    slots
+        Gives the present slots; called in the loop. Call `roster_changed` when they change.
+    expected
+        Gives the number of slots that there should be, counting those whose worker is being restarted.
+    pool_id
+        Becomes `InstanceInfo.job_id`.
+    retries
+        How often a call is run again after it was lost with its worker.
+    share
+        Folder that caller and workers both see, for large buffers; None when there is no such folder.
+    direct
+        Whether the client may fetch results from workers directly rather than through the scheduler.
+    cores_per_slot
+        Cores that a call may use.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        slots: Callable[[], Sequence[Slot]],
+        *,
+        pool_id: str,
+        expected: Callable[[], int] = lambda: 1,
+        retries: int = 3,
+        share: Path | None = None,
+        direct: bool = True,
+        cores_per_slot: int = 1,
+        head: tuple[str, int] = ("127.0.0.1", 29500),
+        accelerator: str | None = None,
+        accelerators_per_node: int = 0,
+    ) -> None:
+        self.client = client
+        self.retries = retries
+        self.cores_per_slot = cores_per_slot
+        self.store = Store(share)
+        self.decoder = Decoder()
+        self.last_activity = now()
+        self._slots = slots
+        self._expected = expected
+        self._direct = direct
+        self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
+        self._thread: int | None = None
+        self._facts = (pool_id, head, accelerator, accelerators_per_node)
+        self._layout = b""
+        self._slot_count = 0
+        self._estimates = Estimates()
+        self._ready: deque[Group] = deque()  # groups with pending calls, each once, served in turn
+        self._dirty: set[Group] = set()  # groups that other threads have queued calls in
+        self._dirty_lock = threading.Lock()
+        self._chunks: dict[str, tuple[Group, list[Item]]] = {}
+        self._suspects = 0  # queued or running calls that were on a worker when it died
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._scattered: dict[str, Any] = {}
+        self._broadcaster = Broadcaster(self)
+        self._failure: BaseException | None = None
+        self._read = threading.Event()
+        self._callbacks: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._callback_thread: threading.Thread | None = None
+        self._futures_group = Group(self, self._callbacks.put)
+        self.roster_changed()
+
+    def demand(self) -> int:
+        """Return how many slots the calls that wait and run could use now. In the loop."""
+        groups = {group for group, _ in self._chunks.values()} | set(self._ready)
+        wanted = 0
+        for group in groups:
+            calls = len(group.pending) + sum(len(items) for items in group.in_flight.values())
+            most = math.inf if group.limit is None else group.limit
+            wanted += int(min(calls, most))
+        return wanted
+
+    def wait_ready(self, timeout_s: float = 30.0) -> None:
+        """Block until the engine knows its slots."""
+        if not self._read.wait(timeout_s):
+            raise PoolError(f"the Dask client's event loop did not answer within {timeout_s:g} s")
+
+    def idle_since(self) -> float:
+        """Return the `time.monotonic` since when nothing has run; now, while something does."""
+        return now() if self._chunks or self._ready or self._broadcaster.is_busy else self.last_activity
+
+    # --- for callers, from any thread -----------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """How many calls can run at once, now."""
+        return self._slot_count
+
+    def group(self, *, limit: int | None = None) -> Group:
+        """Return a group for `submit`: at most `limit` of its calls run at once, and they are cancelled together."""
+        return Group(self, self._callbacks.put, limit)
+
+    def submit(self, call: Call, *, group: Group | None = None) -> concurrent.futures.Future[Any]:
+        """Start `call` and return its future at once.
+
+        The arguments are pickled before this returns, so later changes to them have no effect. Callbacks of the
+        future run in a thread of the engine's own, where they may submit more.
+
+        Raises
+        ------
+        SerializationError
+            The function or an argument can't be pickled.
+        PoolError
+            The engine is closed or its cluster is gone.
+        """
+        self._check_open()
+        future = CallFuture()
+        group = group or self._futures_group
+        if self._callback_thread is None:
+            with self._dirty_lock:
+                if self._callback_thread is None:
+                    self._callback_thread = threading.Thread(
+                        target=self._run_callbacks, name="skyward-callbacks", daemon=True
+                    )
+                    self._callback_thread.start()
+        packer = group.packer if group is not self._futures_group else Packer(self.store)
+        item = packer.pack(call, sink=future)
+        future.on_cancel = functools.partial(self._call_soon, self._cancel_item, group, item)
+        group.put(item)
+        return future
+
+    def broadcast(self, call: Call, *, every_slot: bool = False) -> list[Any]:
+        """Run `call` once on every node (or every slot), started together; return the values in order.
+
+        Broadcasts of one engine run one after another: two at once would wait for each other's nodes.
+        The first failure, in time, ends the others and is raised. Nothing is rerun when a worker is lost, because
+        the others can't be rewound: `MachineLostError`.
+        """
+        self._check_open()
+        self._check_thread()
+        packer = Packer(self.store)
+        item = packer.pack(call)
+        running = asyncio.run_coroutine_threadsafe(self._broadcaster.run(item, every_slot), self._loop)
+        try:
+            outcomes = running.result()
+        except concurrent.futures.CancelledError:
+            raise self._failure or PoolError("the pool was closed during a broadcast") from None
+        except BaseException:
+            running.cancel()
+            raise
+        finally:
+            self.store.release(item.buffers)
+        values = []
+        for outcome in outcomes:
+            ok, value = self.decoder.decode(call, outcome)
+            if not ok:
+                raise value
+            values.append(value)
+        return values
+
+    def close(self, reason: BaseException | None = None) -> None:
+        """Cancel everything and forget it. Blocks until the loop has done so; may be called twice."""
+        self.fail(reason or PoolError("the pool is closed"))
+        if self._callback_thread is not None and self._callback_thread is not threading.current_thread():
+            self._callbacks.put(None)
+            self._callback_thread.join(timeout=10)
+        self.store.close()
+
+    def fail(self, reason: BaseException) -> None:
+        """End every call with `reason`, and refuse more. Does not touch the cluster."""
+        done = threading.Event()
+
+        def end() -> None:
+            try:
+                self._fail(reason)
+            finally:
+                done.set()
+
+        if self._loop.is_closed():
+            self._failure = self._failure or reason
+            return
+        self._loop.call_soon_threadsafe(end)
+        done.wait(10)  # a loop that takes longer is gone, and with it whatever would be waited for
+
+    # --- between threads ------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() == self._thread:
+            raise RuntimeError(
+                "skyward's blocking calls can't be made from the thread of its event loop; "
+                "make them from another thread, e.g. with asyncio.to_thread"
+            )
+
+    def _call_soon(self, fn: Callable[..., None], *args: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(fn, *args)
+
+    def _wake(self, group: Group) -> None:
+        with self._dirty_lock:
+            asleep = not self._dirty
+            self._dirty.add(group)
+        if asleep:  # otherwise the loop has been woken and has not looked yet
+            self._call_soon(self._take_dirty)
+
+    def _run_callbacks(self) -> None:
+        """Decode outcomes of `submit` and run the futures' callbacks, away from the loop."""
+        while (delivery := self._callbacks.get()) is not None:
+            for item, outcome in delivery:
+                future: CallFuture = item.sink
+                if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
+                    future.on_cancel = None
+                    future.cancel()
+                elif not future.cancelled():
+                    future.settle(*self.decoder.decode(item.call, outcome))
+
+    # --- in the loop: queues to chunks ----------------------------------------------------------------------
+
+    def roster_changed(self) -> None:
+        """Look at the slots again: nodes have come or gone. From any thread."""
+        self._call_soon(self._read_roster)
+
+    def _read_roster(self) -> None:
+        self._thread = threading.get_ident()
+        slots = self._slots()
+        self._slot_count = sum(s.threads for s in slots)
+        nodes: dict[int, list[Slot]] = {}
+        for slot in slots:
+            nodes.setdefault(slot.node, []).append(slot)
+        pool_id, head, accelerator, per_node = self._facts
+        layout = Layout(
+            pool_id,
+            tuple(tuple(s.address for s in sorted(nodes[n], key=lambda s: s.number)) for n in sorted(nodes)),
+            head[0],
+            head[1],
+            accelerator,
+            per_node,
+        )
+        self._placed = layout
+        self._layout = pickling.dumps(layout)[0]
+        self._read.set()
+        self._pump()
+
+    def _take_dirty(self) -> None:
+        with self._dirty_lock:
+            dirty, self._dirty = self._dirty, set()
+        for group in dirty:
+            if group not in self._ready:
+                self._ready.append(group)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send chunks until every slot has enough, taking the groups in turn."""
+        self.last_activity = now()
+        waiting = 0  # groups in a row that could not send
+        while self._ready and waiting < len(self._ready):
+            # While a suspect is about, one chunk a slot: if it kills its worker, it takes no others with it.
+            ahead = 1 if self._suspects else _AHEAD
+            if len(self._chunks) >= max(1, self._slot_count) * ahead:
+                return
+            group = self._ready.popleft()
+            if not group.pending:
+                continue
+            self._ready.append(group)
+            if group.limit is not None and len(group.in_flight) >= group.limit:
+                waiting += 1
+                continue
+            waiting = 0
+            if items := self._take(group):
+                self._send(group, items)
+
+    def _take(self, group: Group) -> list[Item]:
+        """Take the calls of the next chunk from the front of the group's queue."""
+        slots = self._slot_count if group.limit is None else min(self._slot_count, group.limit)
+        remaining = len(group.pending) + (group.expected or 0)
+        items: list[Item] = []
+        digest, most, size = "", 1, 0
+        while group.pending and len(items) < min(most, _CHUNK_CALLS) and size < _CHUNK_BYTES:
+            item = group.pending[0]
+            single = item.call.alone or item.losses > 0 or item.call.timeout is not None
+            if items and (single or item.function.digest != digest):
+                break
+            group.pending.popleft()
+            group._bytes_taken += item.size
+            if not items:
+                digest = item.function.digest
+                most = 1 if single else self._estimates.chunk_size(digest, remaining, slots)
+            size += item.size
+            items.append(item)
+        return items
+
+    def _send(self, group: Group, items: list[Item]) -> None:
+        key = f"{batch_label(items)}-{uuid.uuid4().hex}"
+        group.in_flight[key] = items
+        self._chunks[key] = (group, items)
+        for item in items:
+            if isinstance(item.sink, CallFuture):
+                item.sink.sent = True
+        self._start(self._run_chunk(key, group, items))
+
+    def _start(self, coroutine: Any) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _chunk(self, key: str, items: list[Item], part: Participant | None = None) -> Chunk:
+        functions = {item.function.digest: item.function for item in items}
+        order = {digest: i for i, digest in enumerate(functions)}
+        calls = [WireCall(order[i.function.digest], i.arguments, i.buffers) for i in items]
+        timeout = items[0].call.timeout
+        budget = None if len(items) == 1 else Estimates.BUDGET_S
+        return Chunk(key, tuple(functions.values()), calls, self._layout, budget, timeout, part)
+
+    async def _task_arguments(self, chunk: Chunk) -> list[Any]:
+        """Return the chunk and the futures of those large buffers that lie on the cluster rather than in files."""
+        digests: dict[str, None] = {}
+        for refs in [*(f.buffers for f in chunk.functions), *(c.buffers for c in chunk.calls)]:
+            digests.update((r.digest, None) for r in refs if r.path is None)
+        for digest in self.store.dropped:
+            self._scattered.pop(digest, None)
+        self.store.dropped.clear()
+        for digest in digests:
+            if digest not in self._scattered:
+                # Stored before the wait, so that the next chunk waits for the same transfer.
+                self._scattered[digest] = self._loop.create_task(self._scatter(digest))
+        return [chunk, *[await self._scattered[d] for d in digests]]
+
+    async def _scatter(self, digest: str) -> Any:
+        (future,) = await self.client._scatter([self.store.data(digest)], hash=False)
+        return future
+
+    async def _run_chunk(self, key: str, group: Group, items: list[Item]) -> None:
+        began = now()
+        result: Outcomes | BaseException
+        try:
+            arguments = await self._task_arguments(self._chunk(key, items))
+            if key not in self._chunks:
+                return  # cancelled meanwhile
+            future = self.client.submit(runtime.run_batch, *arguments, key=key, pure=False)
+            result = await self.client.gather(future, direct=self._direct, asynchronous=True)
+        except asyncio.CancelledError:
+            result = asyncio.CancelledError()
+        except Exception as exc:  # Dask's own errors: worker killed, scheduler lost, chunk unreadable over there
+            result = exc
+        if self._chunks.pop(key, None) is None:
+            return  # cancelled or failed meanwhile, and delivered then
+        group.in_flight.pop(key, None)
+        if isinstance(result, Outcomes):
+            self._completed(group, items, result.items)
+        else:
+            self._lost(group, items, result, now() - began)
+        self._pump()
+
+    # --- in the loop: outcomes ------------------------------------------------------------------------------
+
+    def _completed(self, group: Group, items: list[Item], outcomes: Sequence[Outcome]) -> None:
+        done: list[tuple[Item, Outcome | BaseException]] = []
+        again: list[Item] = []
+        seconds, runs = 0.0, 0
+        for item, outcome in zip(items, outcomes, strict=True):
+            if outcome.kind is Kind.NOT_RUN:
+                again.append(item)
+                continue
+            seconds += outcome.seconds
+            runs += 1
+            self._suspects -= item.losses > 0
+            if outcome.kind in (Kind.ERROR, Kind.OPAQUE) and item.attempts < item.call.retries:
+                item.attempts += 1
+                self._suspects += item.losses > 0
+                again.append(item)
+            else:
+                done.append((item, outcome))
+        self._estimates.observe(items[0].function.digest, seconds, runs)
+        self._requeue(group, again)
+        if done:
+            group.deliver(done)
+
+    def _requeue(self, group: Group, items: Iterable[Item]) -> None:
+        for item in reversed(list(items)):
+            group.pending.appendleft(item)
+            group._bytes_taken -= item.size
+        if group.pending and group not in self._ready:
+            self._ready.append(group)
+
+    def _lost(self, group: Group, items: list[Item], cause: BaseException, seconds: float) -> None:
+        """The chunk ended without outcomes: its worker died, or the cluster is gone."""
+        if self._failure is not None:
+            group.deliver([(item, self._failure) for item in items])
+            return
+        if type(cause).__name__ != "KilledWorker":
+            # Not a death: the chunk could not be read over there, or the scheduler dropped it.
+            error = not_run(cause)
+            group.deliver([(item, error) for item in items])
+            return
+        done: list[tuple[Item, Outcome | BaseException]] = []
+        again: list[Item] = []
+        for item in items:
+            self._suspects -= item.losses > 0
+            item.losses += 1
+            timeout = item.call.timeout
+            if timeout is not None and seconds >= timeout:
+                done.append((item, Outcome(Kind.TIMEOUT)))  # it did not react to its time limit, and was ended
+            elif item.losses > self.retries:
+                done.append((item, died(item, cause)))
+            else:
+                self._suspects += 1
+                again.append(item)
+        logger.warning("a worker died with %d calls of %s; %d run again", len(items), batch_label(items), len(again))
+        self._requeue(group, again)
+        if done:
+            group.deliver(done)
+
+    def _cancel_group(self, group: Group) -> None:
+        pending = list(group.pending)
+        group.pending.clear()
+        group._bytes_taken += sum(item.size for item in pending)
+        keys = list(group.in_flight)
+        items = [item for chunk in group.in_flight.values() for item in chunk]
+        self._drop_chunks(keys)
+        group.in_flight.clear()
+        for item in [*items, *pending]:
+            self._suspects -= item.losses > 0
+        if items or pending:
+            group.deliver([(item, Outcome(Kind.CANCELLED)) for item in [*items, *pending]])
+        self._pump()
+
+    def _cancel_item(self, group: Group, item: Item) -> None:
+        """Drop one call whose future was cancelled; one that shares its chunk with others runs on, unheard."""
+        if item in group.pending:
+            group.pending.remove(item)
+            group._bytes_taken += item.size
+            self._suspects -= item.losses > 0
+            self.store.release(item.buffers)
+            return
+        for key, items in group.in_flight.items():
+            if items == [item]:
+                del group.in_flight[key]
+                self._suspects -= item.losses > 0
+                self._drop_chunks([key])
+                self.store.release(item.buffers)
+                break
+        self._pump()
+
+    def _drop_chunks(self, keys: list[str]) -> None:
+        for key in keys:
+            self._chunks.pop(key, None)
+        if keys:
+            self._start(self._interrupt(keys))
+
+    async def _interrupt(self, keys: list[str]) -> None:
+        """Take tasks off the cluster: queued ones are dropped, running ones interrupted."""
+        try:
+            self.client._send_to_scheduler(
+                {"op": "cancel-keys", "keys": keys, "force": False, "reason": "cancelled", "msg": ""}
+            )
+            for key in keys:
+                state = self.client.futures.pop(key, None)
+                if state is not None:
+                    state.cancel()
+            await self.client._run(runtime.interrupt, keys, on_error="ignore")
+        except Exception:  # the cluster is going away, and the tasks with it
+            logger.debug("interrupt of %d tasks failed", len(keys), exc_info=True)
+
+    def _fail(self, reason: BaseException) -> None:
+        if self._failure is None:
+            self._failure = reason
+        groups = {group for group, _ in self._chunks.values()} | set(self._ready)
+        with self._dirty_lock:
+            groups |= self._dirty
+            self._dirty.clear()
+        self._ready.clear()
+        self._chunks.clear()
+        for group in groups:
+            items = [item for chunk in group.in_flight.values() for item in chunk] + list(group.pending)
+            group.in_flight.clear()
+            group.pending.clear()
+            if items:
+                group.deliver([(item, self._failure) for item in items])
+        for task in self._tasks:
+            task.cancel()
+        self._scattered.clear()

@@ -1,0 +1,41 @@
+"""What Dask says when a task could not be run, in our own words."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from typing import Any
+
+from skyward.engine.calls import Item
+from skyward.errors import PoolError, SerializationError, WorkerDiedError
+
+WHY_DIED = (
+    "Usual causes: out of memory, a crash in native code, or the call ended its own process; "
+    "`pool.logs()` has the last lines that it wrote."
+)
+
+
+def died(item: Item, cause: Any) -> WorkerDiedError:
+    """Return the error for a call that was lost with its worker too often."""
+    worker = getattr(getattr(cause, "last_worker", None), "name", None)
+    return WorkerDiedError(
+        f"{item.call.label}() was lost with its worker process {item.losses} times, the last time on worker "
+        f"{worker}; it is not run again. {WHY_DIED}",
+        machine=str(worker),
+        losses=item.losses,
+    )
+
+
+def not_run(cause: BaseException) -> BaseException:
+    """Return the error for a chunk that no worker could run."""
+    if isinstance(cause, (asyncio.CancelledError, concurrent.futures.CancelledError)):
+        return PoolError("the call was dropped by the Dask scheduler (was it restarted, or the task cancelled there?)")
+    if isinstance(cause, (ImportError, AttributeError)):
+        error: BaseException = SerializationError(
+            f"the worker could not load the call: {cause}. Is a package missing there? Add it to Image(pip=[...]).",
+            where="call",
+        )
+    else:
+        error = PoolError(f"the call could not be run: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,91 @@
+"""Calls that belong together, and the future of a single one."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from skyward.engine.calls import Item, Packer
+from skyward.wire import Outcome
+
+if TYPE_CHECKING:
+    from skyward.engine.engine import Engine
+
+Delivery = Sequence[tuple[Item, "Outcome | BaseException"]]
+
+
+class CallFuture(concurrent.futures.Future[Any]):
+    """A future whose `cancel` also ends a call that runs already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = False
+        self.on_cancel: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+
+    def running(self) -> bool:
+        return self.sent and not self.done()
+
+    def cancel(self) -> bool:
+        with self._lock:
+            if self.cancelled():
+                return True
+            if not super().cancel():
+                return False
+            self.set_running_or_notify_cancel()  # tells those who wait
+        if self.on_cancel is not None:
+            self.on_cancel()
+        return True
+
+    def settle(self, ok: bool, value: Any) -> None:
+        """Set the result or exception, unless cancelled meanwhile."""
+        with self._lock:
+            if self.done() or not self.set_running_or_notify_cancel():
+                return
+        if ok:
+            self.set_result(value)
+        else:
+            self.set_exception(value)
+
+
+class Group:
+    """Calls that are limited and cancelled together. Made by `Engine.group`."""
+
+    def __init__(self, engine: Engine, deliver: Callable[[Delivery], None], limit: int | None = None) -> None:
+        self.engine = engine
+        self.limit = limit
+        self.packer = Packer(engine.store)
+        self.pending: deque[Item] = deque()
+        self._bytes_put = 0
+        self._bytes_taken = 0  # two counters, each written by one thread only
+        self.expected: int | None = None  # calls still to come beyond the pending ones, where known
+        self.in_flight: dict[str, list[Item]] = {}
+        self._deliver = deliver
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._bytes_put - self._bytes_taken
+
+    def put(self, item: Item) -> None:
+        """Queue a packed call. From any thread."""
+        self.engine._check_open()
+        self.pending.append(item)
+        self._bytes_put += item.size
+        self.engine._wake(self)
+
+    def cancel(self) -> None:
+        """Drop what has not begun and interrupt what runs; futures of this group become cancelled.
+
+        A running call gets an exception that user code does not catch; one that does not react within
+        `skyward.runtime.GRACE_S` seconds loses its worker process, which is started afresh. From any thread;
+        does not wait. The group can be used again at once.
+        """
+        self.engine._call_soon(self.engine._cancel_group, self)
+
+    def deliver(self, delivery: Delivery) -> None:
+        for item, _ in delivery:
+            self.engine.store.release(item.buffers)
+        self._deliver(delivery)

@@ -1,0 +1,115 @@
+"""The caller's side of many calls: feed them in as they are wanted, take their values out as they come.
+
+Runs in the caller's thread, so Ctrl-C lands here; the engine's loop does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+from skyward.engine.calls import Call, Item
+from skyward.engine.engine import Engine
+from skyward.engine.group import Delivery, Group
+from skyward.wire import Outcome
+
+_AHEAD_BYTES = 256 << 20
+"""Pickled arguments that may wait for a slot (bytes). By feel: enough to keep slots busy, little enough to hold."""
+
+
+def run_one(engine: Engine, call: Call) -> Any:
+    """Run one call and return its value, or raise the user's exception."""
+    (value,) = stream(engine, [call])
+    return value
+
+
+def run_all(engine: Engine, calls: Iterable[Call], *, return_exceptions: bool = False) -> tuple[Any, ...]:
+    """Run `calls` and return their values in order.
+
+    The first failure among those that have arrived, in order, cancels the others and is raised; with
+    `return_exceptions`, exceptions take their places among the values.
+    """
+    found: dict[int, Any] = {}
+    with contextlib.closing(_outcomes(engine, calls, ordered=False)) as outcomes:
+        for index, ok, value in outcomes:
+            if not ok and not return_exceptions:
+                raise value
+            found[index] = value
+    return tuple(found[i] for i in range(len(found)))
+
+
+def stream(
+    engine: Engine, calls: Iterable[Call], *, ordered: bool = True, return_exceptions: bool = False
+) -> Iterator[Any]:
+    """Yield values as they come, or in order; a failure is raised in its turn and cancels what is left.
+
+    `calls` is read only as far ahead as the slots need, so it may be endless. Closing the iterator cancels.
+    """
+    with contextlib.closing(_outcomes(engine, calls, ordered=ordered)) as outcomes:
+        for _, ok, value in outcomes:
+            if not ok and not return_exceptions:
+                raise value
+            yield value
+
+
+def _outcomes(
+    engine: Engine, calls: Iterable[Call], *, ordered: bool
+) -> Generator[tuple[int, bool, Any], None, None]:
+    """Yield (index, ok, value or exception) as calls end, or in order. Leaving early cancels the rest.
+
+    Calls are taken from the iterable only while those on their way, and those that came before their turn, are few.
+    """
+    engine._check_thread()
+    inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    group = Group(engine, inbox.put)
+    source = enumerate(calls)
+    known = len(calls) if isinstance(calls, (list, tuple)) else None
+    early: dict[int, tuple[Item, Outcome | BaseException]] = {}
+    fed = ended = turn = 0
+    exhausted = False
+    finished = False
+    try:
+        while True:
+            most = _window(engine, group)
+            while (
+                not exhausted
+                and fed - ended < most
+                and len(early) < 4 * most
+                and group.pending_bytes < _AHEAD_BYTES
+            ):
+                index, call = next(source, (-1, None))
+                if call is None:
+                    exhausted = True
+                    break
+                fed += 1
+                group.expected = None if known is None else known - fed
+                group.put(group.packer.pack(call, index))
+            if fed == ended:
+                finished = True
+                return
+            delivery = list(inbox.get())
+            while not inbox.empty():
+                delivery += inbox.get()
+            ended += len(delivery)
+            if ordered:
+                early.update((item.index, (item, outcome)) for item, outcome in delivery)
+                delivery = []
+                while turn in early:
+                    delivery.append(early.pop(turn))
+                    turn += 1
+            else:
+                delivery.sort(key=lambda entry: entry[0].index)
+            for item, outcome in delivery:
+                ok, value = engine.decoder.decode(item.call, outcome)
+                yield item.index, ok, value
+    finally:
+        if not finished:
+            group.cancel()
+
+
+def _window(engine: Engine, group: Group) -> int:
+    """Return how many calls may be on their way: a few chunks per slot, whatever chunks hold at present."""
+    size = max((len(items) for items in list(group.in_flight.values())), default=1)
+    return max(64, 8 * engine.slots, 4 * max(1, engine.slots) * size)

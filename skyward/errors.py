@@ -1,0 +1,126 @@
+"""Every error that skyward raises of its own accord. Imports nothing of skyward.
+
+::
+
+    SkywardError
+    ├── SpecError (ValueError)             the caller: a bad option, found before any machine starts
+    ├── NoActivePoolError (RuntimeError)   the caller: `>> sky` outside a pool, or a pool used after its block
+    ├── SerializationError (TypeError)     the caller: an argument, result or exception that can't travel
+    ├── VersionMismatchError               the caller: packages differ between here and there
+    ├── NoMatchingInstanceError (ValueError)
+    ├── NoAvailableProviderError           no provider offers what was asked for
+    ├── AllProvidersFailedError            all that offered it failed
+    ├── ProviderError                      the account or the cloud
+    │   ├── CredentialsError
+    │   ├── CapacityError
+    │   └── QuotaError
+    ├── PoolError (RuntimeError)           the pool as a whole: start-up failed, scheduler lost
+    │   ├── BootstrapError                 a machine could not be prepared
+    │   ├── PoolTimeoutError (TimeoutError)
+    │   └── PoolBudgetError
+    ├── MachineLostError                   the machine: gone, and reruns used up
+    │   └── WorkerDiedError                the worker process: killed while it ran this very task
+    └── TaskExitError                      the task: it called `sys.exit`
+
+A task's own exception is none of these: it comes back as it was raised, with `RemoteTraceback` as its cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class SkywardError(Exception):
+    """Root of all errors of skyward. Keyword arguments become attributes, and survive pickling."""
+
+    def __init__(self, message: str = "", **facts: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(facts)
+
+    # Facts live in __dict__, which BaseException.__reduce__ carries; nothing more is needed to pickle.
+
+
+class SpecError(SkywardError, ValueError):
+    """An option has a value that can't work. Attributes: `option`, `value`, `accepted`."""
+
+
+class NoActivePoolError(SkywardError, RuntimeError):
+    """Work was sent to a pool that does not exist (yet, or any more)."""
+
+
+class SerializationError(SkywardError, TypeError):
+    """Something that has to travel can't be pickled. Attribute: `where`, e.g. ``"argument 'lock' of train()"``."""
+
+
+class VersionMismatchError(SkywardError):
+    """Packages differ between caller and workers. Attribute: `table`, rows of (package, here, there)."""
+
+
+class NoMatchingInstanceError(SkywardError, ValueError):
+    """No instance type has what was asked for."""
+
+
+class NoAvailableProviderError(SkywardError):
+    """No provider matches; the message shows the nearest offers."""
+
+
+class AllProvidersFailedError(SkywardError):
+    """Every provider tried has failed. Attribute: `reasons`, provider name → exception."""
+
+    reasons: Mapping[str, BaseException]
+
+
+class ProviderError(SkywardError):
+    """A provider refused or failed; the SDK's own error is the cause."""
+
+
+class CredentialsError(ProviderError):
+    """Credentials are missing, wrong or expired; the message says where they were looked for."""
+
+
+class CapacityError(ProviderError):
+    """The provider has no such machine at present."""
+
+
+class QuotaError(ProviderError):
+    """The account's quota does not allow the machine; the message says which and how to raise it."""
+
+
+class PoolError(SkywardError, RuntimeError):
+    """The pool as a whole can't start or go on."""
+
+
+class BootstrapError(PoolError):
+    """A machine could not be prepared. Attributes: `machine`, `step`, `last_lines`."""
+
+
+class PoolTimeoutError(PoolError, TimeoutError):
+    """The pool's `timeout` passed; everything was destroyed."""
+
+
+class PoolBudgetError(PoolError):
+    """The pool's `max_cost` was reached; everything was destroyed."""
+
+
+class MachineLostError(SkywardError):
+    """A call was lost with its machine more often than `retries` allows. Attributes: `machine`, `losses`."""
+
+
+class WorkerDiedError(MachineLostError):
+    """The worker process died while it ran the call, again on every rerun."""
+
+
+class TaskExitError(SkywardError):
+    """The task called `sys.exit`. Attribute: `code`."""
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - it is a text to be shown as a cause, never raised
+    """The traceback of a task's exception, as text, set as its `__cause__`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'

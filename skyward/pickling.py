@@ -1,0 +1,196 @@
+"""Pickle what travels between caller and workers. Knows cloudpickle and nothing else of skyward but its errors.
+
+Code that the other side can't import, because it is the caller's own project, travels by value; buffers of
+`OUT_OF_BAND` bytes and more are left out of the pickle and handed over beside it, uncopied.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import io
+import pickle
+import site
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import cloudpickle
+
+from skyward.errors import SerializationError
+
+OUT_OF_BAND = 1 << 20
+"""Buffers from this size on (bytes) travel beside the pickle; joblib's memmapping starts at the same size."""
+
+_OWN = ("skyward", "skyward_joblib")
+_by_value_lock = threading.RLock()
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """A cloudpickle pickler that is used again and again, and sends the caller's own modules by value."""
+
+    def __init__(self) -> None:
+        self._file = io.BytesIO()
+        self._buffers: list[pickle.PickleBuffer] = []
+        super().__init__(self._file, protocol=5, buffer_callback=self._keep_in_band)
+
+    def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
+        with buffer.raw() as view:
+            if view.nbytes < OUT_OF_BAND:
+                return True
+        self._buffers.append(buffer)
+        return False
+
+    def dumps(self, obj: object) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+        self._file.seek(0)
+        self._file.truncate()
+        self._buffers = []
+        self.clear_memo()
+        try:
+            self.dump(obj)
+            return self._file.getvalue(), self._buffers
+        finally:
+            self._buffers = []
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (FunctionType, type)):
+            name = getattr(obj, "__module__", None)
+        elif isinstance(obj, ModuleType):
+            name = obj.__name__
+        else:
+            return super().reducer_override(obj)
+        if not name or not is_project_module(name):
+            return super().reducer_override(obj)
+        # cloudpickle's registry is global; it is changed only for this one object, so that the caller's own
+        # use of cloudpickle elsewhere is as it was.
+        module = sys.modules[name]
+        with _by_value_lock:
+            already = name in cloudpickle.list_registry_pickle_by_value()
+            if not already:
+                cloudpickle.register_pickle_by_value(module)
+            try:
+                return super().reducer_override(obj)
+            finally:
+                if not already:
+                    cloudpickle.unregister_pickle_by_value(module)
+
+
+@functools.cache
+def _installed_roots() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    roots = {paths[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")}
+    roots.update(site.getsitepackages() if hasattr(site, "getsitepackages") else ())
+    roots.add(site.getusersitepackages())
+    roots.add(str(Path(sys.base_prefix) / "lib"))
+    return tuple(sorted({str(Path(r).resolve()) + "/" for r in roots} | {r.rstrip("/") + "/" for r in roots}))
+
+
+@functools.cache
+def _is_project_file(file: str) -> bool:
+    path = str(Path(file).resolve())
+    roots = _installed_roots()
+    return not (path.startswith(roots) or file.startswith(roots) or "/dist-packages/" in path)
+
+
+def is_project_module(name: str) -> bool:
+    """Tell whether module `name` is the caller's own code, which workers can't be expected to have installed.
+
+    True for modules loaded from a Python file outside the standard library and every site-packages folder.
+    ``__main__`` needs no help: cloudpickle always sends it by value.
+    """
+    if name == "__main__" or name.partition(".")[0] in _OWN:
+        return False
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    if not file or not file.endswith((".py", ".pyc")):
+        return False
+    return _is_project_file(file)
+
+
+_local = threading.local()
+
+
+def dumps(obj: object) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+    """Return `obj` as (pickle, large buffers)."""
+    pickler = getattr(_local, "pickler", None)
+    if pickler is None:
+        pickler = _local.pickler = Pickler()
+    try:
+        # While a dump runs, the pickler is taken: an object's __reduce__ may itself call into skyward.
+        _local.pickler = None
+        result: tuple[bytes, Sequence[pickle.PickleBuffer]] = pickler.dumps(obj)
+    except BaseException:
+        pickler = None  # its memo may hold half of what failed
+        raise
+    finally:
+        _local.pickler = pickler
+    return result
+
+
+def loads(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Any:
+    return pickle.loads(data, buffers=buffers)
+
+
+def explain_call(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], cause: BaseException) -> SerializationError:
+    """Find which argument, or which variable that the function uses, can't be pickled, and say so."""
+    name = getattr(fn, "__qualname__", None) or type(fn).__name__
+    parameters = _parameter_names(fn, args)
+    for label, value in [*zip(parameters, args, strict=False), *kwargs.items()]:
+        if (error := _failure(value)) is not None:
+            return _error(f"argument {label!r} of {name}()", value, error)
+    for kind, label, value in _captured(fn):
+        if (error := _failure(value)) is not None:
+            return _error(f"{kind} {label!r}, which {name}() uses,", value, error)
+    return _error(f"function {name}()", fn, cause)
+
+
+def _parameter_names(fn: Any, args: Sequence[Any]) -> list[str]:
+    names: list[str] = []
+    try:
+        for parameter in inspect.signature(fn).parameters.values():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [f"{parameter.name}[{i}]" for i in range(len(args) - len(names))]
+            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(parameter.name)
+    except (TypeError, ValueError):  # a builtin without a signature
+        pass
+    return names + [f"#{i + 1}" for i in range(len(names), len(args))]
+
+
+def _captured(fn: Any) -> list[tuple[str, str, Any]]:
+    fn = inspect.unwrap(fn) if callable(fn) else fn
+    if not isinstance(fn, FunctionType):
+        return []
+    found = inspect.getclosurevars(fn)
+    return [("variable", k, v) for k, v in found.nonlocals.items()] + [
+        ("global variable", k, v) for k, v in found.globals.items() if not isinstance(v, ModuleType)
+    ]
+
+
+def _failure(value: object) -> BaseException | None:
+    try:
+        dumps(value)
+    except Exception as exc:  # whatever an object's own __reduce__ raises
+        return exc
+    return None
+
+
+def _error(where: str, value: object, cause: BaseException) -> SerializationError:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    error = SerializationError(
+        f"{where} can't be sent to a worker: {kind} does not pickle ({cause}). "
+        "Send what it is made from (a path, an address, a configuration) and make it inside the function.",
+        where=where,
+    )
+    error.__cause__ = cause
+    return error
+
+
+def has_module(name: str) -> bool:
+    """Tell whether top-level module `name` can be imported, without importing it."""
+    return name in sys.modules or importlib.util.find_spec(name) is not None

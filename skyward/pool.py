@@ -1,0 +1,435 @@
+"""Pools: machines that live as long as a `with` block, and the operators' way to run calls on them.
+
+Imports only facts and calls at the top; Dask and the engine are loaded when a pool is entered, so that
+``import skyward`` stays fast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, TypeVarTuple, overload
+
+from skyward import events
+from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, current_pool
+from skyward.errors import NoActivePoolError, PoolError
+from skyward.providers import ProviderLike, resolve
+from skyward.spec import Image, Instance, LogConfig, PoolSpec
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from skyward.accelerators import Accelerator
+    from skyward.cluster.cluster import SkyCluster
+    from skyward.engine import Call, Engine
+    from skyward.session import Session
+    from skyward.spec import Allocation, Volume
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
+
+_LINES_KEPT = 10_000
+"""Lines of output kept per node for `ComputePool.logs`."""
+
+
+class Slots:
+    """Every slot of a pool as a target: ``fn() @ pool.slots``."""
+
+    def __init__(self, pool: ComputePool) -> None:
+        self._pool = pool
+
+    def broadcast(self, pending: PendingCompute[R]) -> tuple[R, ...]:
+        """Run `pending` once on every slot, started together; return the results by node and slot."""
+        return self._pool._broadcast(pending, every_slot=True)
+
+
+class ComputePool:
+    """Machines that exist for as long as a ``with`` block.
+
+    Building one checks every option and starts nothing; entering it brings the machines up, and leaving it, however
+    that happens, destroys them. A pool that was left can be entered again.
+
+    Parameters
+    ----------
+    provider
+        Where machines come from: a provider such as ``sky.Local()`` or ``sky.Dask(client)``, or its name.
+        None: this machine.
+    nodes, concurrency
+        Number of machines, and of slots (worker processes, each running one call at a time) on each.
+    accelerator
+        ``"A100"``, ``"A100:4"`` or an `Accelerator`, for each node.
+    timeout
+        Seconds from entering until everything is destroyed, whatever happens.
+    idle_timeout
+        Seconds without a call until everything is destroyed; None: no limit.
+    retries
+        How often a call is run again that was lost with its machine or worker process.
+    env
+        Environment variables of the workers, on top of those of `image`.
+    display
+        ``"quiet"`` shows nothing; otherwise what calls print is shown, with the node's number.
+    on_event
+        Called with every `SkywardEvent`.
+
+    Raises
+    ------
+    SpecError
+        An option can't work; the message lists every such option, with what would.
+    """
+
+    def __init__(
+        self,
+        provider: ProviderLike = None,
+        *,
+        selection: Any = "first",
+        image: Image | None = None,
+        nodes: int = 1,
+        machine: str | None = None,
+        accelerator: str | Accelerator | None = None,
+        architecture: Literal["x86_64", "arm64"] | None = None,
+        cpu: int | None = None,
+        memory: str | int | None = None,
+        volume: Volume | Sequence[Volume] = (),
+        allocation: str | float | Allocation = "spot-if-available",
+        timeout: float = 3600,
+        env: Mapping[str, str] | None = None,
+        concurrency: int = 1,
+        display: Literal["auto", "log", "spinner", "quiet"] = "auto",
+        on_event: events.Callback | None = None,
+        collect_metrics: bool = True,
+        logging: LogConfig | None = None,
+        max_price: float | None = None,
+        max_cost: float | None = None,
+        idle_timeout: float | None = None,
+        retries: int = 3,
+    ) -> None:
+        self.spec = PoolSpec(
+            selection=selection,
+            image=image if image is not None else Image(),
+            nodes=nodes,
+            machine=machine,
+            accelerator=accelerator,
+            architecture=architecture,
+            cpu=cpu,
+            memory=memory,
+            volume=volume,
+            allocation=allocation,
+            timeout=timeout,
+            env=env,
+            concurrency=concurrency,
+            display=display,
+            on_event=on_event,
+            collect_metrics=collect_metrics,
+            logging=logging,
+            max_price=max_price,
+            max_cost=max_cost,
+            idle_timeout=idle_timeout,
+            retries=retries,
+        )
+        self.provider = resolve(provider)
+        self._handlers: list[tuple[type[Any], Callable[[Any], None]]] = []
+        self._lock = threading.RLock()
+        self._session: Session | None = None
+        self._previous: Any = None
+        self._ended: BaseException | None = None
+        self._logs: dict[int, deque[str]] = {}
+
+    # --- life -----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._start()
+        self._previous = current_pool.get()
+        current_pool.set(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        current_pool.set(self._previous)
+        self._previous = None
+        self._stop()
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self._start)
+        self._previous = current_pool.get()
+        current_pool.set(self)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        current_pool.set(self._previous)
+        self._previous = None
+        # Shielded: a task that is cancelled must not leave machines behind.
+        await asyncio.shield(asyncio.to_thread(self._stop))
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._session is not None:
+                raise PoolError("this pool is active already; make a second ComputePool to have another one")
+            self._ended = None
+            self._logs = {}
+            from skyward.session import Session
+
+            self._session = Session(self)
+            try:
+                self._session.start()
+            except BaseException:
+                session, self._session = self._session, None
+                session.stop(PoolError("the pool did not start"))
+                raise
+
+    def _stop(self, reason: BaseException | None = None) -> None:
+        with self._lock:
+            session, self._session = self._session, None
+            if session is None:
+                return
+            self._ended = reason
+            session.stop(reason or PoolError("the pool is closed"))
+
+    def _active(self) -> Session:
+        session = self._session
+        if session is None:
+            if self._ended is not None:
+                raise self._ended
+            raise NoActivePoolError(
+                "this pool is not active: its machines exist only inside its `with` block.\n"
+                "    with pool:\n"
+                "        result = fn(...) >> pool"
+            )
+        return session
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the machines are there."""
+        return self._session is not None
+
+    # --- running calls --------------------------------------------------------------------------------------
+
+    def run(self, pending: PendingCompute[R]) -> R:
+        """Run one call on one worker and return its value; the same as ``pending >> pool``."""
+        from skyward.engine.run import run_one
+
+        value: R = run_one(self.engine, _call(pending))
+        return value
+
+    def run_batch(self, batch: PendingBatch[*Ts]) -> tuple[*Ts]:
+        """Run calls in parallel and return their values in order; the same as ``batch >> pool``."""
+        from skyward.engine.run import run_all
+
+        calls = [_call(p) for p in batch.calls]
+        values: Any = run_all(self.engine, calls, return_exceptions=batch.return_exceptions)
+        return values  # type: ignore[no-any-return]
+
+    def run_stream(self, stream: PendingStream[R]) -> Iterator[R]:
+        """Yield values while calls are taken from an iterable only as fast as slots get free."""
+        from skyward.engine.run import stream as run_stream
+
+        return run_stream(
+            self.engine,
+            map(_call, stream.calls),
+            ordered=stream.ordered,
+            return_exceptions=stream.return_exceptions,
+        )
+
+    def broadcast(self, pending: PendingCompute[R]) -> tuple[R, ...]:
+        """Run a call once on every node, started together; the same as ``pending @ pool``."""
+        return self._broadcast(pending, every_slot=False)
+
+    def _broadcast(self, pending: PendingCompute[R], *, every_slot: bool) -> tuple[R, ...]:
+        return tuple(self.engine.broadcast(_call(pending), every_slot=every_slot))
+
+    def submit(self, pending: PendingCompute[R]) -> Future[R]:
+        """Start a call and return its future at once. Cancelling the future ends the call, even a running one."""
+        return self.engine.submit(_call(pending))
+
+    def map(self, fn: Callable[..., R] | ComputeFunction[..., R], *iterables: Iterable[Any]) -> Iterator[R]:
+        """Yield ``fn(*args)`` for the items of `iterables` in step, in order, as slots get free.
+
+        The iterables are read only a little ahead of what has been yielded.
+        """
+        from skyward.compute import compute
+
+        function = fn if isinstance(fn, ComputeFunction) else compute(fn)
+        calls = (function(*args) for args in zip(*iterables, strict=False))
+        return self.run_stream(PendingStream(calls))
+
+    @property
+    def slots(self) -> Slots:
+        """The target for a broadcast to every slot: ``fn() @ pool.slots``."""
+        return Slots(self)
+
+    # --- looking in -----------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs this pool's calls, for backends."""
+        return self._active().engine
+
+    @property
+    def client(self) -> Client:
+        """A `distributed.Client` of the pool's Dask cluster."""
+        return self._active().client
+
+    @property
+    def cluster(self) -> SkyCluster:
+        """The pool's Dask cluster, a `distributed.deploy.Cluster`."""
+        return self._active().cluster
+
+    @property
+    def dashboard_link(self) -> str:
+        """URL of the Dask dashboard."""
+        return str(self.cluster.dashboard_link)
+
+    @property
+    def total_slots(self) -> int:
+        """How many calls can run at once, now."""
+        return self.engine.slots
+
+    @property
+    def instance_count(self) -> int:
+        """Number of nodes that are there now; 0 outside the block."""
+        return len(self.instances)
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """The nodes that are there now, in order; empty outside the block."""
+        session = self._session
+        if session is None:
+            return ()
+        hosts = {slot.node: slot.address for slot in reversed(session.cluster.slots())}
+        return tuple(
+            Instance(
+                id=f"{self.provider.name}-{session.pool_id}-{node}",
+                provider=self.provider.name,
+                spot=False,
+                private_ip=hosts[node].rpartition("://")[2].rpartition(":")[0],
+                public_ip=None,
+                node=node,
+                metadata={},
+            )
+            for node in sorted(hosts)
+        )
+
+    def scale(self, nodes: int) -> None:
+        """Grow or shrink to `nodes` nodes. Returns at once; calls on a removed node are run again elsewhere."""
+        self.cluster.scale(nodes)
+
+    def adapt(self, minimum: int, maximum: int) -> None:
+        """Keep between `minimum` and `maximum` nodes from now on, as many as waiting calls can use."""
+        self.cluster.adapt(minimum=minimum, maximum=maximum)
+
+    def logs(self, node: int | None = None) -> list[str]:
+        """Return the last lines that calls have printed, of one node or all; kept until the pool is entered again."""
+        kept = [self._logs.get(node, ())] if node is not None else [self._logs[n] for n in sorted(self._logs)]
+        return [line for lines in kept for line in list(lines)]
+
+    def on(self, event_type: type[Any], handler: Callable[[Any], None]) -> None:
+        """Call `handler` with every event of `event_type` from now on."""
+        self._handlers.append((event_type, handler))
+
+    def __repr__(self) -> str:
+        state = "active" if self.is_active else "not active"
+        spec = self.spec
+        return (
+            f"<ComputePool {state}: {spec.nodes} nodes × {spec.concurrency} slots on {self.provider.name}>"
+        )
+
+    def _repr_html_(self) -> str:
+        session = self._session
+        if session is None:
+            return f"<p>{self!r}".replace("<Comp", "&lt;Comp")
+        html: str = session.cluster._repr_html_()
+        return html
+
+    # --- events ---------------------------------------------------------------------------------------------
+
+    def _handle(self, event: Any) -> Any:
+        for kind, handler in list(self._handlers):
+            if isinstance(event, kind):
+                handler(event)
+        return self.spec.on_event(event) if self.spec.on_event is not None else None
+
+    def _receive_lines(self, event: Any) -> None:
+        """Take a batch of lines that a worker has sent; runs in the client's event loop."""
+        session = self._session
+        if session is None:
+            return
+        _, message = event
+        node, slot = message["node"], message["slot"]
+        kept = self._logs.setdefault(node, deque(maxlen=_LINES_KEPT))
+        lines = message["lines"]
+        if message["dropped"]:
+            lines = [(lines[0][0], f"... {message['dropped']} lines dropped ..."), *lines]
+        for stamp, line in lines:
+            kept.append(line)
+            session.emit(
+                events.LogLine(node=node, instance_id=f"{session.pool_id}-{node}-{slot}", line=line, timestamp=stamp)
+            )
+
+
+def _call(pending: PendingCompute[Any]) -> Call:
+    from skyward.engine import Call
+
+    return Call(
+        pending.fn, pending.args, pending.kwargs, retries=pending.retries, timeout=pending.timeout
+    )
+
+
+# --- @sky.pool ----------------------------------------------------------------------------------------------
+
+
+class _PoolDecorator:
+    """What ``sky.pool(...)`` returns: wraps a function so that a pool is there around each run of its body."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        ComputePool(**options)  # bad options are found where they are written, not at the first call
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R]) -> Callable[P, R]: ...
+    def __call__(self, fn: Callable[P, Any]) -> Callable[P, Any]:
+        if inspect.iscoroutinefunction(fn):
+
+            @functools.wraps(fn)
+            async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                async with ComputePool(**self._options):
+                    return await fn(*args, **kwargs)
+
+            return run_async
+
+        @functools.wraps(fn)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+            with ComputePool(**self._options):
+                return fn(*args, **kwargs)
+
+        return run
+
+
+def pool(provider: ProviderLike = None, **options: Any) -> _PoolDecorator:
+    """Return a decorator that provisions a pool around each call of the function.
+
+    Takes the options of `ComputePool`. Inside the function, ``sky`` is the pool: ``train(0.1) >> sky``.
+
+    Examples
+    --------
+    >>> import skyward as sky
+    >>> @sky.compute
+    ... def double(x: int) -> int:
+    ...     return 2 * x
+    >>> @sky.pool("local", display="quiet")
+    ... def main() -> int:
+    ...     return double(21) >> sky
+    >>> main()
+    42
+    """
+    if callable(provider) and not isinstance(provider, type) and not hasattr(provider, "name"):
+        raise TypeError("@sky.pool needs parentheses: @sky.pool() or @sky.pool(provider=..., nodes=...)")
+    return _PoolDecorator({"provider": provider, **options})

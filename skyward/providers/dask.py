@@ -1,0 +1,58 @@
+"""A Dask cluster that runs already, as a provider: joined, used, and left as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from skyward.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class Dask:
+    """Join a running Dask cluster: its hosts are the nodes, its worker threads the slots.
+
+    Parameters
+    ----------
+    target
+        A scheduler's address such as ``"tcp://10.0.0.5:8786"``, a `distributed.Client`, or a cluster object such as
+        `distributed.LocalCluster`. The workers need the same Python minor version and skyward installed.
+        Leaving the pool destroys nothing.
+    security
+        A `distributed.Security` for an address with TLS; taken from the client or cluster otherwise.
+    """
+
+    target: Any
+    security: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, str):
+            ok = "://" in self.target or ":" in self.target
+        else:
+            ok = hasattr(self.target, "scheduler_address") or hasattr(self.target, "scheduler")
+        if not ok:
+            accepted = "a scheduler address such as 'tcp://host:8786', a distributed.Client or a Dask cluster object"
+            raise _error(self.target, accepted)
+
+    @property
+    def name(self) -> str:
+        return "dask"
+
+    def address(self) -> str:
+        """Return the scheduler's address."""
+        if isinstance(self.target, str):
+            return self.target if "://" in self.target else f"tcp://{self.target}"
+        if hasattr(self.target, "scheduler_address"):
+            return str(self.target.scheduler_address)
+        scheduler = self.target.scheduler
+        if scheduler is None:
+            raise _error(self.target, "a client that is still connected")
+        return str(scheduler.address)
+
+    def credentials(self) -> Any:
+        """Return the `distributed.Security` to connect with, or None."""
+        return self.security or getattr(self.target, "security", None)
+
+
+def _error(target: Any, accepted: str) -> SpecError:
+    return SpecError(f"sky.Dask({target!r}): accepted is {accepted}", option="target", value=target, accepted=accepted)

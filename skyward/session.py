@@ -1,0 +1,136 @@
+"""What an active pool holds: cluster, client, engine and timers, from entering the block to leaving it."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distributed import Client
+
+from skyward import events
+from skyward.cluster import joined, local
+from skyward.cluster.cluster import JoinedCluster, SkyCluster
+from skyward.cluster.slot import LOG_TOPIC
+from skyward.console import Console
+from skyward.engine import Engine
+from skyward.errors import PoolTimeoutError
+from skyward.providers.dask import Dask
+
+if TYPE_CHECKING:
+    from skyward.pool import ComputePool
+
+
+class Session:
+    """What an active pool holds: cluster, client, engine, timers. Made to be thrown away."""
+
+    def __init__(self, pool: ComputePool) -> None:
+        self.pool = pool
+        self.pool_id = secrets.token_hex(4)
+        self._stack = contextlib.ExitStack()
+        self._over = threading.Event()
+        self._emitter: Any = None
+        self.cluster: SkyCluster
+        self.client: Client
+        self.engine: Engine
+
+    def emit(self, event: Any) -> None:
+        if self._emitter is not None:
+            self._emitter.emit(event)
+
+    def start(self) -> None:
+        """Bring everything up. Whoever calls also calls `stop`, whether or not this succeeds."""
+        pool, spec, stack = self.pool, self.pool.spec, self._stack
+        console = Console(spec.display)
+        self._emitter = events.Emitter(events.compose(console, pool._handle))
+        share = _shared_folder(self.pool_id)
+        stack.callback(shutil.rmtree, share, ignore_errors=True)
+        started = time.monotonic()
+        self.emit(events.InfraCreating())
+
+        provider = pool.provider
+        cores = 1
+        if isinstance(provider, Dask):
+            self.cluster = cluster = joined.joined_cluster(provider, self.pool_id)
+            expected: Callable[[], int] = lambda: 1  # noqa: E731 - somebody else's cluster promises nothing
+        else:
+            own = local.local_cluster(provider, spec, self.pool_id, share)
+            self.cluster = cluster = own
+            expected = lambda: sum(own._wanted.values())  # noqa: E731
+            cores = local.cores_per_slot(spec)
+        stack.callback(cluster.stop)
+        cluster.start()
+        # Not the default client: that is for the caller to choose.
+        self.client = client = Client(cluster, set_as_default=False, direct_to_workers=True)
+        stack.callback(client.close)
+        see_share = True
+        if isinstance(cluster, JoinedCluster):
+            see_share = joined.prepare(client, cluster, share)
+        accelerator = spec.accelerator
+        self.engine = engine = Engine(
+            client,
+            cluster.slots,
+            pool_id=self.pool_id,
+            expected=expected,
+            retries=spec.retries,
+            share=share if see_share else None,
+            cores_per_slot=cores,
+            accelerator=accelerator.name if accelerator else None,
+            accelerators_per_node=accelerator.count if accelerator else 0,
+        )
+        stack.callback(engine.close)
+        cluster.on_change = engine.roster_changed
+        cluster.on_lost = self._lost
+        cluster.demand = engine.demand
+        engine.wait_ready()
+        client.subscribe_topic(LOG_TOPIC, pool._receive_lines)
+        self._watch(spec.timeout, spec.idle_timeout)
+        self.emit(events.PoolStarted())
+        console.ready(pool, str(cluster.dashboard_link), time.monotonic() - started)
+
+    def stop(self, reason: BaseException) -> None:
+        self._over.set()
+        self.emit(events.PoolStopping())
+        if hasattr(self, "engine"):
+            self.engine.fail(reason)
+        self._stack.close()
+
+    def _lost(self, reason: BaseException) -> None:
+        self.engine.fail(reason)
+
+    def _watch(self, timeout: float, idle_timeout: float | None) -> None:
+        def watch() -> None:
+            deadline = time.monotonic() + timeout
+            while True:
+                limit = deadline
+                if idle_timeout is not None:
+                    limit = min(limit, self.engine.idle_since() + idle_timeout)
+                left = limit - time.monotonic()
+                if left > 0:
+                    if self._over.wait(left):
+                        return
+                    continue
+                what = "timeout" if limit == deadline else "idle_timeout"
+                seconds = timeout if limit == deadline else idle_timeout
+                reason = PoolTimeoutError(
+                    f"the pool's {what} of {seconds:g} s has passed: its machines were destroyed and calls that had "
+                    f"not finished are lost. Raise {what}=, or enter the pool again."
+                )
+                if self.pool._session is self:
+                    self.pool._stop(reason)
+                return
+
+        threading.Thread(target=watch, name="skyward-timeout", daemon=True).start()
+
+
+def _shared_folder(pool_id: str) -> Path:
+    """Make the folder for large arguments: in memory where the system offers that, readable by this user only."""
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() else None
+    return Path(tempfile.mkdtemp(prefix=f"skyward-{pool_id}-", dir=parent))

@@ -1,0 +1,123 @@
+"""The shapes of what travels: a chunk of calls to a worker, one outcome per call back. Plain data, both sides."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+
+class Slot(NamedTuple):
+    """One place for a call: a thread of a Dask worker."""
+
+    address: str
+    node: int
+    number: int  # within the node
+    threads: int = 1
+
+
+class BlobRef(NamedTuple):
+    """A large buffer that lies in a file of the node, or in the chunk's `blobs`."""
+
+    digest: str
+    nbytes: int
+    path: str | None  # None: the data comes with the task, under this digest
+
+
+class FunctionRef(NamedTuple):
+    """A pickled function; `digest` keys the worker's cache of unpickled ones."""
+
+    digest: str
+    data: bytes
+    buffers: tuple[BlobRef, ...]
+
+
+class WireCall(NamedTuple):
+    """One call of a chunk: which of its functions, and the pickled ``(args, kwargs)``."""
+
+    function: int
+    arguments: bytes
+    buffers: tuple[BlobRef, ...]
+
+
+class Participant(NamedTuple):
+    """The part that a task plays in a broadcast."""
+
+    rank: int
+    size: int
+    worker: int  # among the participants of its node
+    workers_per_node: int
+    barrier: str | None  # name of the barrier that all participants pass before any of them begins
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What one Dask task runs: calls in order, until done, cancelled or out of time."""
+
+    key: str
+    functions: tuple[FunctionRef, ...]
+    calls: list[WireCall]
+    layout: bytes  # a pickled `Layout`; bytes, because it's the same for many chunks and cached by the worker
+    budget_s: float | None  # begin no further call after this many seconds: the rest goes back
+    timeout_s: float | None = None  # for the single call of a chunk with a time limit
+    participant: Participant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The pool as a worker sees it; addresses are of Dask workers, `nodes[i][j]` is slot j of node i."""
+
+    pool_id: str
+    nodes: tuple[tuple[str, ...], ...]
+    head_addr: str
+    head_port: int
+    accelerator: str | None = None
+    accelerators_per_node: int = 0
+
+    def place(self, address: str) -> tuple[int, int] | None:
+        for n, slots in enumerate(self.nodes):
+            if address in slots:
+                return n, slots.index(address)
+        return None
+
+
+class Kind(IntEnum):
+    """How a call ended."""
+
+    VALUE = 0
+    ERROR = 1  # the user's exception; `data` is the pickled exception
+    OPAQUE = 2  # value or exception could not be pickled; `data` is the pickled SerializationError
+    EXIT = 3  # sys.exit; `data` is the pickled code
+    TIMEOUT = 4
+    CANCELLED = 5  # interrupted on request
+    NOT_RUN = 6  # the chunk's time was up before its turn
+
+
+class Outcome(NamedTuple):
+    """How one call ended, still pickled: the caller's thread unpickles it."""
+
+    kind: Kind
+    data: bytes = b""
+    buffers: tuple[Any, ...] = ()
+    seconds: float = 0.0
+    traceback: str = ""
+    machine: str = ""
+    warnings: tuple[tuple[str, bytes, str, int], ...] = ()  # (text, pickled category, filename, line)
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """One outcome per call of a chunk. Large buffers inside leave the pickle uncopied."""
+
+    items: list[Outcome] = field(default_factory=list)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if int(protocol) < 5:
+            items = [o._replace(buffers=tuple(bytes(b) for b in o.buffers)) if o.buffers else o for o in self.items]
+            return Outcomes, (items,)
+        items = [
+            o._replace(buffers=tuple(pickle.PickleBuffer(b) for b in o.buffers)) if o.buffers else o
+            for o in self.items
+        ]
+        return Outcomes, (items,)
