@@ -10,11 +10,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-try:  # TEMPORARY, until both modules have landed
-    from skyward.compute import compute as compute
-    from skyward.pool import pool as pool
-except ModuleNotFoundError:
-    pass
+# Submodules share these two names. Imported here, the decorators replace them as attributes for good.
+from skyward.compute import compute as compute
+from skyward.pool import pool as pool
+
 if TYPE_CHECKING:
     from skyward import conc as conc
     from skyward import integrations as integrations
@@ -83,8 +82,8 @@ if TYPE_CHECKING:
     from skyward.events import emit as emit
     from skyward.events import use_callback as use_callback
     from skyward.executor import Executor as Executor
+    from skyward.multipool import MultiPool as MultiPool
     from skyward.pool import ComputePool as ComputePool
-    from skyward.pool import MultiPool as MultiPool
     from skyward.providers.dask import Dask as Dask
     from skyward.providers.local import Local as Local
     from skyward.runtime import InstanceInfo as InstanceInfo
@@ -172,7 +171,7 @@ _HOME = {
     "use_callback": "skyward.events",
     "Executor": "skyward.executor",
     "ComputePool": "skyward.pool",
-    "MultiPool": "skyward.pool",
+    "MultiPool": "skyward.multipool",
     "Dask": "skyward.providers.dask",
     "Local": "skyward.providers.local",
     "InstanceInfo": "skyward.runtime",

@@ -60,8 +60,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (FunctionType, type)):
             name = getattr(obj, "__module__", None)
-        elif isinstance(obj, ModuleType):
-            name = obj.__name__
+        elif isinstance(obj, ModuleType) and is_project_module(obj.__name__):
+            return _reduce_module(obj)
         else:
             return super().reducer_override(obj)
         if not name or not is_project_module(name):
@@ -78,6 +78,38 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             finally:
                 if not already:
                     cloudpickle.unregister_pickle_by_value(module)
+
+
+def _reduce_module(module: ModuleType) -> Any:
+    # The contents are set after the module is made: modules refer to themselves and to each other in circles.
+    return _make_module, (module.__name__,), _contents(module), None, None, _fill_module
+
+
+def _make_module(name: str) -> ModuleType:
+    return ModuleType(name)
+
+
+def _fill_module(module: ModuleType, contents: dict[str, Any]) -> None:
+    vars(module).update(contents)
+
+
+_NOT_CONTENTS = {"__builtins__", "__cached__", "__loader__", "__spec__"}
+_unsendable: dict[str, tuple[int, frozenset[str] | None]] = {}
+"""By module: a hash of its contents, and the names that can't travel; None while that is being found out."""
+
+
+def _contents(module: ModuleType) -> dict[str, Any]:
+    """Return what the module holds, without what can't travel: a lock in a module must not keep it at home."""
+    held = {k: v for k, v in vars(module).items() if k not in _NOT_CONTENTS}
+    state = hash(tuple((k, id(v)) for k, v in held.items()))
+    known = _unsendable.get(module.__name__)
+    if known is None or known[0] != state:
+        _unsendable[module.__name__] = (state, None)
+        failing = frozenset(k for k, v in held.items() if _failure(v) is not None)
+        known = _unsendable[module.__name__] = (state, failing)
+    if known[1] is None:  # reached from itself: an empty one will do to find out about the others
+        return {}
+    return {k: v for k, v in held.items() if k not in known[1]}
 
 
 @functools.cache

@@ -14,10 +14,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, TypeVarTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from skyward import events
-from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, current_pool
+from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
 from skyward.errors import NoActivePoolError, PoolError
 from skyward.providers import ProviderLike, resolve
 from skyward.spec import Image, Instance, LogConfig, PoolSpec
@@ -36,6 +36,33 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
+
+
+class PoolOptions(TypedDict, total=False):
+    """The keyword options of `ComputePool`, for those that hand them on."""
+
+    selection: Any
+    image: Image | None
+    nodes: int
+    machine: str | None
+    accelerator: str | Accelerator | None
+    architecture: Literal["x86_64", "arm64"] | None
+    cpu: int | None
+    memory: str | int | None
+    volume: Volume | Sequence[Volume]
+    allocation: str | float | Allocation
+    timeout: float
+    env: Mapping[str, str] | None
+    concurrency: int
+    display: Literal["auto", "log", "spinner", "quiet"]
+    on_event: events.Callback | None
+    collect_metrics: bool
+    logging: LogConfig | None
+    max_price: float | None
+    max_cost: float | None
+    idle_timeout: float | None
+    retries: int
+
 
 _LINES_KEPT = 10_000
 """Lines of output kept per node for `ComputePool.logs`."""
@@ -139,7 +166,6 @@ class ComputePool:
         self._handlers: list[tuple[type[Any], Callable[[Any], None]]] = []
         self._lock = threading.RLock()
         self._session: Session | None = None
-        self._previous: Any = None
         self._ended: BaseException | None = None
         self._logs: dict[int, deque[str]] = {}
 
@@ -147,24 +173,20 @@ class ComputePool:
 
     def __enter__(self) -> Self:
         self._start()
-        self._previous = current_pool.get()
-        current_pool.set(self)
+        enter(self)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        current_pool.set(self._previous)
-        self._previous = None
+        leave(self)
         self._stop()
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._start)
-        self._previous = current_pool.get()
-        current_pool.set(self)
+        enter(self)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        current_pool.set(self._previous)
-        self._previous = None
+        leave(self)
         # Shielded: a task that is cancelled must not leave machines behind.
         await asyncio.shield(asyncio.to_thread(self._stop))
 
@@ -253,8 +275,6 @@ class ComputePool:
 
         The iterables are read only a little ahead of what has been yielded.
         """
-        from skyward.compute import compute
-
         function = fn if isinstance(fn, ComputeFunction) else compute(fn)
         calls = (function(*args) for args in zip(*iterables, strict=False))
         return self.run_stream(PendingStream(calls))
@@ -387,9 +407,9 @@ def _call(pending: PendingCompute[Any]) -> Call:
 class _PoolDecorator:
     """What ``sky.pool(...)`` returns: wraps a function so that a pool is there around each run of its body."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
-        ComputePool(**options)  # bad options are found where they are written, not at the first call
+    def __init__(self, provider: ProviderLike, options: PoolOptions) -> None:
+        self._make = functools.partial(ComputePool, provider, **options)
+        self._make()  # bad options are found where they are written, not at the first call
 
     @overload
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]: ...
@@ -400,20 +420,20 @@ class _PoolDecorator:
 
             @functools.wraps(fn)
             async def run_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-                async with ComputePool(**self._options):
+                async with self._make():
                     return await fn(*args, **kwargs)
 
             return run_async
 
         @functools.wraps(fn)
         def run(*args: P.args, **kwargs: P.kwargs) -> Any:
-            with ComputePool(**self._options):
+            with self._make():
                 return fn(*args, **kwargs)
 
         return run
 
 
-def pool(provider: ProviderLike = None, **options: Any) -> _PoolDecorator:
+def pool(provider: ProviderLike = None, **options: Unpack[PoolOptions]) -> _PoolDecorator:
     """Return a decorator that provisions a pool around each call of the function.
 
     Takes the options of `ComputePool`. Inside the function, ``sky`` is the pool: ``train(0.1) >> sky``.
@@ -430,6 +450,6 @@ def pool(provider: ProviderLike = None, **options: Any) -> _PoolDecorator:
     >>> main()
     42
     """
-    if callable(provider) and not isinstance(provider, type) and not hasattr(provider, "name"):
+    if inspect.isroutine(provider):
         raise TypeError("@sky.pool needs parentheses: @sky.pool() or @sky.pool(provider=..., nodes=...)")
-    return _PoolDecorator({"provider": provider, **options})
+    return _PoolDecorator(provider, options)

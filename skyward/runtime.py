@@ -26,7 +26,18 @@ from typing import Any
 
 from skyward import pickling
 from skyward.errors import SerializationError
-from skyward.wire import BlobRef, Chunk, FunctionRef, Kind, Layout, Outcome, Outcomes, Participant, WireCall
+from skyward.wire import (
+    BlobRef,
+    Chunk,
+    FunctionRef,
+    Kind,
+    Layout,
+    Outcome,
+    Outcomes,
+    Participant,
+    WireCall,
+    barrier_handler,
+)
 
 GRACE_S = 2.0
 """Seconds that an interrupted call has to end before its worker process is restarted."""
@@ -151,6 +162,9 @@ class _Running:
 
 _running: dict[str, _Running] = {}
 _running_lock = threading.Lock()
+_interrupted_early: OrderedDict[str, None] = OrderedDict()
+"""Chunks that were interrupted before they began: they may be on their way to a thread here."""
+_EARLY_KEPT = 4096
 may_restart = False
 """Whether this process may end itself to get rid of a call that does not stop; only our own workers may."""
 
@@ -168,6 +182,8 @@ def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
     me = _Running(threading.get_ident())
     with _running_lock:
         _running[chunk.key] = me
+        if chunk.key in _interrupted_early:
+            me.why = Kind.CANCELLED
     started = time.perf_counter()
     outcomes: list[Outcome] = []
     address = worker.address if worker else ""
@@ -177,7 +193,7 @@ def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
     try:
         shipped = _Shipped(chunk, blobs)
         if chunk.participant and chunk.participant.barrier:
-            _pass_barrier(worker, chunk.participant)
+            _pass_barrier(worker, layout.pool_id, chunk.participant)
         with _limit(chunk), _whole_node(chunk.participant):
             for call in chunk.calls:
                 spent = time.perf_counter() - started
@@ -386,7 +402,12 @@ def interrupt(keys: list[str], why: int = Kind.CANCELLED) -> int:
     for key in keys:
         with _running_lock:
             running = _running.get(key)
-            if running is None or running.why is not None:
+            if running is None:
+                _interrupted_early[key] = None
+                while len(_interrupted_early) > _EARLY_KEPT:
+                    _interrupted_early.popitem(last=False)
+                continue
+            if running.why is not None:
                 continue
             running.why = Kind(why)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -398,6 +419,11 @@ def interrupt(keys: list[str], why: int = Kind.CANCELLED) -> int:
             timer.daemon = True
             timer.start()
     return hit
+
+
+def runs_one_of(keys: list[str]) -> bool:
+    """Tell whether one of the chunks `keys` runs here."""
+    return any(key in _running for key in keys)
 
 
 def _end_process_if_running(key: str, running: _Running) -> None:
@@ -423,11 +449,11 @@ def _limit(chunk: Chunk) -> Iterator[None]:
 # --- broadcasts ---------------------------------------------------------------------------------------------
 
 
-def _pass_barrier(worker: Any, part: Participant) -> None:
+def _pass_barrier(worker: Any, pool_id: str, part: Participant) -> None:
     """Wait until every participant is here, so that a collective set-up never waits for a busy slot."""
     from distributed.utils import sync
 
-    sync(worker.loop, worker.scheduler.skyward_barrier, name=part.barrier, count=part.size)
+    sync(worker.loop, getattr(worker.scheduler, barrier_handler(pool_id)), name=part.barrier, count=part.size)
 
 
 _THREAD_VARIABLES = (

@@ -71,6 +71,7 @@ class Session:
         stack.callback(client.close)
         see_share = True
         if isinstance(cluster, JoinedCluster):
+            stack.callback(joined.forget, client, cluster)
             see_share = joined.prepare(client, cluster, share)
         accelerator = spec.accelerator
         self.engine = engine = Engine(

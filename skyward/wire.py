@@ -51,6 +51,11 @@ class Participant(NamedTuple):
     barrier: str | None  # name of the barrier that all participants pass before any of them begins
 
 
+def barrier_handler(pool_id: str, *, abort: bool = False) -> str:
+    """Return the name of the scheduler's call for waiting at a barrier of the pool, or for ending it."""
+    return f"skyward_barrier_{'abort_' if abort else ''}{pool_id}"
+
+
 @dataclass(slots=True)
 class Chunk:
     """What one Dask task runs: calls in order, until done, cancelled or out of time."""

@@ -19,6 +19,7 @@ from typing import Any
 from distributed.core import Status, rpc
 from distributed.deploy import Cluster
 from distributed.deploy.adaptive import Adaptive
+from distributed.objects import SchedulerInfo
 
 from skyward.cluster.node import AgentConfig, NodeSpec
 from skyward.errors import BootstrapError, PoolError
@@ -55,10 +56,9 @@ class SkyCluster(Cluster):  # type: ignore[misc]
         self.changed.set()
         self.on_change()
 
-    async def _connect(self, address: str) -> None:
+    def _open_rpc(self, address: str) -> None:
         arguments = self.security.get_connection_args("client") if self.security else None
         self.scheduler_comm = rpc(address, connection_args=arguments)
-        await super()._start()
 
     def stop(self) -> None:
         """Close and end the event loop's thread. May be called twice; never raises for what is gone already."""
@@ -129,7 +129,8 @@ class AgentCluster(SkyCluster):
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 scheduler = await self._up
-                await self._connect(scheduler["address"])
+                self._open_rpc(scheduler["address"])
+                await super()._start()
                 await self._all_there()
         except TimeoutError:
             raise BootstrapError(
@@ -304,10 +305,31 @@ class JoinedCluster(SkyCluster):
 
     def start(self) -> None:
         try:
-            self.sync(self._connect, self._address)
+            self._open_rpc(self._address)
+            self.sync(self.refresh)
+        except OSError as exc:
+            self.stop()
+            raise PoolError(f"no Dask scheduler answers at {self._address}: {exc}") from exc
         except BaseException:
             self.stop()
             raise
+        self.status = Status.running
+
+    async def refresh(self) -> None:
+        """Ask the scheduler for its workers.
+
+        Not through the subscription that Dask's own cluster objects use: a scheduler has room for one subscriber,
+        and that is whoever made the cluster.
+        """
+        self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
+        self.changed.set()
+        self.on_change()
+
+    async def heard(self, event: tuple[float, Any]) -> None:
+        """Take an entry of the scheduler's event log."""
+        message = event[1]
+        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
+            await self.refresh()
 
     def slots(self) -> list[Slot]:
         workers = self.scheduler_info["workers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import secrets
 import time
@@ -12,7 +13,7 @@ import cloudpickle
 import distributed
 
 import skyward
-from skyward.cluster.barrier import BarrierPlugin
+from skyward.cluster.barrier import barrier_plugin, remove_barrier
 from skyward.cluster.cluster import JoinedCluster
 from skyward.errors import PoolError, VersionMismatchError
 from skyward.providers.dask import Dask
@@ -35,6 +36,8 @@ def prepare(client: Any, cluster: JoinedCluster, share: Path) -> bool:
     VersionMismatchError
         A worker lacks skyward or has another Python; the message is a table.
     """
+    client.subscribe_topic("all", cluster.heard)  # Dask tells there which workers come and go
+    cluster.sync(cluster.refresh)  # those that came before the subscription
     deadline = time.monotonic() + WAIT_S
     while not cluster.slots():
         if time.monotonic() > deadline:
@@ -62,8 +65,15 @@ def prepare(client: Any, cluster: JoinedCluster, share: Path) -> bool:
             "Install the versions shown under 'here' on the workers (pip install skyward==…), or use theirs here.",
             table=tuple(dict.fromkeys(rows)),
         )
-    client.register_plugin(BarrierPlugin())
+    client.register_plugin(barrier_plugin(cluster.name))
     return all(there["share"] for there in answers.values())
+
+
+def forget(client: Any, cluster: JoinedCluster) -> None:
+    """Undo what `prepare` has done to the scheduler."""
+    if client.status == "running":  # otherwise the cluster has ended before us
+        with contextlib.suppress(OSError):  # ... or does so now
+            remove_barrier(client, cluster.name)
 
 
 def _versions() -> dict[str, str]:

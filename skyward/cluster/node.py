@@ -172,7 +172,7 @@ class _Agent:
         import dask
         from distributed import Scheduler
 
-        from skyward.cluster.barrier import BarrierPlugin
+        from skyward.cluster.barrier import barrier_plugin
         from skyward.cluster.security import Credentials
 
         config = self.config
@@ -199,7 +199,7 @@ class _Agent:
                 protocol="tls",
                 security=self._security,
                 dashboard_address=f"{config.host}:{config.dashboard_port}",
-                plugins=[BarrierPlugin()],
+                plugins=[barrier_plugin(config.pool_id)],
             )
             await stack.enter_async_context(scheduler)
             self._scheduler_address = scheduler.address

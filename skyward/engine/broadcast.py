@@ -7,11 +7,10 @@ import logging
 import uuid
 from typing import TYPE_CHECKING
 
-from skyward import runtime
 from skyward.engine.calls import Item, now
 from skyward.engine.failures import WHY_DIED, not_run
 from skyward.errors import MachineLostError, WorkerDiedError
-from skyward.wire import Kind, Outcome, Outcomes, Participant
+from skyward.wire import Kind, Outcome, Participant, barrier_handler
 
 if TYPE_CHECKING:
     from skyward.engine.engine import Engine
@@ -28,6 +27,7 @@ class Broadcaster:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = asyncio.Lock()
+        self._ending: list[str] = []  # parts of a failed broadcast that may still run
 
     @property
     def is_busy(self) -> bool:
@@ -91,13 +91,17 @@ class Broadcaster:
                 task.cancel()
             if unfinished:
                 await self._abort_barrier(barrier)
-                await self._engine._interrupt(unfinished)
+                await self._engine._transport.interrupt(unfinished)
+                self._ending += unfinished
         return [results[i] for i in range(len(targets))]
 
     async def _complete(self) -> None:
-        """Wait until every slot is there: a worker that died a moment ago is being started again."""
+        """Wait until every slot is there and free of the last broadcast: a worker may be on its way out or in."""
         try:
             async with asyncio.timeout(_RESTART_S):
+                ending, self._ending = self._ending, []
+                if ending:
+                    await self._engine._transport.wait_ended(ending)
                 while self._engine.slots < max(1, self._engine._expected()):
                     await asyncio.sleep(0.02)
         except TimeoutError:
@@ -112,11 +116,8 @@ class Broadcaster:
         self, key: str, item: Item, part: Participant, address: str
     ) -> Outcome | BaseException:
         try:
-            arguments = await self._engine._task_arguments(self._engine._chunk(key, [item], part))
-            future = self._engine.client.submit(
-                runtime.run_batch, *arguments, key=key, pure=False, workers=[address], priority=100
-            )
-            result: Outcomes = await self._engine.client.gather(future, direct=self._engine._direct, asynchronous=True)
+            arguments = await self._engine._transport.arguments(self._engine._chunk(key, [item], part))
+            result = await self._engine._transport.run(key, arguments, workers=[address], priority=100)
         except Exception as exc:  # as in _run_chunk
             if type(exc).__name__ == "KilledWorker":
                 return WorkerDiedError(
@@ -131,6 +132,7 @@ class Broadcaster:
     async def _abort_barrier(self, name: str | None) -> None:
         if name is not None:
             try:
-                await self._engine.client.scheduler.skyward_barrier_abort(name=name)
+                handler = barrier_handler(self._engine._placed.pool_id, abort=True)
+                await getattr(self._engine.client.scheduler, handler)(name=name)
             except Exception:  # the scheduler is gone, and nobody waits at its barriers
                 logger.debug("barrier %s could not be aborted", name, exc_info=True)

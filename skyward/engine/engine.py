@@ -25,6 +25,7 @@ from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_l
 from skyward.engine.failures import died, not_run
 from skyward.engine.group import CallFuture, Delivery, Group
 from skyward.engine.store import Store
+from skyward.engine.transport import Transport
 from skyward.errors import PoolError
 from skyward.wire import Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 _CHUNK_CALLS = 20_000
 """Most calls in one chunk. By feel: a chunk's list stays within a few megabytes."""
 _CHUNK_BYTES = 16 << 20
+_ENDING_S = runtime.GRACE_S + 10.0
+"""Seconds after which a worker that was to end because of a cancelled call has ended, or goes on. By feel."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
 
@@ -83,7 +86,7 @@ class Engine:
         self.last_activity = now()
         self._slots = slots
         self._expected = expected
-        self._direct = direct
+        self._transport = Transport(client, self.store, direct=direct)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
         self._thread: int | None = None
         self._facts = (pool_id, head, accelerator, accelerators_per_node)
@@ -95,8 +98,8 @@ class Engine:
         self._dirty_lock = threading.Lock()
         self._chunks: dict[str, tuple[Group, list[Item]]] = {}
         self._suspects = 0  # queued or running calls that were on a worker when it died
+        self._ending: dict[str, float] = {}  # workers that may end at our own request, and until when
         self._tasks: set[asyncio.Task[None]] = set()
-        self._scattered: dict[str, Any] = {}
         self._broadcaster = Broadcaster(self)
         self._failure: BaseException | None = None
         self._read = threading.Event()
@@ -349,33 +352,14 @@ class Engine:
         budget = None if len(items) == 1 else Estimates.BUDGET_S
         return Chunk(key, tuple(functions.values()), calls, self._layout, budget, timeout, part)
 
-    async def _task_arguments(self, chunk: Chunk) -> list[Any]:
-        """Return the chunk and the futures of those large buffers that lie on the cluster rather than in files."""
-        digests: dict[str, None] = {}
-        for refs in [*(f.buffers for f in chunk.functions), *(c.buffers for c in chunk.calls)]:
-            digests.update((r.digest, None) for r in refs if r.path is None)
-        for digest in self.store.dropped:
-            self._scattered.pop(digest, None)
-        self.store.dropped.clear()
-        for digest in digests:
-            if digest not in self._scattered:
-                # Stored before the wait, so that the next chunk waits for the same transfer.
-                self._scattered[digest] = self._loop.create_task(self._scatter(digest))
-        return [chunk, *[await self._scattered[d] for d in digests]]
-
-    async def _scatter(self, digest: str) -> Any:
-        (future,) = await self.client._scatter([self.store.data(digest)], hash=False)
-        return future
-
     async def _run_chunk(self, key: str, group: Group, items: list[Item]) -> None:
         began = now()
         result: Outcomes | BaseException
         try:
-            arguments = await self._task_arguments(self._chunk(key, items))
+            arguments = await self._transport.arguments(self._chunk(key, items))
             if key not in self._chunks:
                 return  # cancelled meanwhile
-            future = self.client.submit(runtime.run_batch, *arguments, key=key, pure=False)
-            result = await self.client.gather(future, direct=self._direct, asynchronous=True)
+            result = await self._transport.run(key, arguments)
         except asyncio.CancelledError:
             result = asyncio.CancelledError()
         except Exception as exc:  # Dask's own errors: worker killed, scheduler lost, chunk unreadable over there
@@ -429,6 +413,10 @@ class Engine:
             # Not a death: the chunk could not be read over there, or the scheduler dropped it.
             error = not_run(cause)
             group.deliver([(item, error) for item in items])
+            return
+        worker = getattr(cause, "last_worker", None)
+        if self._ending.get(getattr(worker, "address", ""), 0) > now():
+            self._requeue(group, items)  # it was ended because of another call, which was cancelled
             return
         done: list[tuple[Item, Outcome | BaseException]] = []
         again: list[Item] = []
@@ -486,18 +474,8 @@ class Engine:
             self._start(self._interrupt(keys))
 
     async def _interrupt(self, keys: list[str]) -> None:
-        """Take tasks off the cluster: queued ones are dropped, running ones interrupted."""
-        try:
-            self.client._send_to_scheduler(
-                {"op": "cancel-keys", "keys": keys, "force": False, "reason": "cancelled", "msg": ""}
-            )
-            for key in keys:
-                state = self.client.futures.pop(key, None)
-                if state is not None:
-                    state.cancel()
-            await self.client._run(runtime.interrupt, keys, on_error="ignore")
-        except Exception:  # the cluster is going away, and the tasks with it
-            logger.debug("interrupt of %d tasks failed", len(keys), exc_info=True)
+        for address in await self._transport.interrupt(keys):
+            self._ending[address] = now() + _ENDING_S
 
     def _fail(self, reason: BaseException) -> None:
         if self._failure is None:
@@ -516,4 +494,4 @@ class Engine:
                 group.deliver([(item, self._failure) for item in items])
         for task in self._tasks:
             task.cancel()
-        self._scattered.clear()
+        self._transport.forget()

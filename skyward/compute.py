@@ -1,0 +1,534 @@
+"""Calls as values: what `@sky.compute` makes of a function, and the operators that send calls to a pool.
+
+Pure data, no I/O: what a target does with a call is the target's business. Imports nothing but errors, because
+``import skyward`` loads this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    TypeVarTuple,
+    overload,
+)
+
+from skyward.errors import NoActivePoolError, SpecError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S")
+R_co = TypeVar("R_co", covariant=True)
+Ts = TypeVarTuple("Ts")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+E = TypeVar("E")
+F = TypeVar("F")
+
+
+# --- where calls go -----------------------------------------------------------------------------------------
+
+
+class BroadcastTarget(Protocol):
+    """What may stand to the right of ``@``."""
+
+    def broadcast(self, pending: PendingCompute[R], /) -> tuple[R, ...]: ...
+
+
+class Target(BroadcastTarget, Protocol):
+    """What may stand to the right of ``>>``: a pool, or something that runs calls as a pool does."""
+
+    def run(self, pending: PendingCompute[R], /) -> R: ...
+    def run_batch(self, batch: PendingBatch[*Ts], /) -> tuple[*Ts]: ...
+    def run_stream(self, stream: PendingStream[R], /) -> Iterator[R]: ...
+
+
+_current: ContextVar[Any] = ContextVar("skyward_current_pool", default=None)
+_entered: list[tuple[Any, Any]] = []  # every target whose block is open in this process, with the one around it
+_entered_lock = threading.Lock()
+
+
+def enter(target: Any) -> None:
+    """Make `target` the current one in this context; `leave` ends it."""
+    with _entered_lock:
+        _entered.append((target, _current.get()))
+    _current.set(target)
+
+
+def leave(target: Any) -> None:
+    """Make the target that was current before `enter` the current one again."""
+    with _entered_lock:
+        at = max((i for i, (t, _) in enumerate(_entered) if t is target), default=None)
+        if at is None:
+            return
+        _, around = _entered.pop(at)
+    _current.set(around)
+
+
+def current_pool() -> Any:
+    """Return the innermost active pool as seen from here, or None.
+
+    A thread that was started without its parent's context sees the pool too, as long as only one can be meant.
+    """
+    found = _current.get()
+    if found is not None:
+        return found
+    with _entered_lock:
+        around = [outer for _, outer in _entered]
+        innermost = [t for t, _ in _entered if not any(t is o for o in around)]
+    return innermost[0] if len(innermost) == 1 else None
+
+
+def _resolve(target: Any, what: str, method: str) -> Any:
+    """Return the object to run on; `what` is how the call looks in a message, `method` what the target must have."""
+    if isinstance(target, ModuleType):
+        if target.__name__ != "skyward":
+            raise TypeError(f"module {target.__name__!r} can't run calls; only a pool or the module `skyward` can")
+        found = current_pool()
+        if found is None:
+            raise NoActivePoolError(_no_pool(what))
+        return found
+    if hasattr(target, method) and not _is_dask(target):
+        return target
+    raise TypeError(_not_a_target(target, what, method))
+
+
+def _is_dask(target: Any) -> bool:
+    return type(target).__module__.partition(".")[0] == "distributed"
+
+
+def _no_pool(what: str) -> str:
+    with _entered_lock:
+        several = len(_entered)
+    if several:
+        return (
+            f"{several} pools are active in this process, and this thread belongs to none of them: "
+            f"say which one, as in `{what} >> pool`."
+        )
+    return (
+        "no pool is active here, so there is nothing to run on. Either open one around the call:\n"
+        "    with sky.ComputePool(nodes=2) as pool:\n"
+        f"        result = {what} >> pool\n"
+        "or have one around a whole function:\n"
+        "    @sky.pool(nodes=2)\n"
+        "    def main():\n"
+        f"        result = {what} >> sky"
+    )
+
+
+def _not_a_target(target: Any, what: str, method: str) -> str:
+    if hasattr(target, "broadcast"):
+        return f"`{what} >> pool.slots` is not possible: use `{what} @ pool.slots`, or `{what} >> pool` for one worker"
+    if getattr(target, "__module__", "") == "skyward.pool" and callable(target):
+        return f"`sky.pool` is a decorator, not a pool: write `{what} >> sky`, or name the pool that `with` gave you"
+    if _is_dask(target):
+        return f"to use a Dask cluster, join it: `with sky.ComputePool(sky.Dask(client)) as pool: {what} >> pool`"
+    operator = "@" if method == "broadcast" else ">>"
+    return (
+        f"can't run `{what}` on a {type(target).__name__}; the right side of {operator} is a pool or the module `sky`"
+    )
+
+
+# --- calls --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PendingCompute(Generic[R_co]):
+    """A call that has not run: ``>> target`` runs it once, ``@ target`` on every node, ``&`` beside others.
+
+    `retries` counts reruns after an exception of its own; `timeout` is in seconds of its run time.
+    """
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    retries: int = 0
+    timeout: float | None = None
+
+    def __rshift__(self, target: Target | ModuleType) -> R_co:
+        value: R_co = _resolve(target, _shown(self), "run").run(self)
+        return value
+
+    def __matmul__(self, target: BroadcastTarget | ModuleType) -> tuple[R_co, ...]:
+        values: tuple[R_co, ...] = _resolve(target, _shown(self), "broadcast").broadcast(self)
+        return values
+
+    @overload
+    def __and__(self, other: PendingCompute[S]) -> PendingBatch[R_co, S]: ...
+    @overload
+    def __and__(self, other: PendingBatch[*Ts]) -> PendingBatch[R_co, *Ts]: ...
+    def __and__(self, other: Any) -> Any:
+        return PendingBatch((self,)) & other
+
+    def __repr__(self) -> str:
+        return f"<PendingCompute {_shown(self)}>"
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(_unused(_shown(self), "has no truth value"))
+
+    if not TYPE_CHECKING:  # a type checker says it by itself when they are not there
+
+        def __iter__(self) -> NoReturn:
+            raise TypeError(_unused(_shown(self), "can't be iterated over"))
+
+        def __await__(self) -> NoReturn:
+            what = _shown(self)
+            raise TypeError(
+                f"`{what}` has not run and can't be awaited. In a coroutine use "
+                f"`await asyncio.wrap_future(pool.submit({what}))`; elsewhere `{what} >> pool`"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PendingBatch(Generic[*Ts]):
+    """Calls to be run in parallel: ``>> target`` gives a tuple of their values, in order."""
+
+    calls: tuple[PendingCompute[Any], ...]
+    return_exceptions: bool = False
+
+    def __rshift__(self, target: Target | ModuleType) -> tuple[*Ts]:
+        values: Any = _resolve(target, "(a & b)", "run_batch").run_batch(self)
+        return values  # type: ignore[no-any-return]
+
+    @overload
+    def __and__(self, other: PendingCompute[S]) -> PendingBatch[*Ts, S]: ...
+    @overload
+    def __and__(self, other: PendingBatch[*tuple[Any, ...]]) -> PendingBatch[*tuple[Any, ...]]: ...
+    def __and__(self, other: Any) -> Any:
+        if isinstance(other, PendingCompute):
+            return replace(self, calls=(*self.calls, other))
+        if isinstance(other, PendingBatch):
+            return replace(self, calls=self.calls + other.calls)
+        if isinstance(other, ComputeFunction):
+            raise TypeError(_not_called(other, "&"))
+        raise TypeError(
+            f"can't put a {type(other).__name__} into a batch; `>>` binds tighter than `&`, so write `(a & b) >> pool`"
+        )
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __repr__(self) -> str:
+        return f"<PendingBatch of {len(self.calls)} calls>"
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(_unused("(a & b)", "has no truth value"))
+
+    if not TYPE_CHECKING:
+
+        def __iter__(self) -> NoReturn:
+            raise TypeError(_unused("(a & b)", "can't be iterated over"))
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(_unused("(a & b)", "can't be awaited"))
+
+        def __matmul__(self, target: Any) -> NoReturn:
+            raise TypeError("a batch can't run on every node: use `@` with each of its calls")
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PendingStream(Generic[R_co]):
+    """Calls taken from an iterable as slots get free: ``>> target`` gives an iterator of their values."""
+
+    calls: Iterable[PendingCompute[R_co]]
+    ordered: bool = True
+    return_exceptions: bool = False
+
+    def __rshift__(self, target: Target | ModuleType) -> Iterator[R_co]:
+        values: Iterator[R_co] = _resolve(target, "gather(..., stream=True)", "run_stream").run_stream(self)
+        return values
+
+    def __repr__(self) -> str:
+        return f"<PendingStream {'ordered' if self.ordered else 'unordered'}>"
+
+    if not TYPE_CHECKING:
+
+        def __iter__(self) -> NoReturn:
+            raise TypeError(_unused("gather(..., stream=True)", "can't be iterated over"))
+
+
+def _unused(what: str, problem: str) -> str:
+    return f"`{what}` is a call that has not run, so it {problem}. Run it: `{what} >> pool`, or `>> sky` inside a pool"
+
+
+def _not_called(fn: ComputeFunction[..., Any], operator: str) -> str:
+    name = fn.__name__
+    return f"`{name}` was not called: write `{name}(...) {operator} ...`, with its arguments"
+
+
+def _shown(pending: PendingCompute[Any]) -> str:
+    """Return the call as source-like text, short whatever the arguments are."""
+    name = getattr(pending.fn, "__name__", type(pending.fn).__name__)
+    return f"{name}({'...' if pending.args or pending.kwargs else ''})"
+
+
+# --- functions ----------------------------------------------------------------------------------------------
+
+
+class ComputeFunction(Generic[P, R_co]):
+    """A function whose calls are values to be sent to a pool. Made by `compute`."""
+
+    __name__: str
+    __qualname__: str
+
+    def __init__(self, fn: Callable[P, Any], *, retries: int = 0, timeout: float | None = None) -> None:
+        self.fn = fn
+        self.retries = retries
+        self.timeout = timeout
+        functools.update_wrapper(self, fn)
+        if not hasattr(self, "__name__"):  # a partial, or an object with __call__
+            self.__name__ = getattr(getattr(fn, "func", None), "__name__", type(fn).__name__)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> PendingCompute[R_co]:
+        return PendingCompute(self.fn, args, kwargs, self.retries, self.timeout)
+
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Run the function here and now, as a worker would: an async function is awaited."""
+        value: Any = self.fn(*args, **kwargs)
+        if inspect.iscoroutine(value):
+            value = _await(value)
+        result: R_co = value
+        return result
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        bound = functools.partial(self.fn, instance)
+        functools.update_wrapper(bound, self.fn)
+        return ComputeFunction(bound, retries=self.retries, timeout=self.timeout)
+
+    def __repr__(self) -> str:
+        return f"<ComputeFunction {self.__name__}{_signature(self.fn)}>"
+
+    if not TYPE_CHECKING:  # a type checker says it by itself when they are not there
+
+        def __rshift__(self, target: Any) -> NoReturn:
+            raise TypeError(_not_called(self, ">>"))
+
+        def __matmul__(self, target: Any) -> NoReturn:
+            raise TypeError(_not_called(self, "@"))
+
+        def __and__(self, other: Any) -> NoReturn:
+            raise TypeError(_not_called(self, "&"))
+
+
+def _signature(fn: Callable[..., Any]) -> str:
+    try:
+        return str(inspect.signature(fn))
+    except (TypeError, ValueError):  # some builtins have none
+        return "(...)"
+
+
+def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    # Called from a coroutine: a loop can't run inside another, so this one gets a thread of its own.
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(asyncio.run(coroutine))
+        except BaseException as exc:  # handed to the thread that waits
+            failure.append(exc)
+
+    thread = threading.Thread(target=copy_context().run, args=(run,))
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> ComputeFunction[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> ComputeFunction[P, R]: ...
+
+
+@overload
+def compute(fn: Callable[P, Coroutine[Any, Any, R]], /) -> ComputeFunction[P, R]: ...
+@overload
+def compute(fn: Callable[P, R], /) -> ComputeFunction[P, R]: ...
+@overload
+def compute(*, retries: int = 0, timeout: float | None = None) -> _Decorator: ...
+def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None) -> Any:
+    """Make a function whose calls are values: ``train(0.1)`` runs nothing, ``train(0.1) >> pool`` runs it there.
+
+    Works on async functions too; they are awaited on the worker.
+
+    Parameters
+    ----------
+    retries
+        How often a call is run again after it raised an exception of its own.
+    timeout
+        Seconds of run time after which a call is interrupted and `TimeoutError` is raised; None: no limit.
+
+    Raises
+    ------
+    TypeError
+        `fn` is a generator function, whose values can't travel one by one, or is not callable.
+    SpecError
+        An option can't work.
+
+    Examples
+    --------
+    >>> import skyward as sky
+    >>> @sky.compute
+    ... def double(x: int) -> int:
+    ...     return 2 * x
+    >>> double(21)
+    <PendingCompute double(...)>
+    >>> double.local(21)
+    42
+    """
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise _bad_option("retries", retries, "a whole number from 0")
+    if timeout is not None and not (
+        isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and 0 < timeout < math.inf
+    ):
+        raise _bad_option("timeout", timeout, "seconds greater than 0, or None for no limit")
+    if fn is None:
+        return functools.partial(compute, retries=retries, timeout=timeout)
+    if isinstance(fn, ComputeFunction):
+        fn = fn.fn
+    if not callable(fn):
+        raise TypeError(f"@sky.compute wraps a function, not a {type(fn).__name__}")
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        name = getattr(fn, "__name__", "fn")
+        raise TypeError(
+            f"{name}() is a generator function, and a generator can't travel from a worker: return a list, or make "
+            "one call per value and stream those: `sky.gather(calls, stream=True) >> pool`"
+        )
+    return ComputeFunction(fn, retries=retries, timeout=timeout)
+
+
+lazy = compute
+"""The same as `compute`."""
+
+
+def _bad_option(option: str, value: Any, accepted: str) -> SpecError:
+    return SpecError(f"{option}={value!r}: accepted is {accepted}", option=option, value=value, accepted=accepted)
+
+
+# --- many calls ---------------------------------------------------------------------------------------------
+
+_Calls = Iterable[PendingCompute[R]]
+
+
+@overload
+def gather(
+    calls: _Calls[R], /, *, stream: Literal[True], ordered: bool = True, return_exceptions: Literal[False] = False
+) -> PendingStream[R]: ...
+@overload
+def gather(
+    *calls: PendingCompute[R],
+    stream: Literal[True],
+    ordered: bool = True,
+    return_exceptions: Literal[False] = False,
+) -> PendingStream[R]: ...
+@overload
+def gather(
+    calls: _Calls[R], /, *, stream: Literal[True], ordered: bool = True, return_exceptions: Literal[True]
+) -> PendingStream[R | BaseException]: ...
+@overload
+def gather(
+    *calls: PendingCompute[R], stream: Literal[True], ordered: bool = True, return_exceptions: Literal[True]
+) -> PendingStream[R | BaseException]: ...
+@overload
+def gather(
+    calls: _Calls[R], /, *, return_exceptions: Literal[True]
+) -> PendingBatch[*tuple[R | BaseException, ...]]: ...
+@overload
+def gather(
+    *calls: PendingCompute[R], return_exceptions: Literal[True]
+) -> PendingBatch[*tuple[R | BaseException, ...]]: ...
+@overload
+def gather(a: PendingCompute[A], /) -> PendingBatch[A]: ...
+@overload
+def gather(a: PendingCompute[A], b: PendingCompute[B], /) -> PendingBatch[A, B]: ...
+@overload
+def gather(a: PendingCompute[A], b: PendingCompute[B], c: PendingCompute[C], /) -> PendingBatch[A, B, C]: ...
+@overload
+def gather(
+    a: PendingCompute[A], b: PendingCompute[B], c: PendingCompute[C], d: PendingCompute[D], /
+) -> PendingBatch[A, B, C, D]: ...
+@overload
+def gather(
+    a: PendingCompute[A], b: PendingCompute[B], c: PendingCompute[C], d: PendingCompute[D], e: PendingCompute[E], /
+) -> PendingBatch[A, B, C, D, E]: ...
+@overload
+def gather(
+    a: PendingCompute[A],
+    b: PendingCompute[B],
+    c: PendingCompute[C],
+    d: PendingCompute[D],
+    e: PendingCompute[E],
+    f: PendingCompute[F],
+    /,
+) -> PendingBatch[A, B, C, D, E, F]: ...
+@overload
+def gather(calls: _Calls[R], /) -> PendingBatch[*tuple[R, ...]]: ...
+@overload
+def gather(*calls: PendingCompute[R]) -> PendingBatch[*tuple[R, ...]]: ...
+def gather(*calls: Any, stream: bool = False, ordered: bool = True, return_exceptions: bool = False) -> Any:
+    """Put any number of calls together, to be run in parallel by ``>>``.
+
+    Parameters
+    ----------
+    calls
+        The calls, or one iterable of them.
+    stream
+        ``>>`` gives an iterator, which yields values as they come; the iterable is read only as far ahead as the
+        slots need, so it may be endless. Otherwise it gives a tuple.
+    ordered
+        With `stream`: yield in the order of the calls (True), or as they end.
+    return_exceptions
+        Exceptions take their places among the values. Otherwise the first one ends the others and is raised.
+
+    Raises
+    ------
+    TypeError
+        Something else than a call is among them.
+    """
+    source: Iterable[Any] = calls
+    if len(calls) == 1 and not isinstance(calls[0], PendingCompute) and isinstance(calls[0], Iterable):
+        source = calls[0]
+    if isinstance(source, (PendingBatch, PendingStream)):
+        raise TypeError("gather() was given a batch: give it the calls, or send the batch itself: `batch >> pool`")
+    if stream:
+        if isinstance(source, (list, tuple)):
+            return PendingStream(tuple(_checked(source)), ordered, return_exceptions)
+        return PendingStream(_checked(source), ordered, return_exceptions)
+    return PendingBatch(tuple(_checked(source)), return_exceptions)
+
+
+def _checked(calls: Iterable[Any]) -> Iterator[PendingCompute[Any]]:
+    for index, call in enumerate(calls):
+        if isinstance(call, ComputeFunction):
+            raise TypeError(f"gather(): item {index}: {_not_called(call, '>>')}")
+        if not isinstance(call, PendingCompute):
+            raise TypeError(
+                f"gather(): item {index} is a {type(call).__name__}, not a call of a @sky.compute function"
+            )
+        yield call

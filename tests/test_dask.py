@@ -1,0 +1,160 @@
+"""`sky.Dask`: a pool on a cluster that is somebody else's, used and left as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client, LocalCluster
+
+import skyward as sky
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+@sky.compute
+def double(x: int) -> int:
+    return 2 * x
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def joined(target: Any, **options: Any) -> sky.ComputePool:
+    return sky.ComputePool(sky.Dask(target), display="quiet", **options)
+
+
+def test_a_cluster_object_an_address_and_a_client_can_be_joined(cluster: LocalCluster) -> None:
+    with Client(cluster, set_as_default=False) as client:
+        for target in (cluster, cluster.scheduler_address, client):
+            with joined(target) as pool:
+                assert double(21) >> pool == 42
+                assert sky.gather(*(double(i) for i in range(100))) >> pool == tuple(range(0, 200, 2))
+                assert pool.total_slots == 2
+
+
+def test_its_hosts_are_nodes_and_its_threads_slots(cluster: LocalCluster) -> None:
+    with joined(cluster) as pool:
+        assert pool.instance_count == 1
+        assert len(sky.compute(os.getpid)() @ pool) == 1
+        assert len(set(sky.compute(os.getpid)() @ pool.slots)) == 2
+
+
+def test_leaving_leaves_the_cluster_as_it_was(cluster: LocalCluster) -> None:
+    with Client(cluster, set_as_default=False) as client:
+        before = set(client.scheduler_info(n_workers=-1)["workers"])
+        with joined(client) as pool:
+            pids = set(sky.compute(os.getpid)() @ pool.slots)
+        after = set(client.scheduler_info(n_workers=-1)["workers"])
+
+        assert client.submit(sum, [1, 2]).result(timeout=30) == 3
+        assert before == after
+        cluster.scale(3)  # its own maker still hears of its workers
+        client.wait_for_workers(3, timeout=30)
+        wait_until(lambda: len(cluster.scheduler_info["workers"]) == 3)
+        cluster.scale(2)
+        wait_until(lambda: len(cluster.scheduler_info["workers"]) == 2)
+        left = client.run_on_scheduler(lambda dask_scheduler: [*dask_scheduler.plugins, *dask_scheduler.handlers])
+        assert [name for name in left if "skyward" in name] == []
+        assert set(client.run(os.getpid).values()) == pids
+
+
+def test_workers_that_come_later_are_used_too(cluster: LocalCluster) -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as own, joined(own) as pool:
+        assert pool.total_slots == 1
+        own.scale(2)
+        wait_until(lambda: pool.total_slots == 2)
+        assert len(set(sky.compute(os.getpid)() @ pool.slots)) == 2
+
+
+def test_exceptions_and_warnings_come_back_here_too(cluster: LocalCluster) -> None:
+    def fail() -> None:
+        import warnings
+
+        warnings.warn("careful", UserWarning, stacklevel=1)
+        raise KeyError("x")
+
+    with (
+        joined(cluster) as pool,
+        pytest.warns(UserWarning, match="careful"),
+        pytest.raises(KeyError) as info,
+    ):
+        sky.compute(fail)() >> pool
+
+    assert isinstance(info.value.__cause__, sky.RemoteTraceback)
+
+
+def test_large_arrays_reach_the_workers(cluster: LocalCluster) -> None:
+    import numpy as np
+
+    array = np.arange(1 << 19)
+
+    with joined(cluster) as pool:
+        sums = sky.gather(*(sky.compute(lambda a, k: int(a.sum()) + k)(array, k) for k in range(6))) >> pool
+
+    assert sums == tuple(int(array.sum()) + k for k in range(6))
+
+
+def test_cancelling_harms_no_worker_that_is_not_ours(cluster: LocalCluster) -> None:
+    with joined(cluster) as pool:
+        before = set(sky.compute(os.getpid)() @ pool.slots)
+        future = pool.submit(sky.compute(time.sleep)(4))
+        while not future.running():
+            time.sleep(0.01)
+        future.cancel()
+
+        assert set(sky.compute(os.getpid)() @ pool.slots) == before
+
+
+def test_a_scheduler_that_does_not_answer_is_an_error() -> None:
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        pytest.raises(sky.PoolError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"),
+    ):
+        joined("tcp://127.0.0.1:9").__enter__()
+
+
+@pytest.mark.parametrize("target", ["nonsense", 5, None])
+def test_what_cannot_be_joined_is_told_what_can(target: Any) -> None:
+    with pytest.raises(sky.SpecError, match="scheduler address such as"):
+        sky.Dask(target)
+
+
+def test_workers_without_skyward_are_found_before_any_call(cluster: LocalCluster) -> None:
+    # A worker of another environment: the same interpreter, with an import path that hides skyward.
+    code = (
+        "import sys\n"
+        "class Hide:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'skyward': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "from distributed.cli.dask_worker import main\n"
+        "main([sys.argv[1], '--no-nanny', '--nthreads', '1', '--name', 'bare', '--no-dashboard'])\n"
+    )
+    with (
+        LocalCluster(n_workers=0, dashboard_address=":0", processes=True) as empty,
+        subprocess.Popen(
+            [sys.executable, "-c", code, empty.scheduler_address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as worker,
+    ):
+        try:
+            with pytest.raises(sky.VersionMismatchError, match=r"skyward .*missing") as info:
+                joined(empty).__enter__()
+        finally:
+            worker.terminate()
+
+    assert ("skyward", sky.__version__, "missing") in info.value.table  # type: ignore[attr-defined]

@@ -1,0 +1,264 @@
+"""The engine's own promises: chunks, groups, limits, the store."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import skyward as sky
+from skyward import pickling
+from skyward.engine import Call
+from skyward.engine.calls import Estimates
+from skyward.engine.store import Keeper, Store
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+# --- chunks -------------------------------------------------------------------------------------------------
+
+
+@given(
+    seconds=st.none() | st.floats(0, 1000),
+    remaining=st.integers(1, 10**7),
+    slots=st.integers(1, 4096),
+)
+def test_a_chunk_holds_at_least_one_call_and_not_much_more_than_its_time(
+    seconds: float | None, remaining: int, slots: int
+) -> None:
+    estimates = Estimates()
+    if seconds is not None:
+        estimates.observe("f", seconds, 1)
+
+    size = estimates.chunk_size("f", remaining, slots)
+
+    assert size >= 1
+    if seconds is None:
+        assert size <= 16
+    elif size > 1:
+        assert size * seconds <= Estimates.TARGET_S * 1.001
+
+
+@given(seconds=st.floats(0.02, 100), slots=st.integers(1, 64), count=st.integers(1, 2000))
+def test_long_calls_are_spread_over_all_slots(seconds: float, slots: int, count: int) -> None:
+    estimates = Estimates()
+    estimates.observe("f", seconds, 1)
+
+    size = estimates.chunk_size("f", count, slots)
+
+    assert size <= max(1, count // slots)
+
+
+def test_many_short_calls_become_few_tasks(pool: sky.ComputePool) -> None:
+    sent = 0
+    engine = pool.engine
+    send = engine._send
+
+    def count(group: Any, items: Any) -> None:
+        nonlocal sent
+        sent += 1
+        send(group, items)
+
+    engine._send = count  # type: ignore[method-assign]
+    try:
+        assert len(sky.gather(*(sky.compute(square)(i) for i in range(5000))) >> pool) == 5000
+    finally:
+        engine._send = send  # type: ignore[method-assign]
+
+    assert sent < 500
+
+
+def test_a_slow_call_among_fast_ones_does_not_hold_them_back(pool: sky.ComputePool) -> None:
+    def work(i: int) -> int:
+        time.sleep(1.5 if i == 0 else 0)
+        return i
+
+    stream = sky.gather((sky.compute(work)(i) for i in range(200)), stream=True, ordered=False) >> pool
+
+    order = list(stream)
+    assert sorted(order) == list(range(200))
+    assert order.index(0) > 150  # some may share its chunk
+
+
+# --- groups -------------------------------------------------------------------------------------------------
+
+
+def test_a_group_never_runs_more_than_its_limit(pool: sky.ComputePool, tmp_path: Path) -> None:
+    def work(i: int) -> int:
+        mark = tmp_path / str(i)
+        mark.touch()
+        running = len(list(tmp_path.iterdir()))
+        time.sleep(0.02)
+        mark.unlink()
+        return running
+
+    group = pool.engine.group(limit=2)
+    futures = [pool.engine.submit(Call(work, (i,), alone=True), group=group) for i in range(30)]
+
+    assert max(f.result(timeout=60) for f in futures) == 2
+
+
+def test_cancelling_a_group_leaves_others_alone_and_the_group_usable(pool: sky.ComputePool) -> None:
+    engine = pool.engine
+    one, other = engine.group(limit=2), engine.group(limit=2)
+    stuck = [engine.submit(Call(time.sleep, (60,), alone=True), group=one) for _ in range(8)]
+    fine = [engine.submit(Call(square, (i,), alone=True), group=other) for i in range(20)]
+
+    one.cancel()
+
+    assert [f.result(timeout=60) for f in fine] == [i * i for i in range(20)]
+    for future in stuck:
+        with pytest.raises(BaseException) as info:
+            future.result(timeout=30)
+        assert type(info.value).__name__ == "CancelledError"
+    assert engine.submit(Call(square, (3,)), group=one).result(timeout=60) == 9
+
+
+def test_a_chunk_that_is_interrupted_before_it_begins_does_not_run() -> None:
+    from skyward import runtime
+    from skyward.wire import Chunk, Kind, Layout, WireCall
+
+    layout, _ = pickling.dumps(Layout("pool", (), "", 0))
+    chunk = Chunk("early-key", (), [WireCall(0, b"", ())], layout, None)
+
+    assert runtime.interrupt(["early-key"]) == 0
+    outcomes = runtime.run_batch(chunk)
+
+    assert [o.kind for o in outcomes.items] == [Kind.CANCELLED]
+
+
+def test_groups_are_served_in_turn(pool: sky.ComputePool) -> None:
+    many = pool.engine.group()
+    long = [pool.engine.submit(Call(time.sleep, (0.05,), alone=True), group=many) for _ in range(400)]
+
+    assert pool.engine.submit(Call(square, (4,))).result(timeout=60) == 16
+    assert not long[-1].done()
+    many.cancel()
+
+
+def test_blocking_calls_from_the_loops_own_thread_are_refused(pool: sky.ComputePool) -> None:
+    async def block() -> None:
+        sky.compute(square)(1) >> pool
+
+    import asyncio
+
+    future = asyncio.run_coroutine_threadsafe(block(), pool.client.loop.asyncio_loop)
+    with pytest.raises(RuntimeError, match="can't be made from the thread of its event loop"):
+        future.result(timeout=30)
+
+
+def test_callbacks_may_submit_more(pool: sky.ComputePool) -> None:
+    results: list[int] = []
+    done = threading.Event()
+
+    def again(future: Any) -> None:
+        results.append(future.result())
+        if len(results) < 5:
+            pool.submit(sky.compute(square)(len(results))).add_done_callback(again)
+        else:
+            done.set()
+
+    pool.submit(sky.compute(square)(0)).add_done_callback(again)
+
+    assert done.wait(60)
+    assert results == [0, 1, 4, 9, 16]
+
+
+def test_many_threads_share_one_pool(pool: sky.ComputePool) -> None:
+    found: dict[int, tuple[int, ...]] = {}
+
+    def ask(k: int) -> None:
+        found[k] = sky.gather(*(sky.compute(square)(i + k) for i in range(50))) >> pool
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+
+    assert found == {k: tuple((i + k) ** 2 for i in range(50)) for k in range(8)}
+
+
+# --- the store ----------------------------------------------------------------------------------------------
+
+
+def test_equal_buffers_are_kept_once_and_unused_ones_dropped_when_room_is_short(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep_bytes=3 << 20)
+    first = store.put(memoryview(b"a" * (2 << 20)))
+    same = store.put(memoryview(b"a" * (2 << 20)))
+    other = store.put(memoryview(b"b" * (2 << 20)))
+
+    assert first == same
+    assert store.writes == 2
+    assert Path(str(first.path)).stat().st_size == 2 << 20
+
+    store.release((first,))
+    assert Path(str(first.path)).exists()  # one use is left
+    store.release((same,))
+    assert not Path(str(first.path)).exists()
+    assert Path(str(other.path)).exists()
+    store.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_is_hashed_once_within_a_group() -> None:
+    store = Store(None)
+    keeper = Keeper(store)
+    array = np.ones(1 << 18)
+    _, (first,) = pickling.dumps(array)
+    _, (again,) = pickling.dumps({"nested": array})
+
+    refs = keeper.put(first), keeper.put(again)
+
+    assert refs[0] == refs[1]
+    assert len(keeper._known) == 1
+
+
+def test_a_full_folder_is_an_error_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+
+    def full(self: Any, target: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)  # a full file system can't be had without root
+    with pytest.raises(OSError, match="No space left"):
+        store.put(memoryview(b"x" * 100))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- pickling -----------------------------------------------------------------------------------------------
+
+
+@given(st.recursive(st.none() | st.integers() | st.text() | st.floats(allow_nan=False), st.lists, max_leaves=20))
+def test_plain_data_survives(value: Any) -> None:
+    data, buffers = pickling.dumps(value)
+
+    assert buffers == []
+    assert pickling.loads(data) == value
+
+
+def test_only_large_buffers_leave_the_pickle() -> None:
+    small, large = np.ones(10), np.ones(1 << 18)
+
+    data, buffers = pickling.dumps([small, large])
+
+    assert [b.raw().nbytes for b in buffers] == [large.nbytes]
+    assert len(data) < 2000
+    np.testing.assert_array_equal(pickling.loads(data, buffers)[1], large)
+
+
+def test_modules_of_site_packages_travel_by_name() -> None:
+    data, _ = pickling.dumps(np.linalg.norm)
+
+    assert len(data) < 200
+    assert pickle.loads(data) is np.linalg.norm

@@ -1,0 +1,165 @@
+"""The local provider: real processes that stand for nodes, with the environment that real nodes would have."""
+
+from __future__ import annotations
+
+import os
+import sys
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import skyward as sky
+from skyward.cluster.overlay import missing
+
+
+def test_workers_are_named_after_node_and_slot_and_have_resources(pool: sky.ComputePool) -> None:
+    workers = pool.client.scheduler_info(n_workers=-1)["workers"].values()
+
+    found = {w["name"]: w["resources"] for w in workers}
+
+    assert found == {"0-0": {"NODE": 1.0}, "0-1": {}, "1-0": {"NODE": 1.0}, "1-1": {}}
+
+
+def test_every_slot_is_a_process_of_its_own(pool: sky.ComputePool) -> None:
+    assert len(set(sky.compute(os.getpid)() @ pool.slots)) == 4
+
+
+def test_the_cluster_is_a_dask_cluster(pool: sky.ComputePool) -> None:
+    from distributed import Client
+    from distributed.deploy import Cluster
+
+    assert isinstance(pool.cluster, Cluster)
+    with Client(pool.cluster, set_as_default=False) as client:
+        assert client.submit(sum, [1, 2, 3]).result(timeout=30) == 6
+    assert pool.client.submit(sum, [4, 5]).result(timeout=30) == 9
+
+
+def test_nobody_without_the_certificate_gets_in(pool: sky.ComputePool) -> None:
+    from distributed import Client, Security
+
+    address = pool.cluster.scheduler_address
+    assert address.startswith("tls://")
+    with pytest.raises(OSError):
+        Client(address.replace("tls://", "tcp://"), timeout="2s", set_as_default=False)
+    own = Security.temporary()
+    with pytest.raises(OSError):
+        Client(address, security=own, timeout="2s", set_as_default=False)
+
+
+def test_the_dashboard_answers_under_its_link(pool: sky.ComputePool) -> None:
+    link = pool.dashboard_link
+
+    with urllib.request.urlopen(link, timeout=30) as answer:
+        page = answer.read().decode()
+
+    assert link.startswith("http://127.0.0.1:")
+    assert answer.status == 200
+    assert "bokeh" in page.lower()
+
+
+def test_tasks_carry_the_name_of_the_users_function_on_the_dashboard(pool: sky.ComputePool) -> None:
+    @sky.compute
+    def my_own_name() -> int:
+        return 1
+
+    my_own_name() >> pool
+
+    prefixes = pool.client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
+    assert "my_own_name" in prefixes
+
+
+def test_gpus_are_divided_among_slots() -> None:
+    visible = sky.compute(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))()
+
+    with sky.ComputePool(
+        sky.Local(gpus=4), nodes=1, concurrency=2, accelerator="A100:4", display="quiet"
+    ) as pool:
+        assert visible @ pool.slots == ("0,1", "2,3")
+        info = sky.compute(sky.instance_info)() >> pool
+        workers = pool.client.scheduler_info(n_workers=-1)["workers"].values()
+
+    assert info is not None
+    assert (info.accelerator, info.accelerators, info.total_accelerators) == ("A100", 4, 4)
+    assert {w["resources"]["GPU"] for w in workers} == {2.0}
+
+
+def test_more_gpus_than_there_are_is_an_error_before_anything_starts() -> None:
+    with pytest.raises(sky.NoMatchingInstanceError, match=r"2 × 1 GPUs are asked for, 1 is declared per node"):
+        sky.ComputePool(sky.Local(gpus=1), accelerator="T4:2", display="quiet").__enter__()
+
+
+@pytest.mark.parametrize("value", [-1, "2", True])
+def test_declared_gpus_must_be_a_count(value: Any) -> None:
+    with pytest.raises(sky.SpecError, match="gpus="):
+        sky.Local(gpus=value)
+
+
+def _wheel(folder: Path, name: str, version: str) -> Path:
+    """Make a wheel with one module by hand: a wheel is only a zip file with three files of metadata."""
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{name}.py", f"VERSION = {version!r}\n")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_packages_that_are_missing_here_come_through_an_overlay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _wheel(tmp_path, "skyward_overlay_probe", "1.2")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def version() -> str:
+        import skyward_overlay_probe  # type: ignore[import-not-found]
+
+        return str(skyward_overlay_probe.VERSION)
+
+    image = sky.Image(pip=["skyward_overlay_probe==1.2", "dask"])
+    with sky.ComputePool("local", image=image, display="quiet") as pool:
+        assert sky.compute(version)() >> pool == "1.2"
+    with pytest.raises(ModuleNotFoundError):
+        version()
+
+
+def test_a_package_that_cannot_be_installed_ends_in_an_error_with_pips_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pool = sky.ComputePool("local", image=sky.Image(pip=["skyward-no-such-thing"]), display="quiet")
+
+    with pytest.raises(sky.BootstrapError, match="skyward-no-such-thing could not be installed") as info:
+        pool.__enter__()
+
+    assert info.value.step == "pip"  # type: ignore[attr-defined]
+    assert any("skyward-no-such-thing" in line for line in info.value.last_lines)  # type: ignore[attr-defined]
+    assert not pool.is_active
+    assert not list((tmp_path / "cache").rglob("site"))
+
+
+def test_what_is_installed_is_not_missing() -> None:
+    wanted = ["dask", "Distributed>=1", "dask<1", "nothing-like-this", "x; python_version < '3'"]
+
+    assert missing(wanted) == ["dask<1", "nothing-like-this"]
+
+
+def test_workers_see_the_callers_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside.py").write_text("HERE = 'found'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def find() -> str:
+        import importlib
+
+        return str(importlib.import_module("beside").HERE)
+
+    with sky.ComputePool("local", display="quiet") as pool:
+        assert sky.compute(find)() >> pool == "found"
+    sys.modules.pop("beside", None)
