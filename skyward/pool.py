@@ -139,17 +139,18 @@ class ComputePool:
         idle_timeout: float | None = None,
         retries: int = 3,
     ) -> None:
+        # What these four may be, and what PoolSpec makes of it, are different types.
         self.spec = PoolSpec(
             selection=selection,
             image=image if image is not None else Image(),
             nodes=nodes,
             machine=machine,
-            accelerator=accelerator,
+            accelerator=accelerator,  # type: ignore[arg-type]
             architecture=architecture,
             cpu=cpu,
-            memory=memory,
-            volume=volume,
-            allocation=allocation,
+            memory=memory,  # type: ignore[arg-type]
+            volume=volume,  # type: ignore[arg-type]
+            allocation=allocation,  # type: ignore[arg-type]
             timeout=timeout,
             env=env,
             concurrency=concurrency,
@@ -163,7 +164,7 @@ class ComputePool:
             retries=retries,
         )
         self.provider = resolve(provider)
-        self._handlers: list[tuple[type[Any], Callable[[Any], None]]] = []
+        self._handlers: list[events.Callback] = []
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._ended: BaseException | None = None
@@ -270,12 +271,16 @@ class ComputePool:
         """Start a call and return its future at once. Cancelling the future ends the call, even a running one."""
         return self.engine.submit(_call(pending))
 
-    def map(self, fn: Callable[..., R] | ComputeFunction[..., R], *iterables: Iterable[Any]) -> Iterator[R]:
+    @overload
+    def map(self, fn: ComputeFunction[..., R], *iterables: Iterable[Any]) -> Iterator[R]: ...
+    @overload
+    def map(self, fn: Callable[..., R], *iterables: Iterable[Any]) -> Iterator[R]: ...
+    def map(self, fn: Any, *iterables: Iterable[Any]) -> Iterator[Any]:
         """Yield ``fn(*args)`` for the items of `iterables` in step, in order, as slots get free.
 
         The iterables are read only a little ahead of what has been yielded.
         """
-        function = fn if isinstance(fn, ComputeFunction) else compute(fn)
+        function: ComputeFunction[..., Any] = fn if isinstance(fn, ComputeFunction) else compute(fn)
         calls = (function(*args) for args in zip(*iterables, strict=False))
         return self.run_stream(PendingStream(calls))
 
@@ -351,7 +356,14 @@ class ComputePool:
 
     def on(self, event_type: type[Any], handler: Callable[[Any], None]) -> None:
         """Call `handler` with every event of `event_type` from now on."""
-        self._handlers.append((event_type, handler))
+
+        def only(event: events.SkywardEvent) -> None:
+            if isinstance(event, event_type):
+                handler(event)
+
+        self._handlers.append(only)
+        if self._session is not None:
+            self._session.listen(only)
 
     def __repr__(self) -> str:
         state = "active" if self.is_active else "not active"
@@ -369,11 +381,9 @@ class ComputePool:
 
     # --- events ---------------------------------------------------------------------------------------------
 
-    def _handle(self, event: Any) -> Any:
-        for kind, handler in list(self._handlers):
-            if isinstance(event, kind):
-                handler(event)
-        return self.spec.on_event(event) if self.spec.on_event is not None else None
+    def callbacks(self) -> list[events.Callback]:
+        """Return who hears of this pool's events: `on_event`, and what `on` has added."""
+        return [*([self.spec.on_event] if self.spec.on_event is not None else []), *self._handlers]
 
     def _receive_lines(self, event: Any) -> None:
         """Take a batch of lines that a worker has sent; runs in the client's event loop."""

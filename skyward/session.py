@@ -44,11 +44,16 @@ class Session:
         if self._emitter is not None:
             self._emitter.emit(event)
 
+    def listen(self, callback: events.Callback) -> None:
+        """Let `callback` hear of what happens from now on."""
+        if self._emitter is not None:
+            self._emitter.add(callback)
+
     def start(self) -> None:
         """Bring everything up. Whoever calls also calls `stop`, whether or not this succeeds."""
         pool, spec, stack = self.pool, self.pool.spec, self._stack
         console = Console(spec.display)
-        self._emitter = events.Emitter(events.compose(console, pool._handle))
+        self._emitter = events.emitter(console, *pool.callbacks())
         share = _shared_folder(self.pool_id)
         stack.callback(shutil.rmtree, share, ignore_errors=True)
         started = time.monotonic()

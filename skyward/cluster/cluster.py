@@ -277,7 +277,7 @@ class _NodeAdaptive(Adaptive):  # type: ignore[misc]
     """Dask's adaptive scaling, counted in nodes and driven by what waits in the engine."""
 
     async def target(self) -> int:
-        slots = max([1, *self.cluster._wanted.values()])
+        slots: int = max([1, *self.cluster._wanted.values()])
         wanted: int = self.cluster.demand()
         return math.ceil(wanted / slots)
 

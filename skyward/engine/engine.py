@@ -247,13 +247,17 @@ class Engine:
     def _run_callbacks(self) -> None:
         """Decode outcomes of `submit` and run the futures' callbacks, away from the loop."""
         while (delivery := self._callbacks.get()) is not None:
-            for item, outcome in delivery:
-                future: CallFuture = item.sink
-                if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
-                    future.on_cancel = None
-                    future.cancel()
-                elif not future.cancelled():
-                    future.settle(*self.decoder.decode(item.call, outcome))
+            self._settle(delivery)
+            del delivery  # what it holds must not live on while this waits for the next
+
+    def _settle(self, delivery: Delivery) -> None:
+        for item, outcome in delivery:
+            future: CallFuture = item.sink
+            if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
+                future.on_cancel = None
+                future.cancel()
+            elif not future.cancelled():
+                future.settle(*self.decoder.decode(item.call, outcome))
 
     # --- in the loop: queues to chunks ----------------------------------------------------------------------
 

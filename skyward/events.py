@@ -1,0 +1,325 @@
+"""What happens to a pool, as values: one frozen dataclass per kind of event, and ways to hear of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeAlias
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfraCreating:
+    """The pool has begun to ask for what it needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InfraCreated:
+    """Networks, keys and groups are there."""
+
+    region: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceLaunching:
+    """`count` machines were asked for."""
+
+    count: int
+    instance_type: str
+    provider: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceProvisioned:
+    """A machine is there. Prices are in USD per hour."""
+
+    instance_id: str
+    node: int
+    spot: bool
+    provider: str
+    ip: str | None = None
+    instance_type: str | None = None
+    price_on_demand: float | None = None
+    price_spot: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProvisioningCompleted:
+    """All machines are there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionAutoSelected:
+    """The region was chosen by what is to be had there."""
+
+    region: str
+    provider: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootstrapStarting:
+    """A machine is being prepared."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootstrapProgress:
+    """A step of the preparation has begun."""
+
+    instance_id: str
+    step: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootstrapCompleted:
+    """A machine is prepared."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSetupCompleted:
+    """Scheduler and workers are up and connected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStarted:
+    """The pool takes calls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPoolInitCompleted:
+    """The engine knows its slots."""
+
+    slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """How busy a machine is. GPU figures are None where there is no GPU; temperature is in degrees Celsius."""
+
+    instance_id: str
+    node: int
+    cpu_percent: float
+    memory_percent: float
+    memory_used_mb: float
+    memory_total_mb: float
+    gpu_utilization: float | None = None
+    gpu_memory_used_mb: float | None = None
+    gpu_memory_total_mb: float | None = None
+    gpu_temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """A line that a worker has printed. `timestamp` is in seconds since the epoch, by the worker's clock."""
+
+    node: int
+    instance_id: str
+    line: str
+    timestamp: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceStopping:
+    """A machine is being destroyed."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceLost:
+    """A machine has gone that should be there."""
+
+    instance_id: str
+    node: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceReplaced:
+    """A new machine has taken the place of a lost one."""
+
+    instance_id: str
+    node: int
+    replaced_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStopping:
+    """The pool is being ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostUpdate:
+    """What the pool has cost so far, in USD and USD per hour."""
+
+    elapsed_seconds: float
+    accumulated_cost: float
+    hourly_rate: float
+    spot_count: int
+    ondemand_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostFinal:
+    """What the pool has cost, in USD; `savings_vs_ondemand` is what spot machines have saved."""
+
+    total_cost: float
+    total_seconds: float
+    hourly_rate: float
+    spot_count: int
+    ondemand_count: int
+    savings_vs_ondemand: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskProgress:
+    """`done` of `total` calls have ended; `total` is None while calls still come from a generator."""
+
+    done: int
+    total: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Error:
+    """Something went wrong, with a machine where `instance_id` is given."""
+
+    message: str
+    instance_id: str | None = None
+
+
+SkywardEvent: TypeAlias = (
+    InfraCreating
+    | InfraCreated
+    | InstanceLaunching
+    | InstanceProvisioned
+    | ProvisioningCompleted
+    | RegionAutoSelected
+    | BootstrapStarting
+    | BootstrapProgress
+    | BootstrapCompleted
+    | ClusterSetupCompleted
+    | PoolStarted
+    | TaskPoolInitCompleted
+    | Metrics
+    | LogLine
+    | InstanceStopping
+    | InstanceLost
+    | InstanceReplaced
+    | PoolStopping
+    | CostUpdate
+    | CostFinal
+    | TaskProgress
+    | Error
+)
+"""Any event of a pool."""
+
+Callback: TypeAlias = Callable[[SkywardEvent], SkywardEvent | Sequence[SkywardEvent] | None]
+"""Hears of events; those that it returns are emitted too."""
+
+_DEEPEST = 100  # events that answer an event that answers an event ...: beyond this it is a circle
+
+
+class _Emitter:
+    """Brings events to a callback, one at a time and in order, from whatever thread they come."""
+
+    def __init__(self, *callbacks: Callback) -> None:
+        self._callbacks: tuple[Callback, ...] = ()
+        for callback in callbacks:
+            self.add(callback)
+        self._failed: set[int] = set()
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[SkywardEvent, int]] = deque()
+        self._delivering = False
+
+    def add(self, callback: Callback) -> None:
+        """Let `callback` hear of what is emitted from now on."""
+        parts = callback.callbacks if isinstance(callback, _Composed) else (callback,)
+        self._callbacks = (*self._callbacks, *parts)
+
+    def emit(self, event: SkywardEvent) -> None:
+        """Deliver `event`, and before this returns whatever answers it.
+
+        While another thread delivers (or a callback emits from within), the event is left to that one.
+        """
+        with self._lock:
+            self._waiting.append((event, 0))
+            if self._delivering:
+                return
+            self._delivering = True
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._delivering = False
+                    return
+                current, depth = self._waiting.popleft()
+            for callback in self._callbacks:
+                self._call(callback, current, depth)
+
+    def _call(self, callback: Callback, event: SkywardEvent, depth: int) -> None:
+        try:
+            answer = callback(event)
+        except Exception:  # whatever a user's callback raises: it must not end a run that it only watches
+            if id(callback) not in self._failed:
+                self._failed.add(id(callback))
+                logger.exception("callback %r failed at %r; further failures of it are not logged", callback, event)
+            return
+        if answer is None:
+            return
+        answers = list(answer) if isinstance(answer, Sequence) else [answer]
+        if depth >= _DEEPEST:
+            logger.error("callback %r answers its own events without end; %r is dropped", callback, answers)
+            return
+        with self._lock:
+            self._waiting.extend((a, depth + 1) for a in answers)
+
+
+_installed: ContextVar[tuple[Callback, ...]] = ContextVar("skyward_callbacks", default=())
+
+
+def emitter(*callbacks: Callback) -> _Emitter:
+    """Return an emitter to `callbacks` and to those that `use_callback` has installed here."""
+    return _Emitter(*callbacks, *_installed.get())
+
+
+class _Composed:
+    """Several callbacks in one. An emitter takes it apart, so that one that raises does not silence the others."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = tuple(callbacks)
+
+    def __call__(self, event: SkywardEvent) -> list[SkywardEvent]:
+        found: list[SkywardEvent] = []
+        for callback in self.callbacks:
+            answer = callback(event)
+            if answer is not None:
+                found.extend(answer if isinstance(answer, Sequence) else [answer])
+        return found
+
+
+def compose(*callbacks: Callback) -> Callback:
+    """Return one callback that calls all of `callbacks`, in order; what they return is emitted."""
+    return _Composed(callbacks)
+
+
+def emit(event: SkywardEvent) -> None:
+    """Send `event` to the callbacks that `use_callback` has installed here."""
+    emitter().emit(event)
+
+
+@contextmanager
+def use_callback(callback: Callback) -> Iterator[None]:
+    """Let `callback` hear, inside the block, of `emit` and of all pools that are entered there."""
+    token = _installed.set((*_installed.get(), callback))
+    try:
+        yield
+    finally:
+        _installed.reset(token)

@@ -1,0 +1,153 @@
+"""A pool as a `concurrent.futures.Executor`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
+
+from skyward.compute import ComputeFunction, compute
+from skyward.pool import ComputePool, PoolOptions
+from skyward.providers import ProviderLike
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Executor(concurrent.futures.Executor):
+    """Runs functions on a pool of its own, with the interface of `concurrent.futures`.
+
+    Takes the options of `ComputePool`. The machines are brought up by ``with`` or by the first `submit`, and
+    destroyed by `shutdown`, at the end of the block, or at the latest when the executor or the process ends.
+    Futures support `cancel` (a running call is ended too), callbacks, `as_completed` and `wait`.
+
+    Examples
+    --------
+    >>> import skyward as sky
+    >>> with sky.Executor("local", concurrency=2, display="quiet") as executor:
+    ...     executor.submit(pow, 2, 10).result()
+    1024
+    """
+
+    def __init__(self, provider: ProviderLike = None, **options: Unpack[PoolOptions]) -> None:
+        self.pool = ComputePool(provider, **options)
+        self._lock = threading.Lock()
+        self._started = False
+        self._shut = False
+        self._pending: set[Future[Any]] = set()
+        # An executor that is forgotten, or alive when the interpreter exits, must not keep its machines.
+        self._end = weakref.finalize(self, _stop, self.pool)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if not self._started:
+                self.pool._start()
+                self._started = True
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    @property
+    def total_slots(self) -> int:
+        """How many calls can run at once; starts the machines if need be."""
+        self._start()
+        return self.pool.total_slots
+
+    @overload  # type: ignore[override]  # takes all that the base takes, and compute functions too
+    def submit(self, fn: ComputeFunction[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]: ...
+    @overload
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]: ...
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run ``fn(*args, **kwargs)`` on a worker and return its future."""
+        self._start()
+        function: ComputeFunction[..., Any] = fn if isinstance(fn, ComputeFunction) else compute(fn)
+        future: Future[Any] = self.pool.submit(function(*args, **kwargs))
+        with self._lock:
+            self._pending.add(future)
+        future.add_done_callback(self._forget)
+        return future
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._pending.discard(future)
+
+    @overload  # type: ignore[override]
+    def map(
+        self,
+        fn: ComputeFunction[..., R],
+        *iterables: Iterable[Any],
+        timeout: float | None = ...,
+        chunksize: int = ...,
+    ) -> Iterator[R]: ...
+    @overload
+    def map(
+        self, fn: Callable[..., R], *iterables: Iterable[Any], timeout: float | None = ..., chunksize: int = ...
+    ) -> Iterator[R]: ...
+    def map(
+        self, fn: Any, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+    ) -> Iterator[Any]:
+        """Return an iterator over ``fn(*args)`` for the items of `iterables` in step, in order.
+
+        All calls are submitted at once, as the standard executors do. `chunksize` is accepted and not needed: the
+        engine finds the right size by itself.
+
+        Raises
+        ------
+        TimeoutError
+            From the iterator: a result was not there `timeout` seconds after this call.
+        ValueError
+            `chunksize` is less than 1.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        futures = [self.submit(fn, *args) for args in zip(*iterables, strict=False)]
+        return _results(futures, deadline)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, and destroy the machines when those that were taken have ended.
+
+        With ``wait=False`` it returns at once and a thread does so; with `cancel_futures` calls that have not
+        ended are cancelled.
+        """
+        with self._lock:
+            self._shut = True
+            pending = list(self._pending)
+        if cancel_futures:
+            for future in pending:
+                future.cancel()
+        if not self._started:
+            self._end.detach()
+            return
+        if wait:
+            self._finish(pending)
+        else:
+            threading.Thread(target=self._finish, args=[pending], name="skyward-executor-end").start()
+
+    def _finish(self, pending: list[Future[Any]]) -> None:
+        try:
+            concurrent.futures.wait(pending)
+        finally:
+            self._end()
+
+
+def _stop(pool: ComputePool) -> None:
+    pool._stop()
+
+
+def _results(futures: list[Future[R]], deadline: float | None) -> Iterator[R]:
+    try:
+        futures.reverse()
+        while futures:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            yield futures.pop().result(left)
+    finally:
+        for future in futures:
+            future.cancel()

@@ -1,0 +1,390 @@
+"""What a pool is asked to be: images, volumes, allocations and the whole specification, checked when they are made.
+
+Frozen values without I/O. `validation` has the checks; a bad one raises `SpecError` with what would be accepted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from skyward.accelerators import Accelerator, Auto
+from skyward.validation import (
+    Problems,
+    check_allocation_share,
+    check_apt,
+    check_bool,
+    check_callback,
+    check_choice,
+    check_count,
+    check_env,
+    check_index_url,
+    check_pip,
+    check_positive,
+    check_python,
+    check_selection,
+    check_strings,
+    check_text,
+    parse_memory,
+)
+
+DISPLAYS = ("auto", "log", "spinner", "quiet")
+ARCHITECTURES = ("x86_64", "arm64")
+SELECTIONS = ("first", "cheapest", "available")
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+# --- image --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The environment of a pool's machines.
+
+    Parameters
+    ----------
+    python
+        Version such as ``"3.12"``; None: the caller's.
+    pip
+        Requirements, as pip takes them: ``["numpy", "torch>=2.2"]``.
+    pip_extra_index_url
+        One more package index.
+    apt
+        Debian packages.
+    env
+        Environment variables of the workers. Their values are kept out of `repr`.
+    include
+        Files and folders to ship to the working directory.
+
+    Raises
+    ------
+    SpecError
+        A value can't be what it should be, or could reach a shell as more than that.
+    """
+
+    python: str | None = None
+    pip: Sequence[str] = ()
+    pip_extra_index_url: str | None = None
+    apt: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    include: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        problems = Problems("Image")
+        problems.check("python", self.python, check_python)
+        pip = problems.check("pip", self.pip, check_pip)
+        problems.check("pip_extra_index_url", self.pip_extra_index_url, check_index_url)
+        apt = problems.check("apt", self.apt, check_apt)
+        env = problems.check("env", self.env, check_env)
+        include = problems.check("include", self.include, check_strings)
+        problems.raise_if_any()
+        object.__setattr__(self, "pip", pip)
+        object.__setattr__(self, "apt", apt)
+        object.__setattr__(self, "env", env)
+        object.__setattr__(self, "include", include)
+
+    def content_hash(self) -> str:
+        """Return 12 hex digits that are equal for images with the same content, in whatever order it is listed."""
+        import hashlib  # here, because loading it takes as long as all of this module
+
+        parts = [
+            self.python or "",
+            "\n".join(sorted("".join(p.split()).lower() for p in self.pip)),
+            self.pip_extra_index_url or "",
+            "\n".join(sorted(self.apt)),
+            "\n".join(f"{k}={v}" for k, v in sorted(self.env.items())),
+            "\n".join(sorted(self.include)),
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+    def __hash__(self) -> int:
+        return hash(self.content_hash())
+
+    def __reduce__(self) -> Any:
+        return Image, (self.python, self.pip, self.pip_extra_index_url, self.apt, dict(self.env), self.include)
+
+    def __repr__(self) -> str:
+        shown = {
+            "python": self.python, "pip": self.pip, "apt": self.apt, "env": sorted(self.env), "include": self.include
+        }  # fmt: skip
+        return f"Image({', '.join(f'{k}={v!r}' for k, v in shown.items() if v)})"
+
+
+# --- volumes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """Storage that is mounted at `mount_path` on every machine, from the first call to the last."""
+
+    mount_path: str
+
+    def __post_init__(self) -> None:
+        problems = Problems(type(self).__name__)
+        problems.check("mount_path", self.mount_path, _check_mount_path)
+        problems.raise_if_any()
+
+
+def _check_mount_path(value: Any) -> str:
+    path = check_text(value)
+    if not path.startswith("/") or path == "/" or any(c in path for c in "\0\n'\"\\$`;&|<>*?"):
+        raise ValueError("an absolute path such as '/data', without quotes or shell characters")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class S3Volume(Volume):
+    """A bucket, or what lies under `prefix` in it, as a folder.
+
+    `endpoint_url` is for services that speak S3's protocol.
+    """
+
+    bucket: str = ""
+    prefix: str = ""
+    read_only: bool = True
+    endpoint_url: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        problems = Problems("S3Volume")
+        problems.check("mount_path", self.mount_path, _check_mount_path)
+        problems.check("bucket", self.bucket, _check_bucket)
+        problems.check("read_only", self.read_only, check_bool)
+        problems.check("endpoint_url", self.endpoint_url, check_index_url)
+        problems.raise_if_any()
+
+
+def _check_bucket(value: Any) -> str:
+    import re
+
+    # Rules of bucket names: Amazon S3 User Guide, "General purpose bucket naming rules".
+    if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", value):
+        raise ValueError("a bucket's name: 3 to 63 lower-case letters, digits, dots and dashes")
+    return value
+
+
+# --- allocation ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """How many of the nodes are spot machines, which cost less and may be taken away.
+
+    Made by ``Allocation.AlwaysSpot()``, ``.SpotIfAvailable()``, ``.OnDemand()``, ``.Cheapest()`` and
+    ``.Percent(spot=0.8)``, or by `parse`.
+    """
+
+    kind: str
+    spot: float = 0.0
+
+    def __call__(self) -> Allocation:
+        """Return itself, so that ``Allocation.OnDemand`` and ``Allocation.OnDemand()`` are the same."""
+        return self
+
+    AlwaysSpot: ClassVar[Allocation]
+    SpotIfAvailable: ClassVar[Allocation]
+    OnDemand: ClassVar[Allocation]
+    Cheapest: ClassVar[Allocation]
+
+    @classmethod
+    def Percent(cls, spot: float) -> Allocation:  # noqa: N802 - beside its siblings
+        """Return an allocation with at least the share `spot` (0 to 1) of spot machines, in whole nodes."""
+        problems = Problems("Allocation.Percent")
+        problems.check("spot", spot, check_allocation_share)
+        problems.raise_if_any()
+        return cls("percent", float(spot))
+
+    @classmethod
+    def parse(cls, value: str | float | Allocation) -> Allocation:
+        """Return what ``"always-spot"``, ``"spot-if-available"``, ``"on-demand"``, ``"cheapest"`` or a share means.
+
+        Raises
+        ------
+        SpecError
+            None of these.
+        """
+        problems = Problems()
+        found = problems.check("allocation", value, _check_allocation)
+        problems.raise_if_any()
+        assert isinstance(found, Allocation)
+        return found
+
+    def spot_nodes(self, nodes: int) -> int:
+        """Return how many of `nodes` must be spot machines, at least."""
+        if self.kind == "always-spot":
+            return nodes
+        return math.ceil(round(self.spot * nodes, 9))
+
+
+Allocation.AlwaysSpot = Allocation("always-spot", 1.0)
+Allocation.SpotIfAvailable = Allocation("spot-if-available")
+Allocation.OnDemand = Allocation("on-demand")
+Allocation.Cheapest = Allocation("cheapest")
+_ALLOCATIONS = {
+    a.kind: a for a in (Allocation.AlwaysSpot, Allocation.SpotIfAvailable, Allocation.OnDemand, Allocation.Cheapest)
+}
+
+
+def _check_allocation(value: Any) -> Allocation:
+    if isinstance(value, Allocation):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Allocation("percent", check_allocation_share(value))
+    return _ALLOCATIONS[check_choice(tuple(_ALLOCATIONS), "a share of spot machines from 0 to 1")(value)]
+
+
+# --- machines -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """A type of machine that a provider offers. Prices are in USD per hour; None: not known, or not offered."""
+
+    name: str
+    vcpu: int
+    memory_gb: float
+    accelerator: str | None = None
+    accelerator_count: int = 0
+    accelerator_memory_gb: float = 0
+    price_on_demand: float | None = None
+    price_spot: float | None = None
+    billing_increment_minutes: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """A machine of a pool."""
+
+    id: str
+    provider: str
+    spot: bool = False
+    private_ip: str | None = None
+    public_ip: str | None = None
+    node: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is node 0, where the scheduler runs."""
+        return self.node == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitedInstance(Instance):
+    """A machine that is gone, and why."""
+
+    reason: str = ""
+
+
+# --- logging ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """Where the pool's log goes. `rotation` is the size at which a file is put aside, `retention` how many stay."""
+
+    level: str = "INFO"
+    file: str | None = None
+    console: bool = True
+    rotation: str | int = "50 MB"
+    retention: int = 10
+
+    def __post_init__(self) -> None:
+        problems = Problems("LogConfig")
+        problems.check("level", self.level, check_choice(LEVELS))
+        problems.check("file", self.file, check_text, optional=True)
+        problems.check("console", self.console, check_bool)
+        problems.check("rotation", self.rotation, parse_memory)
+        problems.check("retention", self.retention, check_count(1))
+        problems.raise_if_any()
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """Every option of a pool but the provider, checked and brought into one form.
+
+    `memory` is in MB (10⁶ bytes), times are in seconds, prices in USD.
+
+    Raises
+    ------
+    SpecError
+        Some options can't work: the message has a line for each; `errors` are the single errors.
+    """
+
+    selection: str | Callable[..., Any] = "first"
+    image: Image = field(default_factory=Image)
+    nodes: int = 1
+    machine: str | None = None
+    accelerator: Accelerator | None = None
+    architecture: str | None = None
+    cpu: int | None = None
+    memory: int | None = None
+    volume: tuple[Volume, ...] = ()
+    allocation: Allocation = Allocation.SpotIfAvailable
+    timeout: float = 3600
+    env: Mapping[str, str] | None = None
+    concurrency: int = 1
+    display: str = "auto"
+    on_event: Callable[..., Any] | None = None
+    collect_metrics: bool = True
+    logging: LogConfig | None = None
+    max_price: float | None = None
+    max_cost: float | None = None
+    idle_timeout: float | None = None
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+
+        def settle(option: str, check: Callable[[Any], Any], *, optional: bool = False) -> None:
+            value = getattr(self, option)
+            value = None if value is Auto and optional else value
+            object.__setattr__(self, option, problems.check(option, value, check, optional=optional))
+
+        settle("selection", check_selection(SELECTIONS))
+        settle("image", _check_type(Image, "an sky.Image"))
+        settle("nodes", check_count(1))
+        settle("machine", check_text, optional=True)
+        settle("accelerator", Accelerator.parse, optional=True)
+        settle("architecture", check_choice(ARCHITECTURES), optional=True)
+        settle("cpu", check_count(1), optional=True)
+        settle("memory", parse_memory, optional=True)
+        settle("volume", _check_volumes)
+        settle("allocation", _check_allocation)
+        settle("timeout", check_positive("seconds"))
+        settle("env", check_env, optional=True)
+        settle("concurrency", check_count(1))
+        settle("display", check_choice(DISPLAYS))
+        settle("on_event", check_callback, optional=True)
+        settle("collect_metrics", check_bool)
+        settle("logging", _check_type(LogConfig, "an sky.LogConfig"), optional=True)
+        settle("max_price", check_positive("USD per hour"), optional=True)
+        settle("max_cost", check_positive("USD"), optional=True)
+        settle("idle_timeout", check_positive("seconds"), optional=True)
+        settle("retries", check_count(0))
+        problems.raise_if_any()
+
+
+def _check_type(kind: type, accepted: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(accepted)
+        return value
+
+    return check
+
+
+def _check_volumes(value: Any) -> tuple[Volume, ...]:
+    volumes = (value,) if isinstance(value, Volume) else value
+    if not isinstance(volumes, Sequence) or not all(isinstance(v, Volume) for v in volumes):
+        raise ValueError("an sky.S3Volume, or a list of them")
+    paths = [v.mount_path for v in volumes]
+    if len(set(paths)) < len(paths):
+        raise ValueError("volumes with a mount_path of their own each")
+    return tuple(volumes)
+

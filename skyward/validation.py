@@ -1,0 +1,220 @@
+"""Checks of single options, and the error that tells of all bad ones at once. Imports only errors.
+
+A check takes a value and returns it in the form that is used from then on; it raises `ValueError` with what would
+be accepted, in words that follow "accepted is".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from skyward.errors import SpecError
+
+Check = Callable[[Any], Any]
+
+
+class Problems:
+    """Collects what is wrong with the options of one thing, named `what` in messages."""
+
+    def __init__(self, what: str = "") -> None:
+        self._what = what
+        self._errors: list[SpecError] = []
+
+    def check(self, option: str, value: Any, check: Check, *, optional: bool = False) -> Any:
+        """Return what `check` makes of `value`; note the problem and return None when it fails."""
+        if value is None and optional:
+            return None
+        try:
+            return check(value)
+        except SpecError as exc:  # from a value that checks itself, such as an accelerator's name
+            self._errors.append(exc)
+        except ValueError as exc:
+            where = f"{self._what}({option}={value!r})" if self._what else f"{option}={value!r}"
+            text = f"{where}: accepted is {exc}"
+            self._errors.append(SpecError(text, option=option, value=value, accepted=str(exc)))
+        return None
+
+    def raise_if_any(self) -> None:
+        """Raise the problem, or one error for all of them."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            lines = "\n  ".join(str(e) for e in self._errors)
+            first: Any = self._errors[0]
+            raise SpecError(
+                f"{len(self._errors)} options can't work:\n  {lines}",
+                option=first.option,
+                value=first.value,
+                accepted=first.accepted,
+                errors=tuple(self._errors),
+            )
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def check_count(least: int) -> Check:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"a whole number from {least}")
+        return value
+
+    return check
+
+
+def check_positive(unit: str) -> Check:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{unit} greater than 0")
+        return value
+
+    return check
+
+
+def check_allocation_share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError("a share from 0 to 1")
+    return float(value)
+
+
+def check_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("True or False")
+    return value
+
+
+_UNITS = {
+    "": 1, "M": 1, "MB": 1, "G": 1000, "GB": 1000, "T": 10**6, "TB": 10**6,
+    "MIB": 1.048576, "GIB": 1073.741824, "TIB": 1099511.627776,
+}  # fmt: skip
+
+
+def parse_memory(value: Any) -> int:
+    """Return an amount of memory in MB (10⁶ bytes): ``"32GB"``, ``"32GiB"``, ``"500 MB"``, or MB as a number.
+
+    Raises
+    ------
+    ValueError
+        None of these, or nothing at all.
+    """
+    import re
+
+    accepted = "MB as a whole number, or a text such as '32GB' or '32GiB'"
+    if isinstance(value, int) and not isinstance(value, bool):
+        megabytes: float = value
+    elif isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)):
+        unit = match[2].upper()
+        if unit not in _UNITS:
+            raise ValueError(accepted)
+        megabytes = float(match[1]) * _UNITS[unit]
+    else:
+        raise ValueError(accepted)
+    if megabytes < 1:
+        raise ValueError(accepted)
+    return math.ceil(megabytes)
+
+
+# --- texts --------------------------------------------------------------------------------------------------
+
+
+def check_text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def check_choice(accepted: Sequence[str], otherwise: str = "") -> Check:
+    """Return a check for one of `accepted`; `otherwise` says what else there is."""
+
+    def check(value: Any) -> str:
+        if isinstance(value, str) and value in accepted:
+            return str(value)
+        words = ", ".join(repr(a) for a in accepted)
+        raise ValueError(f"{words}{f' or {otherwise}' if otherwise else ''}{_near(value, accepted)}")
+
+    return check
+
+
+def check_selection(accepted: Sequence[str]) -> Check:
+    by_name = check_choice(accepted, "a function (providers, spec) -> provider")
+    return lambda value: value if callable(value) else by_name(value)
+
+
+def _near(value: Any, accepted: Sequence[str]) -> str:
+    import difflib
+
+    if not isinstance(value, str):
+        return ""
+    lowered = {a.lower(): a for a in accepted}
+    near = difflib.get_close_matches(value.lower(), lowered, n=1, cutoff=0.5)
+    return f"; did you mean {lowered[near[0]]!r}?" if near else ""
+
+
+def check_callback(value: Any) -> Any:
+    if not callable(value):
+        raise ValueError("a function that takes an event")
+    return value
+
+
+def check_strings(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        example = f"[{value!r}]" if isinstance(value, str) else "['a', 'b']"
+        raise ValueError(f"a list of texts such as {example}")
+    return tuple(value)
+
+
+def check_env(value: Any) -> Mapping[str, str]:
+    import re
+
+    if not isinstance(value, Mapping):
+        raise ValueError("a mapping of names to texts")
+    for name, text in value.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"for a variable's name letters, digits and _, which {name!r} is not")
+        if not isinstance(text, str) or "\0" in text or "\n" in text:
+            raise ValueError(f"for the value of {name} a text of one line")
+    return MappingProxyType(dict(value))
+
+
+# --- what reaches a shell on a machine ----------------------------------------------------------------------
+
+
+def check_python(value: Any) -> str | None:
+    import re
+
+    if value is not None and not (isinstance(value, str) and re.fullmatch(r"3\.\d{1,2}(\.\d{1,3})?", value)):
+        raise ValueError("a version such as '3.12', or None for the caller's")
+    return value
+
+
+def check_pip(value: Any) -> tuple[str, ...]:
+    import re
+
+    requirements = check_strings(value)
+    for text in requirements:
+        # Names, extras, versions, URLs and markers need no more than these; a shell would find nothing to do.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._\-\[\],<>=!~;@:/+'\"()*#&%]*", text):
+            raise ValueError(f"requirements as pip has them, which {text!r} is not")
+    return requirements
+
+
+def check_apt(value: Any) -> tuple[str, ...]:
+    import re
+
+    packages = check_strings(value)
+    for text in packages:
+        # Debian Policy Manual, 5.6.7: what a package's name may hold; and a version after =.
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.\-]+(=[A-Za-z0-9.+~:\-]+)?", text):
+            raise ValueError(f"names of Debian packages, which {text!r} is not")
+    return packages
+
+
+def check_index_url(value: Any) -> str | None:
+    import re
+
+    if value is not None and not (isinstance(value, str) and re.fullmatch(r"https?://[^\s'\"\\$`;&|<>]+", value)):
+        raise ValueError("a URL that begins with https:// or http://")
+    return value

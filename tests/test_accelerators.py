@@ -1,0 +1,145 @@
+"""Accelerators by name, by factory and by text."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import skyward as sky
+from skyward.accelerators import mig_profiles
+
+GPU = sky.Accelerator.NVIDIA
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("A100", "A100", 1),
+        ("A100:4", "A100", 4),
+        ("a100-80gb", "A100", 1),
+        ("a100 40 GB:2", "A100-40GB", 2),
+        ("H100-SXM", "H100", 1),
+        ("h100_sxm5_80gb", "H100", 1),
+        ("L40S", "L40S", 1),
+        ("A10G", "A10G", 1),
+        ("V100-32GB", "V100-32GB", 1),
+        ("RTX 4090", "RTX-4090", 1),
+        ("mi300x", "MI300X", 1),
+        ("Trainium2", "Trainium2", 1),
+        ("trn1:16", "Trainium1", 16),
+        (sky.NVIDIA.H200, "H200", 1),
+    ],
+)
+def test_texts_are_understood_without_case_dashes_or_spaces(text: str, name: str, count: int) -> None:
+    found = sky.Accelerator.parse(text)
+
+    assert (found.name, found.count) == (name, count)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A1000", r"did you mean .*'A100'"),
+        ("H10", "did you mean"),
+        ("A100:x", "a count that is a whole number from 1"),
+        ("A100:0", "a count that is a whole number from 1"),
+        ("A100-60GB", "40 GB or 80 GB for A100"),
+        ("T4-SXM", "form factor of T4 none at all"),
+        ("", "one of T4"),
+        (5, "a name such as 'A100'"),
+    ],
+)
+def test_what_is_not_understood_is_told_what_is_meant(text: Any, message: str) -> None:
+    with pytest.raises(sky.SpecError, match=message) as info:
+        sky.Accelerator.parse(text)
+
+    assert info.value.option == "accelerator"  # type: ignore[attr-defined]
+
+
+def test_factories_make_what_texts_mean() -> None:
+    assert GPU.A100(count=4) == sky.Accelerator.parse("A100:4")
+    assert GPU.A100(memory=40) == sky.Accelerator.parse("A100-40GB")
+    assert GPU.H100(form_factor="NVL").form_factor == "NVL"
+    assert GPU.RTX_4000_ADA().name == "RTX-4000-Ada"
+    assert sky.Accelerator.AWS.Trainium(2, count=16).name == "Trainium2"
+    assert sky.Accelerator.AWS.Inferentia(2).vendor == "AWS"
+    assert sky.Accelerator.AMD.MI("300X").memory == 192
+    assert sky.Accelerator.Google.TPU("v5e").name == "TPU-v5e"
+    assert sky.Accelerator.Google.TPUSlice("v5p-8").slice_topology == "v5p-8"
+    assert sky.Accelerator.Habana.Gaudi(3).name == "Gaudi3"
+
+
+def test_factories_refuse_what_does_not_exist() -> None:
+    with pytest.raises(AttributeError, match="has no 'A1000'; it has A10, A100"):
+        GPU.A1000()
+    with pytest.raises(sky.SpecError, match="a version of Gaudi: 1, 2, 3"):
+        sky.Accelerator.Habana.Gaudi(9)
+    with pytest.raises(sky.SpecError, match="a slice such as 'v5p-8'"):
+        sky.Accelerator.Google.TPUSlice("v5p")
+    with pytest.raises(sky.SpecError, match="form factor of L4"):
+        GPU.L4(form_factor="SXM")
+
+
+def test_every_name_of_the_enum_is_known_and_every_model_has_a_name() -> None:
+    assert {sky.Accelerator.parse(n).name for n in sky.NVIDIA} == {n.value for n in sky.NVIDIA}
+    assert len(sky.NVIDIA) == len(dir(GPU))
+
+
+def test_accelerators_are_values() -> None:
+    a = GPU.H100(2, mig="3g.40gb")
+
+    assert a == pickle.loads(pickle.dumps(a))
+    assert len({a, GPU.H100(2, mig="3g.40gb")}) == 1
+    assert str(GPU.A100(4)) == "A100:4"
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "profiles"),
+    [
+        ("A100", 80, {"1g.10gb": 7, "1g.20gb": 4, "2g.20gb": 3, "3g.40gb": 2, "4g.40gb": 1, "7g.80gb": 1}),
+        ("H100", 80, {"1g.10gb": 7, "1g.20gb": 4, "2g.20gb": 3, "3g.40gb": 2, "4g.40gb": 1, "7g.80gb": 1}),
+        ("A100", 40, {"1g.5gb": 7, "2g.10gb": 3, "3g.20gb": 2, "4g.20gb": 1, "7g.40gb": 1}),
+        ("T4", 16, {}),
+    ],
+)
+def test_as_many_partitions_fit_as_nvidias_tables_say(model: str, memory: int, profiles: dict[str, int]) -> None:
+    assert mig_profiles(model, memory) == profiles
+
+
+def test_mig_is_one_profile_as_often_as_it_fits_or_a_list() -> None:
+    assert GPU.A100(mig="2g.20gb").mig == ("2g.20gb",) * 3
+    assert GPU.A100(count=2, mig="2g.20gb").partitions == 6
+    assert GPU.A100(mig=["3g.40gb", "2g.20gb", "1g.20gb"]).partitions == 3
+    assert GPU.A100().partitions == 0
+
+
+def test_mig_that_does_not_fit_is_refused_with_the_slices_it_takes() -> None:
+    with pytest.raises(sky.SpecError, match="these profiles take 8 and 8"):
+        GPU.A100(mig=["4g.40gb", "4g.40gb"])
+    with pytest.raises(sky.SpecError, match=r"no mig at all: T4 \(16 GB\) can't be partitioned"):
+        GPU.T4(mig="1g.5gb")
+    with pytest.raises(sky.SpecError, match=r"for mig of A100 \(80 GB\): 1g\.10gb"):
+        GPU.A100(mig="1g.5gb")
+
+
+def test_vendors_are_told_apart() -> None:
+    assert sky.is_nvidia("A100:4")
+    assert sky.is_nvidia(GPU.T4())
+    assert not sky.is_nvidia("MI300X")
+    assert not sky.is_nvidia(None)
+    assert sky.is_trainium("trainium2:16")
+    assert sky.is_trainium(sky.Trainium.TRAINIUM1)
+    assert not sky.is_trainium("Inferentia2")
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_an_accelerator_or_a_spec_error(text: str) -> None:
+    try:
+        found = sky.Accelerator.parse(text)
+    except sky.SpecError:
+        return
+    assert found.count >= 1

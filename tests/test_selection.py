@@ -1,0 +1,93 @@
+"""Choosing machine types, on real ones."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import skyward as sky
+
+ROWS = list(csv.DictReader((Path(__file__).parent / "data" / "prices.csv").read_text().splitlines()))
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+OFFERS = [
+    sky.InstanceSpec(
+        name=f"{r['provider']}:{r['instance_type']}:{r['region']}",
+        vcpu=int(float(r["vcpus"] or 0)),
+        memory_gb=float(r["memory_gb"] or 0),
+        accelerator=r["accelerator"] or None,
+        accelerator_count=int(float(r["accelerator_count"] or 0)),
+        accelerator_memory_gb=float(r["accelerator_memory_gb"] or 0),
+        price_on_demand=_number(r["price_on_demand"]),
+        price_spot=_number(r["price_spot"]),
+    )
+    for r in ROWS
+]
+
+
+def test_the_cheapest_that_fits_is_chosen() -> None:
+    chosen = sky.select_instance(OFFERS, cpu=8, memory_mb=32_000)
+
+    cheaper = [i for i in OFFERS if (i.price_on_demand or math.inf) < (chosen.price_on_demand or math.inf)]
+    assert chosen.vcpu >= 8
+    assert chosen.memory_gb >= 32
+    assert all(i.vcpu < 8 or i.memory_gb < 32 for i in cheaper)
+
+
+def test_a100_is_the_one_of_80_gb_and_the_other_is_exact() -> None:
+    large = sky.select_instances(OFFERS, accelerator="A100", accelerator_count=8)
+    small = sky.select_instances(OFFERS, accelerator="A100-40GB", accelerator_count=8)
+
+    assert {round(i.accelerator_memory_gb / 80) for i in large} == {1}
+    assert {i.accelerator_memory_gb for i in small} <= {40.0}
+    assert not {i.name for i in large} & {i.name for i in small}
+
+
+def test_the_number_of_accelerators_is_exact_or_a_predicate() -> None:
+    one = sky.select_instances(OFFERS, accelerator="T4")
+    several = sky.select_instances(OFFERS, accelerator="T4", accelerator_count=lambda n: n >= 4)
+    written = sky.select_instances(OFFERS, accelerator="T4:4")
+
+    assert {i.accelerator_count for i in one} == {1}
+    assert min(i.accelerator_count for i in several) >= 4
+    assert {i.accelerator_count for i in written} == {4}
+
+
+def test_spot_prices_are_compared_when_preferred_and_unknown_prices_come_last() -> None:
+    a = sky.InstanceSpec("a", 4, 16, price_on_demand=1.0, price_spot=0.9)
+    b = sky.InstanceSpec("b", 4, 16, price_on_demand=2.0, price_spot=0.1)
+    unknown = sky.InstanceSpec("c", 4, 16)
+
+    assert [i.name for i in sky.select_instances([unknown, b, a])] == ["a", "b", "c"]
+    assert [i.name for i in sky.select_instances([unknown, a, b], prefer_spot=True)] == ["b", "a", "c"]
+
+
+def test_no_match_names_the_nearest_offers() -> None:
+    with pytest.raises(sky.NoMatchingInstanceError, match=r"no instance type has 100000 vCPUs.*Nearest: ") as info:
+        sky.select_instance(OFFERS, cpu=100_000)
+    with pytest.raises(sky.NoMatchingInstanceError, match=r"There are these accelerators: .*A100"):
+        sky.select_instance(OFFERS, accelerator="RTX-5090")
+    with pytest.raises(sky.NoMatchingInstanceError, match="no types to choose from"):
+        sky.select_instance([])
+
+    assert isinstance(info.value, ValueError)
+
+
+@given(cpu=st.integers(1, 200), memory=st.integers(1, 2_000_000), spot=st.booleans())
+def test_everything_found_fits_and_is_sorted(cpu: int, memory: int, spot: bool) -> None:
+    found = sky.select_instances(OFFERS, cpu, memory, prefer_spot=spot)
+
+    prices = [(i.price_spot if spot and i.price_spot is not None else i.price_on_demand) for i in found]
+    known = [p for p in prices if p is not None]
+    assert all(i.vcpu >= cpu and i.memory_gb * 1000 >= memory for i in found)
+    assert known == sorted(known)
+    assert None not in prices[: len(known)]

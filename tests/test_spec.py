@@ -1,0 +1,205 @@
+"""Specifications: what is accepted, and what a bad option is told, before anything starts."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import skyward as sky
+from skyward.spec import PoolSpec
+from skyward.validation import parse_memory
+
+BAD = [
+    ("nodes", 0, "a whole number from 1"),
+    ("nodes", True, "a whole number from 1"),
+    ("nodes", "2", "a whole number from 1"),
+    ("concurrency", -1, "a whole number from 1"),
+    ("accelerator", "A1000", "did you mean"),
+    ("memory", "lots", "'32GB' or '32GiB'"),
+    ("memory", 0, "'32GB' or '32GiB'"),
+    ("memory", "3 parsecs", "'32GB' or '32GiB'"),
+    ("selection", "best", "'first', 'cheapest', 'available' or a function"),
+    ("selection", "cheapst", "did you mean 'cheapest'?"),
+    ("timeout", -5, "seconds greater than 0"),
+    ("timeout", float("nan"), "seconds greater than 0"),
+    ("timeout", float("inf"), "seconds greater than 0"),
+    ("idle_timeout", 0, "seconds greater than 0"),
+    ("retries", -1, "a whole number from 0"),
+    ("cpu", 0.5, "a whole number from 1"),
+    ("max_price", 0, "USD per hour greater than 0"),
+    ("max_cost", "5", "USD greater than 0"),
+    ("display", "loud", "'auto', 'log', 'spinner', 'quiet'"),
+    ("architecture", "sparc", "'x86_64', 'arm64'"),
+    ("machine", "", "a text that is not empty"),
+    ("allocation", "sometimes", "'always-spot', 'spot-if-available'"),
+    ("allocation", 1.5, "a share from 0 to 1"),
+    ("env", {"A-B": "x"}, "letters, digits and _"),
+    ("env", {"A": 1}, "a text of one line"),
+    ("env", ["A=1"], "a mapping of names to texts"),
+    ("on_event", 5, "a function that takes an event"),
+    ("collect_metrics", "yes", "True or False"),
+    ("logging", True, "an sky.LogConfig"),
+    ("image", "python:3.12", "an sky.Image"),
+    ("volume", "s3://bucket", "an sky.S3Volume"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "accepted"), BAD, ids=[f"{o}={v!r}" for o, v, _ in BAD])
+def test_a_bad_option_is_told_before_anything_starts(option: str, value: Any, accepted: str) -> None:
+    before = psutil.Process().children(recursive=True)
+
+    with pytest.raises(sky.SpecError) as info:
+        sky.ComputePool(**{option: value})
+
+    assert accepted in str(info.value)
+    assert option in str(info.value)
+    assert info.value.option == option  # type: ignore[attr-defined]
+    assert psutil.Process().children(recursive=True) == before
+
+
+def test_all_bad_options_are_told_at_once() -> None:
+    with pytest.raises(sky.SpecError, match="3 options can't work") as info:
+        sky.ComputePool(nodes=0, memory="lots", accelerator="A1000")
+
+    lines = str(info.value).splitlines()[1:]
+    assert [line.split("=")[0].strip() for line in lines] == ["nodes", "accelerator", "memory"]
+    assert len(info.value.errors) == 3  # type: ignore[attr-defined]
+    assert len(pickle.loads(pickle.dumps(info.value)).errors) == 3
+
+
+def test_options_are_brought_into_one_form() -> None:
+    spec = PoolSpec(
+        accelerator="a100:2",  # type: ignore[arg-type]
+        memory="32GiB",  # type: ignore[arg-type]
+        volume=sky.S3Volume("/data", "my-bucket"),  # type: ignore[arg-type]
+        allocation=0.8,  # type: ignore[arg-type]
+        architecture=sky.Auto,  # type: ignore[arg-type]
+    )
+
+    assert spec.accelerator == sky.Accelerator.NVIDIA.A100(2)
+    assert spec.memory == 34360
+    assert spec.volume == (sky.S3Volume("/data", "my-bucket"),)
+    assert spec.allocation == sky.Allocation.Percent(0.8)
+    assert spec.architecture is None
+
+
+@pytest.mark.parametrize(
+    ("text", "megabytes"),
+    [(1024, 1024), ("32GB", 32000), ("1.5 GB", 1500), ("1GiB", 1074), ("500mb", 500), ("2TB", 2_000_000)],
+)
+def test_memory_is_read_as_written(text: Any, megabytes: int) -> None:
+    assert parse_memory(text) == megabytes
+
+
+# --- allocation ---------------------------------------------------------------------------------------------
+
+
+def test_allocations_by_name_and_by_share() -> None:
+    assert sky.Allocation.parse("always-spot") is sky.Allocation.AlwaysSpot
+    assert sky.Allocation.OnDemand() is sky.Allocation.OnDemand
+    assert sky.Allocation.parse(0.8).spot_nodes(10) == 8
+    assert sky.Allocation.parse(0.75).spot_nodes(2) == 2
+    assert sky.Allocation.AlwaysSpot().spot_nodes(3) == 3
+    assert sky.Allocation.Cheapest().spot_nodes(3) == 0
+
+
+@given(share=st.floats(0, 1), nodes=st.integers(1, 1000))
+def test_a_share_is_rounded_up_to_whole_nodes(share: float, nodes: int) -> None:
+    spot = sky.Allocation.Percent(spot=share).spot_nodes(nodes)
+
+    assert 0 <= spot <= nodes
+    assert share * nodes - 1e-6 <= spot < share * nodes + 1
+
+
+# --- image --------------------------------------------------------------------------------------------------
+
+
+def test_images_with_the_same_content_have_the_same_hash() -> None:
+    a = sky.Image(pip=["numpy", "torch >= 2"], apt=["git", "curl"], env={"A": "1", "B": "2"})
+    b = sky.Image(pip=("torch>=2", "numpy"), apt=("curl", "git"), env={"B": "2", "A": "1"})
+    c = sky.Image(pip=["numpy"])
+
+    assert a.content_hash() == b.content_hash() != c.content_hash()
+    assert len(a.content_hash()) == 12
+    assert set(a.content_hash()) <= set("0123456789abcdef")
+    assert pickle.loads(pickle.dumps(a)).content_hash() == a.content_hash()
+
+
+def test_values_of_environment_variables_are_not_shown() -> None:
+    image = sky.Image(env={"TOKEN": "secret-value"})
+
+    assert "secret-value" not in repr(image)
+    assert "TOKEN" in repr(image)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pip": "numpy"},
+        {"pip": ["numpy; rm -rf /$HOME"]},
+        {"pip": ["numpy\nrm"]},
+        {"pip": ["`id`"]},
+        {"pip": ["--index-url=x"]},
+        {"apt": ["git; reboot"]},
+        {"apt": ["-o=x"]},
+        {"env": {"A B": "x"}},
+        {"env": {"A": "x\ny"}},
+        {"python": "3"},
+        {"python": "3.12; id"},
+        {"pip_extra_index_url": "file:///etc"},
+        {"pip_extra_index_url": "https://x/$(id)"},
+    ],
+    ids=str,
+)
+def test_no_field_of_an_image_lets_a_shell_in(options: Any) -> None:
+    with pytest.raises(sky.SpecError, match=r"Image\("):
+        sky.Image(**options)
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        "numpy",
+        "torch>=2.2,<3",
+        "dask[array]==2025.1.*",
+        "x @ https://host/x.whl#sha256=ab",
+        "y; python_version < '3.12'",
+    ],
+)
+def test_requirements_are_taken_as_pip_has_them(requirement: str) -> None:
+    assert sky.Image(pip=[requirement]).pip == (requirement,)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("data", "bucket"), ("/", "bucket"), ("/data", ""), ("/data", "Upper_Case"), ("/da'ta", "bucket")]
+)
+def test_a_volume_needs_a_place_and_a_bucket(arguments: tuple[str, str]) -> None:
+    with pytest.raises(sky.SpecError, match="S3Volume"):
+        sky.S3Volume(*arguments)
+
+
+def test_log_configurations_are_checked() -> None:
+    with pytest.raises(sky.SpecError, match="did you mean 'INFO'"):
+        sky.LogConfig(level="info")
+    with pytest.raises(sky.SpecError, match="retention=0"):
+        sky.LogConfig(retention=0)
+    assert sky.LogConfig(file="a.log").rotation == "50 MB"
+
+
+@given(st.dictionaries(st.sampled_from(["nodes", "concurrency", "retries", "timeout", "memory", "cpu"]), st.integers()))
+def test_whole_numbers_are_accepted_or_refused_with_every_reason(options: dict[str, int]) -> None:
+    least = {"nodes": 1, "concurrency": 1, "retries": 0, "timeout": 1, "memory": 1, "cpu": 1}
+    bad = {k for k, v in options.items() if v < least[k]}
+
+    if not bad:
+        PoolSpec(**options)  # type: ignore[arg-type]
+        return
+    with pytest.raises(sky.SpecError) as info:
+        PoolSpec(**options)  # type: ignore[arg-type]
+
+    assert all(f"{k}=" in str(info.value) for k in bad)
