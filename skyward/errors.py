@@ -5,7 +5,7 @@
     SkywardError
     ├── SpecError (ValueError)             the caller: a bad option, found before any machine starts
     ├── NoActivePoolError (RuntimeError)   the caller: `>> sky` outside a pool, or a pool used after its block
-    ├── SerializationError (TypeError)     the caller: an argument, result or exception that can't travel
+    ├── SerializationError (TypeError, PicklingError)  the caller: an argument, result or exception that can't travel
     ├── VersionMismatchError               the caller: packages differ between here and there
     ├── NoMatchingInstanceError (ValueError)
     ├── NoAvailableProviderError           no provider offers what was asked for
@@ -27,6 +27,7 @@ A task's own exception is none of these: it comes back as it was raised, with `R
 
 from __future__ import annotations
 
+from _pickle import PicklingError  # the same as pickle's, without loading all of that
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ class NoActivePoolError(SkywardError, RuntimeError):
     """Work was sent to a pool that does not exist (yet, or any more)."""
 
 
-class SerializationError(SkywardError, TypeError):
+class SerializationError(SkywardError, TypeError, PicklingError):
     """Something that has to travel can't be pickled. Attribute: `where`, e.g. ``"argument 'lock' of train()"``."""
 
 

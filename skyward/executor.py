@@ -60,7 +60,7 @@ class Executor(concurrent.futures.Executor):
         self._start()
         return self.pool.total_slots
 
-    @overload  # type: ignore[override]  # takes all that the base takes, and compute functions too
+    @overload
     def submit(self, fn: ComputeFunction[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]: ...
     @overload
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]: ...
@@ -78,7 +78,7 @@ class Executor(concurrent.futures.Executor):
         with self._lock:
             self._pending.discard(future)
 
-    @overload  # type: ignore[override]
+    @overload
     def map(
         self,
         fn: ComputeFunction[..., R],
@@ -147,7 +147,9 @@ def _results(futures: list[Future[R]], deadline: float | None) -> Iterator[R]:
         futures.reverse()
         while futures:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            yield futures.pop().result(left)
+            value = futures[-1].result(left)
+            del futures[-1]  # not before: one that is not there in time is to be cancelled too
+            yield value
     finally:
         for future in futures:
             future.cancel()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import secrets
 import shutil
 import tempfile
@@ -70,6 +72,8 @@ class Session:
             expected = lambda: sum(own._wanted.values())  # noqa: E731
             cores = local.cores_per_slot(spec)
         stack.callback(cluster.stop)
+        joblib = threading.Thread(target=_register_joblib, name="skyward-joblib", daemon=True)
+        joblib.start()  # meanwhile, because it takes a while too
         cluster.start()
         # Not the default client: that is for the caller to choose.
         self.client = client = Client(cluster, set_as_default=False, direct_to_workers=True)
@@ -96,6 +100,7 @@ class Session:
         cluster.demand = engine.demand
         engine.wait_ready()
         client.subscribe_topic(LOG_TOPIC, pool._receive_lines)
+        joblib.join()
         self._watch(spec.timeout, spec.idle_timeout)
         self.emit(events.PoolStarted())
         console.ready(pool, str(cluster.dashboard_link), time.monotonic() - started)
@@ -133,6 +138,13 @@ class Session:
                 return
 
         threading.Thread(target=watch, name="skyward-timeout", daemon=True).start()
+
+
+def _register_joblib() -> None:
+    """Make joblib know the name "skyward", without loading the backend before it is asked for."""
+    from joblib.parallel import EXTERNAL_BACKENDS
+
+    EXTERNAL_BACKENDS.setdefault("skyward", functools.partial(importlib.import_module, "skyward_joblib"))
 
 
 def _shared_folder(pool_id: str) -> Path:

@@ -179,6 +179,8 @@ class _Agent:
         dask.config.set(
             {
                 "distributed.worker.multiprocessing-method": "forkserver",
+                # Tasks may start processes of their own, as torch's DataLoader does; daemons may not.
+                "distributed.worker.daemon": False,
                 # A call that kills its worker is counted and rerun by the engine, which knows calls, not tasks.
                 "distributed.scheduler.allowed-failures": 0,
                 "distributed.scheduler.worker-ttl": "5 minutes",

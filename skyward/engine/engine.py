@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import functools
 import logging
-import math
 import queue
 import threading
 import uuid
@@ -110,13 +109,7 @@ class Engine:
 
     def demand(self) -> int:
         """Return how many slots the calls that wait and run could use now. In the loop."""
-        groups = {group for group, _ in self._chunks.values()} | set(self._ready)
-        wanted = 0
-        for group in groups:
-            calls = len(group.pending) + sum(len(items) for items in group.in_flight.values())
-            most = math.inf if group.limit is None else group.limit
-            wanted += int(min(calls, most))
-        return wanted
+        return sum(group.demand() for group in {g for g, _ in self._chunks.values()} | set(self._ready))
 
     def wait_ready(self, timeout_s: float = 30.0) -> None:
         """Block until the engine knows its slots."""
@@ -133,6 +126,10 @@ class Engine:
     def slots(self) -> int:
         """How many calls can run at once, now."""
         return self._slot_count
+
+    def in_callback(self) -> bool:
+        """Tell whether this runs in the thread of callbacks, where waiting for other callbacks would never end."""
+        return threading.current_thread() is self._callback_thread
 
     def group(self, *, limit: int | None = None) -> Group:
         """Return a group for `submit`: at most `limit` of its calls run at once, and they are cancelled together."""

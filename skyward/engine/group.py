@@ -69,6 +69,11 @@ class Group:
     def pending_bytes(self) -> int:
         return self._bytes_put - self._bytes_taken
 
+    def demand(self) -> int:
+        """Return how many slots its calls, waiting and running, could use."""
+        calls = len(self.pending) + sum(len(items) for items in self.in_flight.values())
+        return calls if self.limit is None else min(calls, self.limit)
+
     def put(self, item: Item) -> None:
         """Queue a packed call. From any thread."""
         self.engine._check_open()

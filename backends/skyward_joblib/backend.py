@@ -1,0 +1,291 @@
+"""The backend: joblib's batches become calls of a skyward engine."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend, ThreadingBackend
+from joblib.parallel import BatchedCalls, parallel_config
+
+import skyward as sky
+from skyward.engine import Call
+from skyward_joblib.resolve import engine_for
+
+if TYPE_CHECKING:
+    from skyward.engine import Engine, Group
+
+logger = logging.getLogger(__name__)
+
+Task = tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]
+
+
+class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
+    """Runs `joblib.Parallel` on a pool.
+
+    Parameters
+    ----------
+    pool
+        An active `skyward.ComputePool`. None: the client's, else the pool that is active where the work is started,
+        else the current Dask client.
+    client
+        A `distributed.Client` whose cluster is to be joined.
+    inner_max_num_threads
+        Threads that numeric libraries may use inside a task; None: the cores of a slot.
+    """
+
+    default_n_jobs = -1
+    supports_retrieve_callback = True
+    supports_inner_max_num_threads = True
+
+    def __init__(
+        self,
+        nesting_level: int | None = 0,
+        inner_max_num_threads: int | None = None,
+        *,
+        pool: Any = None,
+        client: Any = None,
+        **backend_kwargs: Any,
+    ) -> None:
+        if backend_kwargs:
+            names = ", ".join(sorted(backend_kwargs))
+            raise TypeError(f"the skyward backend takes pool= or client=, not {names}")
+        super().__init__(nesting_level=nesting_level or 0, inner_max_num_threads=inner_max_num_threads)
+        self._pool = pool
+        self._client = client
+        self._engine: Engine | None = None
+        self._group: Group | None = None
+        self._asked = 1
+        self._started_with = 1
+        self._in_flight = 0
+        self._batches = BatchSizes()
+        self.parallel: Any = None
+
+    def __reduce__(self) -> Any:
+        # On a worker there is no pool to reach: what arrives there runs its work in place.
+        return SkywardBackend, (self.nesting_level, self.inner_max_num_threads)
+
+    # --- how much at once -----------------------------------------------------------------------------------
+
+    def effective_n_jobs(self, n_jobs: int | None) -> int:
+        if n_jobs == 0:
+            raise ValueError("n_jobs == 0 in Parallel has no meaning")
+        if n_jobs == 1 or sky.instance_info() is not None:
+            return 1  # inside a task: the pool's slots are for tasks, and one that waits for others could wait for ever
+        engine = engine_for(self._pool, self._client)
+        if engine.in_callback():
+            return 1  # inside the generator of tasks that another call is reading
+        if n_jobs is None:
+            n_jobs = self.default_n_jobs
+        return n_jobs if n_jobs > 0 else max(1, engine.slots + 1 + n_jobs)
+
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **_memmapping_options: Any) -> int:
+        effective = self.effective_n_jobs(n_jobs)
+        if effective == 1:
+            raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
+        if self.parallel is not parallel:
+            # One backend may be the default of many calls at once, so each has a copy of its own.
+            own = SkywardBackend(
+                self.nesting_level, self.inner_max_num_threads, pool=self._pool, client=self._client
+            )
+            own.parallel = parallel
+            raise FallbackToBackend(own)
+        self._asked = n_jobs
+        self._started_with = effective
+        self._in_flight = 0
+        self._engine = engine_for(self._pool, self._client)
+        # A count below zero grows with the pool, so only a count that was named is a limit.
+        self._group = self._engine.group(limit=n_jobs if n_jobs > 0 else None)
+        return effective
+
+    def terminate(self) -> None:
+        self._group = self._engine = None
+        self._batches = BatchSizes()
+
+    # --- work -----------------------------------------------------------------------------------------------
+
+    def submit(self, func: Any, callback: Callable[[Any], None] | None = None) -> Any:
+        engine, group = self._engine, self._group
+        assert engine is not None
+        assert group is not None
+        self._in_flight += 1
+        try:
+            future = engine.submit(_call(func, self.inner_max_num_threads), group=group)
+        except Exception as exc:
+            # Unpicklable work, a pool that has ended: joblib may be in a thread where nobody would hear of it, so
+            # it is told as it is told of tasks that fail.
+            future = concurrent.futures.Future()
+            future.set_exception(exc)
+        if callback is not None:
+            future.add_done_callback(callback)
+        return future
+
+    def retrieve_result_callback(self, out: concurrent.futures.Future[Any]) -> Any:
+        self._in_flight -= 1
+        values, seconds = out.result()
+        self._batches.observe(len(values), seconds)
+        return values
+
+    def compute_batch_size(self) -> int:
+        return self._batches.size
+
+    def batch_completed(self, batch_size: int, duration: float) -> None:
+        """Keep the slots busy that have come since the call began; joblib itself replaces batch by batch."""
+        engine, parallel = self._engine, self.parallel
+        if engine is None or self._asked > 0:
+            return
+        now = max(1, engine.slots + 1 + self._asked)
+        if now <= self._started_with:
+            return
+        with parallel._lock:
+            parallel._cached_effective_n_jobs = now
+            while self._in_flight < 2 * now and parallel._original_iterator is not None and not parallel._aborting:
+                parallel.dispatch_next()
+
+    def abort_everything(self, ensure_ready: bool = True) -> None:
+        """Drop what waits and interrupt what runs, on the cluster. The backend stays ready either way."""
+        if self._group is not None:
+            self._group.cancel()
+        self._in_flight = 0
+
+    # --- inside tasks ---------------------------------------------------------------------------------------
+
+    def get_nested_backend(self) -> tuple[Any, int | None]:
+        level = (self.nesting_level or 0) + 1
+        cores = self._engine.cores_per_slot if self._engine is not None else 1
+        if level > 1 or cores == 1:
+            return SequentialBackend(nesting_level=level), None
+        return SlotThreads(cores, nesting_level=level), None
+
+    @property
+    def supports_sharedmem(self) -> bool:
+        # joblib runs work that needs shared memory on threads of this process, without a word. It asks here first,
+        # and only its own variable tells what for.
+        if sys._getframe(1).f_locals.get("require") == "sharedmem":
+            _tell_of_threads()
+        return False
+
+
+@functools.cache
+def _tell_of_threads() -> None:
+    logger.warning("work with require='sharedmem' can't leave this process: it runs on local threads, not on the pool")
+
+
+class SlotThreads(ThreadingBackend):  # type: ignore[misc]
+    """Threads for work nested in a task: no more than the slot has cores."""
+
+    def __init__(self, cores: int, nesting_level: int | None = None) -> None:
+        super().__init__(nesting_level=nesting_level)
+        self._cores = cores
+
+    def __reduce__(self) -> Any:
+        return SlotThreads, (self._cores, self.nesting_level)
+
+    def effective_n_jobs(self, n_jobs: int | None) -> int:
+        if n_jobs is not None and n_jobs < 0:
+            n_jobs = max(1, self._cores + 1 + n_jobs)
+        return min(int(super().effective_n_jobs(n_jobs)), self._cores)
+
+
+class BatchSizes:
+    """How many tasks a batch should hold, from the run time that workers measured."""
+
+    TARGET_S = 0.15
+    """Seconds of work per batch: far more than its overhead, little enough to share out evenly."""
+    GROWTH = 8
+    """At most so many times the last size: the first tasks may not be like the others."""
+
+    def __init__(self) -> None:
+        self.size = 1
+        self._seconds = 0.0  # per task, smoothed
+
+    def observe(self, tasks: int, seconds: float) -> None:
+        if not tasks:
+            return
+        mean = seconds / tasks
+        self._seconds = mean if not self._seconds else 0.5 * (self._seconds + mean)
+        ideal = int(self.TARGET_S / max(self._seconds, 1e-6))
+        self.size = max(1, min(ideal, self.GROWTH * self.size))
+
+
+def _call(func: Any, threads: int | None) -> Call:
+    if not isinstance(func, BatchedCalls):
+        return Call(_run_other, (func, threads), alone=True, name=_name(func))
+    # The parts rather than the whole: it would carry joblib's cache of pickled functions along.
+    tasks, nested = func.items, (func._backend, func._n_jobs)
+    first = tasks[0][0] if tasks else _run
+    if all(task[0] is first for task in tasks):
+        # One function for all: the engine pickles it once for all batches, and workers keep it.
+        calls = [(args, kwargs) for _, args, kwargs in tasks]
+        return Call(_same(first), (calls, nested, threads), alone=True, name=_name(first))
+    return Call(_run, (tasks, nested, threads), alone=True, name=_name(first))
+
+
+def _name(fn: Any) -> str:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+_last_same = threading.local()
+
+
+def _same(fn: Callable[..., Any]) -> _SameFunction:
+    """Return the same object again for the same function, so that the engine recognises it."""
+    last: _SameFunction | None = getattr(_last_same, "value", None)
+    if last is None or last.fn is not fn:
+        last = _last_same.value = _SameFunction(fn)
+    return last
+
+
+class _SameFunction:
+    """Runs one function with each of several arguments."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+
+    def __call__(self, calls: Sequence[tuple[Any, Any]], nested: Any, threads: int | None) -> tuple[list[Any], float]:
+        began = time.perf_counter()
+        with _inside(nested, threads):
+            values = [self.fn(*args, **kwargs) for args, kwargs in calls]
+        return values, time.perf_counter() - began
+
+
+def _run(tasks: Sequence[Task], nested: Any, threads: int | None) -> tuple[list[Any], float]:
+    began = time.perf_counter()
+    with _inside(nested, threads):
+        values = [fn(*args, **kwargs) for fn, args, kwargs in tasks]
+    return values, time.perf_counter() - began
+
+
+def _run_other(func: Callable[[], Any], threads: int | None) -> tuple[Any, float]:
+    began = time.perf_counter()
+    with _limit_threads(threads):
+        values = func()
+    return values, time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def _inside(nested: tuple[Any, int | None], threads: int | None) -> Iterator[None]:
+    """Be in a task: nested work goes to `nested`, numeric libraries use so many threads."""
+    backend, n_jobs = nested
+    with parallel_config(backend=backend, n_jobs=n_jobs), _limit_threads(threads):
+        yield
+
+
+@contextlib.contextmanager
+def _limit_threads(threads: int | None) -> Iterator[None]:
+    if threads is None:
+        yield
+        return
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(limits=threads):
+        yield

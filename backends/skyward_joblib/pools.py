@@ -1,0 +1,162 @@
+"""Pools that are joblib's default backend inside their block, and blocks for pools that are there already."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from joblib import parallel_config
+
+import skyward as sky
+from skyward.errors import VersionMismatchError
+from skyward.pool import ComputePool, PoolOptions
+from skyward_joblib.backend import SkywardBackend
+
+if TYPE_CHECKING:
+    from skyward.providers import ProviderLike
+
+
+class JoblibPool(ComputePool):
+    """A pool that runs `joblib.Parallel` inside its block.
+
+    Takes the options of `ComputePool`. ``n_jobs=-1``, also where no `n_jobs` is given, means all slots; another
+    count limits how many tasks run at once; ``n_jobs=1`` runs in place.
+
+    Parameters
+    ----------
+    joblib_version
+        The version that has to be installed here and on the machines; None: the one that is installed here.
+
+    Raises
+    ------
+    VersionMismatchError
+        Another version is installed here.
+
+    Examples
+    --------
+    >>> from joblib import Parallel, delayed
+    >>> with JoblibPool("local", nodes=2, display="quiet"):
+    ...     Parallel()(delayed(pow)(i, 2) for i in range(4))
+    [0, 1, 4, 9]
+    """
+
+    def __init__(
+        self, provider: ProviderLike = None, *, joblib_version: str | None = None, **options: Unpack[PoolOptions]
+    ) -> None:
+        super().__init__(provider, **_with_package(options, "joblib", joblib_version, "joblib_version"))
+        self._config: Any = None
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._use()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._unuse()
+        super().__exit__(*exc_info)
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        self._use()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._unuse()
+        await super().__aexit__(*exc_info)
+
+    def _use(self) -> None:
+        self._config = parallel_config(backend=SkywardBackend(pool=self))
+
+    def _unuse(self) -> None:
+        config, self._config = self._config, None
+        if config is not None:
+            config.unregister()
+
+
+class ScikitLearnPool(JoblibPool):
+    """A pool that runs what scikit-learn does in parallel, inside its block.
+
+    Takes the options of `ComputePool`. Any estimator or function with `n_jobs` uses the pool's slots; results are
+    those of a run without it.
+
+    Parameters
+    ----------
+    sklearn_version
+        The version of scikit-learn that has to be installed here and on the machines; None: the one here.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        scikit-learn is not installed here.
+    VersionMismatchError
+        Another version is installed here.
+    """
+
+    def __init__(
+        self, provider: ProviderLike = None, *, sklearn_version: str | None = None, **options: Unpack[PoolOptions]
+    ) -> None:
+        _require_sklearn()
+        super().__init__(provider, **_with_package(options, "scikit-learn", sklearn_version, "sklearn_version"))
+
+
+def _with_package(options: PoolOptions, package: str, version: str | None, option: str) -> PoolOptions:
+    """Return the options with `package` in the image, in the version that is installed here."""
+    here = importlib.metadata.version(package)
+    if version is not None and version != here:
+        raise VersionMismatchError(
+            f"{option}={version!r}, but {package} {here} is installed here; what travels between both sides needs the "
+            f"same version on both. Run `pip install {package}=={version}` here, or leave out {option}.",
+            table=((package, here, version),),
+        )
+    image: Any = options.get("image") or sky.Image()
+    if not isinstance(image, sky.Image):
+        return options  # the pool itself says what is wrong with it
+    return {**options, "image": replace(image, pip=(*image.pip, f"{package}=={here}"))}
+
+
+def _require_sklearn() -> None:
+    try:
+        importlib.metadata.version("scikit-learn")
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(
+            "scikit-learn is not installed here: run `pip install 'skyward[sklearn]'`", name="sklearn"
+        ) from None
+
+
+@contextlib.contextmanager
+def joblib_backend(pool: Any, *, inner_max_num_threads: int | None = None) -> Iterator[ComputePool]:
+    """Run `joblib.Parallel` inside the block on a pool that is active, or on the cluster of a Dask client.
+
+    Parameters
+    ----------
+    pool
+        An active `ComputePool`, a `distributed.Client`, or a Dask cluster object. A cluster is joined for the block
+        and left as it was.
+    inner_max_num_threads
+        Threads that numeric libraries may use inside a task; None: the cores of a slot.
+    """
+    with contextlib.ExitStack() as stack:
+        if not isinstance(pool, ComputePool):
+            pool = stack.enter_context(ComputePool(sky.Dask(pool), display="quiet"))
+        pool.engine  # noqa: B018 - raises the error that says why, when the pool is not active
+        stack.enter_context(
+            parallel_config(backend=SkywardBackend(pool=pool, inner_max_num_threads=inner_max_num_threads))
+        )
+        yield pool
+
+
+def sklearn_backend(
+    pool: Any, *, inner_max_num_threads: int | None = None
+) -> contextlib.AbstractContextManager[ComputePool]:
+    """Run what scikit-learn does in parallel inside the block on `pool`; see `joblib_backend`.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        scikit-learn is not installed here.
+    """
+    _require_sklearn()
+    return joblib_backend(pool, inner_max_num_threads=inner_max_num_threads)
