@@ -6,6 +6,7 @@ Code that the other side can't import, because it is the caller's own project, t
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib.util
 import inspect
@@ -62,6 +63,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             name = getattr(obj, "__module__", None)
         elif isinstance(obj, ModuleType) and is_project_module(obj.__name__):
             return _reduce_module(obj)
+        elif isinstance(obj, BaseException) and _carries_traceback(type(obj)):
+            return obj.__reduce_ex__(5)
         else:
             return super().reducer_override(obj)
         if not name or not is_project_module(name):
@@ -78,6 +81,14 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             finally:
                 if not already:
                     cloudpickle.unregister_pickle_by_value(module)
+
+
+def _carries_traceback(kind: type[BaseException]) -> bool:
+    """Tell whether tblib, which Dask installs, would pickle such exceptions with all their frames.
+
+    The traceback travels as text; as frames it would be large, and too deep to pickle for a `RecursionError`.
+    """
+    return getattr(copyreg.dispatch_table.get(kind), "__module__", None) == "tblib.pickling_support"
 
 
 def _reduce_module(module: ModuleType) -> Any:

@@ -61,6 +61,14 @@ def test_the_users_own_exception_comes_back_with_traceback_and_machine(pool: sky
     assert "in inner" in "".join(traceback.format_exception(info.value))
 
 
+def test_a_recursion_without_end_comes_back_as_such(pool: sky.ComputePool) -> None:
+    def forever(n: int) -> int:
+        return forever(n + 1)
+
+    with pytest.raises(RecursionError):
+        sky.compute(forever)(0) >> pool
+
+
 def test_in_a_batch_the_first_failure_in_order_is_raised_and_the_rest_is_dropped(
     pool: sky.ComputePool, tmp_path: Path
 ) -> None:

@@ -151,8 +151,9 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """Drop what waits and interrupt what runs, on the cluster. The backend stays ready either way."""
-        if self._group is not None:
+        if self._group is not None and self._engine is not None:
             self._group.cancel()
+            self._group = self._engine.group(limit=self._group.limit)
         self._in_flight = 0
 
     # --- inside tasks ---------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
     def get_nested_backend(self) -> tuple[Any, int | None]:
         level = (self.nesting_level or 0) + 1
         cores = self._engine.cores_per_slot if self._engine is not None else 1
-        if level > 1 or cores == 1:
+        if level > 1:
             return SequentialBackend(nesting_level=level), None
         return SlotThreads(cores, nesting_level=level), None
 
@@ -250,6 +251,7 @@ class _SameFunction:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
+        self.__name__ = self.__qualname__ = _name(fn)  # for messages
 
     def __call__(self, calls: Sequence[tuple[Any, Any]], nested: Any, threads: int | None) -> tuple[list[Any], float]:
         began = time.perf_counter()
