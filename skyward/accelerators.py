@@ -118,7 +118,7 @@ class Accelerator:
     model
         The model's name without its memory, e.g. ``"A100"``.
     memory
-        GB per device.
+        GB per device; 0 when it is made: the model's usual one.
     mig
         MIG profiles that each device is divided into; empty: not divided.
     slice_topology
@@ -141,6 +141,15 @@ class Accelerator:
     def __post_init__(self) -> None:
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
             raise _error(f"{self.model}:{self.count}", "a count that is a whole number from 1")
+        model = _MODELS.get(_ALIASES.get(_key(self.model), _key(self.model))) if isinstance(self.model, str) else None
+        if model is None:
+            raise _unknown(self.model)
+        memory = _memory(model, self.memory)
+        settle = object.__setattr__
+        settle(self, "model", model.name)
+        settle(self, "memory", memory)
+        settle(self, "mig", _fit(model, memory, self.mig) if self.mig else ())
+        settle(self, "form_factor", _form_factor(model, self.form_factor))
 
     @property
     def vendor(self) -> str:
@@ -176,12 +185,12 @@ class Accelerator:
         if not isinstance(text, str):
             raise _error(text, "a name such as 'A100' or 'A100:4', or an sky.Accelerator")
         name, colon, count = text.partition(":")
-        if colon and not count.strip().isdigit():
+        if colon and not count.strip().isdecimal():
             raise _error(text, "a count that is a whole number from 1, as in 'A100:4'")
         model, rest = _split(name)
         if model is None:
-            raise _unknown(text, name)
-        memory, form_factor = _qualifiers(text, model, rest)
+            raise _unknown(text)
+        memory, form_factor = _qualifiers(rest)
         return _make(model, int(count) if colon else 1, memory=memory, form_factor=form_factor)
 
 
@@ -202,26 +211,40 @@ def _is_qualifier(rest: str) -> bool:
     return re.fullmatch(r"(SXM\d?|PCIE|NVL|OAM)?(\d+GB)?(SXM\d?|PCIE|NVL|OAM)?", rest) is not None
 
 
-def _qualifiers(text: Any, model: _Model, rest: str) -> tuple[int | None, str | None]:
+def _qualifiers(rest: str) -> tuple[int, str | None]:
+    """Return the memory and the form factor that follow a model's name; 0 and None where they are not said."""
     import re
 
     # The generation of an SXM socket stands right before the memory in "SXM5-80GB".
     memory = re.search(r"(\d+)GB", re.sub(r"SXM[2-6]?(?=\D|\d{2,}GB|$)", "", rest))
     form = re.search(r"SXM|PCIE|NVL|OAM", rest)
-    form_factor = None
-    if form is not None:
-        form_factor = {f.upper(): f for f in model.form_factors}.get(form[0])
-        if form_factor is None:
-            accepted = f"one of {', '.join(model.form_factors)}" if model.form_factors else "none at all"
-            raise _error(text, f"for the form factor of {model.name} {accepted}")
-    return (int(memory[1]) if memory else None), form_factor
+    return (int(memory[1]) if memory else 0), (form[0] if form else None)
 
 
-def _unknown(text: Any, name: str) -> SpecError:
+def _memory(model: _Model, memory: int) -> int:
+    if not memory:
+        return model.memory_gb[0]
+    if memory not in model.memory_gb:
+        sizes = " or ".join(f"{m} GB" for m in sorted(model.memory_gb))
+        raise _error(f"{model.name}-{memory}GB", f"{sizes} for {model.name}")
+    return memory
+
+
+def _form_factor(model: _Model, form_factor: str | None) -> str | None:
+    if form_factor is None:
+        return None
+    found = {f.upper(): f for f in model.form_factors}.get(form_factor.upper())
+    if found is None:
+        accepted = f"one of {', '.join(model.form_factors)}" if model.form_factors else "none at all"
+        raise _error(f"{model.name}-{form_factor}", f"for the form factor of {model.name} {accepted}")
+    return found
+
+
+def _unknown(text: Any) -> SpecError:
     import difflib
 
     names = {_key(m.name): m.name for m in _TABLE}
-    near = difflib.get_close_matches(_key(name), names, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(_key(str(text).partition(":")[0]), names, n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(repr(names[n]) for n in near)}?" if near else ""
     return _error(text, f"one of {', '.join(names.values())}{hint}")
 
@@ -240,17 +263,14 @@ def _make(
     memory: int | None = None,
     mig: str | Sequence[str] | None = None,
     form_factor: str | None = None,
-    slice_topology: str | None = None,
 ) -> Accelerator:
-    chosen = model.memory_gb[0] if memory is None else memory
-    if chosen not in model.memory_gb:
-        sizes = " or ".join(f"{m} GB" for m in sorted(model.memory_gb))
-        raise _error(f"{model.name}-{chosen}GB", f"{sizes} for {model.name}")
-    if form_factor is not None and form_factor.upper() not in [f.upper() for f in model.form_factors]:
-        accepted = ", ".join(model.form_factors) or "none at all"
-        raise _error(f"{model.name}-{form_factor}", f"for the form factor of {model.name}: {accepted}")
-    profiles = _fit(model, chosen, mig) if mig else ()
-    return Accelerator(model.name, count, chosen, profiles, form_factor, slice_topology)
+    size = _memory(model, memory or 0)
+    return Accelerator(model.name, count, size, _fit(model, size, mig) if mig else (), form_factor)
+
+
+def memory_sizes(model: str) -> tuple[int, ...]:
+    """Return the GB per device that a model comes with, the usual one first."""
+    return _MODELS[_key(model)].memory_gb
 
 
 # --- MIG ----------------------------------------------------------------------------------------------------
@@ -362,7 +382,7 @@ class _Google:
     def TPUSlice(self, topology: str) -> Accelerator:  # noqa: N802
         """Return a slice such as ``"v5p-8"``: TPU v5p with 8 cores."""
         version, dash, cores = topology.partition("-")
-        if not dash or not cores.isdigit() or int(cores) < 1:
+        if not dash or not cores.isdecimal() or int(cores) < 1:
             raise _error(topology, "a slice such as 'v5p-8': version, dash, number of cores")
         device = _versioned("TPU", version, 1)
         return Accelerator(device.model, 1, device.memory, slice_topology=topology)

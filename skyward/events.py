@@ -225,25 +225,54 @@ SkywardEvent: TypeAlias = (
 Callback: TypeAlias = Callable[[SkywardEvent], SkywardEvent | Sequence[SkywardEvent] | None]
 """Hears of events; those that it returns are emitted too."""
 
-_DEEPEST = 100  # events that answer an event that answers an event ...: beyond this it is a circle
+_MOST_ANSWERS = 500  # to one event, and to its answers, and so on; picked by feel: beyond this it is a circle
+
+
+def _events_of(answer: object) -> list[SkywardEvent]:
+    """Return the events in what a callback has returned. A lambda may return anything: the rest is ignored."""
+    answers = answer if isinstance(answer, Sequence) else (answer,)
+    return [a for a in answers if isinstance(a, SkywardEvent)]
+
+
+class _Listener:
+    """A callback, and whether a failure of it was logged."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+        self._failed = False
+
+    def hear(self, event: SkywardEvent) -> list[SkywardEvent]:
+        try:
+            return _events_of(self._callback(event))
+        except Exception:  # whatever a user's callback raises: it must not end a run that it only watches
+            if not self._failed:
+                self._failed = True
+                logger.exception(
+                    "callback %r failed at %r; further failures of it are not logged", self._callback, event
+                )
+            return []
+
+
+class _Chain:
+    """An event from outside and all that answers it."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.is_cut = False
 
 
 class _Emitter:
-    """Brings events to a callback, one at a time and in order, from whatever thread they come."""
+    """Brings events to callbacks, one at a time and in order, from whatever thread they come."""
 
-    def __init__(self, *callbacks: Callback) -> None:
-        self._callbacks: tuple[Callback, ...] = ()
-        for callback in callbacks:
-            self.add(callback)
-        self._failed: set[int] = set()
+    def __init__(self, *listeners: _Listener) -> None:
+        self._listeners = listeners
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[SkywardEvent, int]] = deque()
+        self._waiting: deque[tuple[SkywardEvent, _Chain]] = deque()
         self._delivering = False
 
     def add(self, callback: Callback) -> None:
         """Let `callback` hear of what is emitted from now on."""
-        parts = callback.callbacks if isinstance(callback, _Composed) else (callback,)
-        self._callbacks = (*self._callbacks, *parts)
+        self._listeners = (*self._listeners, *_listeners(callback))
 
     def emit(self, event: SkywardEvent) -> None:
         """Deliver `event`, and before this returns whatever answers it.
@@ -251,58 +280,60 @@ class _Emitter:
         While another thread delivers (or a callback emits from within), the event is left to that one.
         """
         with self._lock:
-            self._waiting.append((event, 0))
+            self._waiting.append((event, _Chain()))
             if self._delivering:
                 return
             self._delivering = True
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._delivering = False
-                    return
-                current, depth = self._waiting.popleft()
-            for callback in self._callbacks:
-                self._call(callback, current, depth)
-
-    def _call(self, callback: Callback, event: SkywardEvent, depth: int) -> None:
         try:
-            answer = callback(event)
-        except Exception:  # whatever a user's callback raises: it must not end a run that it only watches
-            if id(callback) not in self._failed:
-                self._failed.add(id(callback))
-                logger.exception("callback %r failed at %r; further failures of it are not logged", callback, event)
-            return
-        if answer is None:
-            return
-        answers = list(answer) if isinstance(answer, Sequence) else [answer]
-        if depth >= _DEEPEST:
-            logger.error("callback %r answers its own events without end; %r is dropped", callback, answers)
-            return
+            while (item := self._next()) is not None:
+                for listener in self._listeners:
+                    self._queue(listener.hear(item[0]), item[1])
+        except BaseException:  # Ctrl-C in a callback: the next event must find somebody to deliver it
+            with self._lock:
+                self._delivering = False
+            raise
+
+    def _next(self) -> tuple[SkywardEvent, _Chain] | None:
         with self._lock:
-            self._waiting.extend((a, depth + 1) for a in answers)
+            if self._waiting:
+                return self._waiting.popleft()
+            self._delivering = False  # under the same lock as the look, or an event could be left behind
+            return None
 
-
-_installed: ContextVar[tuple[Callback, ...]] = ContextVar("skyward_callbacks", default=())
-
-
-def emitter(*callbacks: Callback) -> _Emitter:
-    """Return an emitter to `callbacks` and to those that `use_callback` has installed here."""
-    return _Emitter(*callbacks, *_installed.get())
+    def _queue(self, answers: list[SkywardEvent], chain: _Chain) -> None:
+        taken = answers[: _MOST_ANSWERS - chain.answers]
+        chain.answers += len(taken)
+        if len(taken) < len(answers) and not chain.is_cut:
+            chain.is_cut = True
+            logger.error("callbacks answer events without end; %r and what follows is dropped", answers[len(taken)])
+        with self._lock:
+            self._waiting.extend((answer, chain) for answer in taken)
 
 
 class _Composed:
     """Several callbacks in one. An emitter takes it apart, so that one that raises does not silence the others."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = tuple(callbacks)
+        self.callbacks = tuple(part for callback in callbacks for part in _parts(callback))
 
     def __call__(self, event: SkywardEvent) -> list[SkywardEvent]:
-        found: list[SkywardEvent] = []
-        for callback in self.callbacks:
-            answer = callback(event)
-            if answer is not None:
-                found.extend(answer if isinstance(answer, Sequence) else [answer])
-        return found
+        return [answer for callback in self.callbacks for answer in _events_of(callback(event))]
+
+
+def _parts(callback: Callback) -> tuple[Callback, ...]:
+    return callback.callbacks if isinstance(callback, _Composed) else (callback,)
+
+
+def _listeners(*callbacks: Callback) -> tuple[_Listener, ...]:
+    return tuple(_Listener(part) for callback in callbacks for part in _parts(callback))
+
+
+_installed: ContextVar[tuple[_Listener, ...]] = ContextVar("skyward_callbacks", default=())
+
+
+def emitter(*callbacks: Callback) -> _Emitter:
+    """Return an emitter to `callbacks` and to those that `use_callback` has installed here."""
+    return _Emitter(*_listeners(*callbacks), *_installed.get())
 
 
 def compose(*callbacks: Callback) -> Callback:
@@ -318,7 +349,7 @@ def emit(event: SkywardEvent) -> None:
 @contextmanager
 def use_callback(callback: Callback) -> Iterator[None]:
     """Let `callback` hear, inside the block, of `emit` and of all pools that are entered there."""
-    token = _installed.set((*_installed.get(), callback))
+    token = _installed.set((*_installed.get(), *_listeners(callback)))
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from skyward import pickling
@@ -255,17 +256,41 @@ def _pack_error(exc: BaseException, fn: Any) -> tuple[Kind, bytes, tuple[Any, ..
     # The first frame is _run_call's; what the user wants to see begins below it.
     tb = exc.__traceback__.tb_next if exc.__traceback__ else None
     text = "".join(traceback.format_exception(type(exc), exc, tb))
-    try:
-        data, buffers = pickling.dumps(exc)
-        pickling.loads(data, buffers)  # an exception with its own __init__ may pickle and yet not unpickle
-        return Kind.ERROR, data, tuple(b.raw() for b in buffers), text
-    except Exception as why:  # whatever the exception's own pickling raises
-        error = SerializationError(
-            f"{_name(fn)}() raised {_kind(exc)}: {exc}\n(this exception does not pickle ({why}), "
-            "so it is shown as text; its traceback is the cause)",
-            where=f"exception of {_name(fn)}()",
-        )
-        return Kind.OPAQUE, pickling.dumps(error)[0], (), text
+    problem: Exception | None = None
+    # One with its own __init__ often pickles and yet does not unpickle, for which it can be made without that.
+    for form in (exc, _WithoutInit(exc)):
+        try:
+            data, buffers = pickling.dumps(form)
+            pickling.loads(data, buffers)
+            return Kind.ERROR, data, tuple(b.raw() for b in buffers), text
+        except Exception as why:  # whatever the exception's own pickling raises
+            problem = problem or why
+    error = SerializationError(
+        f"{_name(fn)}() raised {_kind(exc)}: {exc}\n(this exception does not pickle ({problem}), "
+        "so it is shown as text; its traceback is the cause)",
+        where=f"exception of {_name(fn)}()",
+    )
+    return Kind.OPAQUE, pickling.dumps(error)[0], (), text
+
+
+class _WithoutInit:
+    """Pickles as an exception that is made from its class, arguments and attributes, without its `__init__`."""
+
+    def __init__(self, exc: BaseException) -> None:
+        self._exc = exc
+
+    def __reduce__(self) -> Any:
+        exc = self._exc
+        if not isinstance(type(exc).__init__, FunctionType):
+            raise TypeError(f"{type(exc).__name__} is made by code that is not Python")
+        return _make_without_init, (type(exc), exc.args, exc.__dict__)
+
+
+def _make_without_init(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    exc = kind.__new__(kind, *args)
+    exc.args = args
+    exc.__dict__.update(attributes)
+    return exc
 
 
 def _name(fn: Any) -> str:

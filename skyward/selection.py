@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from skyward.accelerators import Accelerator
+from skyward.accelerators import Accelerator, memory_sizes
 from skyward.errors import NoMatchingInstanceError, SpecError
 from skyward.spec import InstanceSpec
 
@@ -25,7 +26,7 @@ def select_instances(
     Parameters
     ----------
     cpu, memory_mb
-        At least so many vCPUs, and so much memory in MB.
+        At least so many vCPUs, and so much memory in MB (10⁶ bytes); what providers list counts as GiB.
     accelerator
         Name or `Accelerator`; memory counts, so that ``"A100"`` is the one of 80 GB. None: with or without.
     accelerator_count
@@ -34,16 +35,7 @@ def select_instances(
     prefer_spot
         Compare spot prices, and on-demand prices where there is no spot price.
     """
-    wanted = Accelerator.parse(accelerator) if accelerator is not None else None
-    fits = _count_predicate(wanted, accelerator_count)
-    found = [
-        i
-        for i in instances
-        if i.vcpu >= cpu
-        and i.memory_gb * 1000 >= memory_mb
-        and (wanted is None or (_is_same(i, wanted) and fits(i.accelerator_count)))
-    ]
-    return sorted(found, key=lambda i: (_price(i, prefer_spot), i.vcpu, i.memory_gb, i.name))
+    return _matching(instances, _need(cpu, memory_mb, accelerator, accelerator_count), prefer_spot)
 
 
 def select_instance(
@@ -62,21 +54,52 @@ def select_instance(
         There is none; the message has the nearest ones.
     """
     offers = list(instances)
-    found = select_instances(offers, cpu, memory_mb, accelerator, accelerator_count, prefer_spot)
+    need = _need(cpu, memory_mb, accelerator, accelerator_count)
+    found = _matching(offers, need, prefer_spot)
     if found:
         return found[0]
-    need = f"{cpu} vCPUs, {memory_mb} MB of memory"
-    if accelerator is not None:
-        count = "as many as the predicate wants" if callable(accelerator_count) else accelerator_count
-        need += f", accelerator {accelerator} ({count})"
-    raise NoMatchingInstanceError(f"no instance type has {need}. {_nearest(offers, accelerator, prefer_spot)}")
+    raise NoMatchingInstanceError(f"no instance type has {need}. {_nearest(offers, need, prefer_spot)}")
 
 
-def _count_predicate(
-    wanted: Accelerator | None, accelerator_count: int | Callable[[int], bool]
-) -> Callable[[int], bool]:
+# --- what is needed -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    cpu: int
+    memory_mb: int
+    accelerator: Accelerator | None
+    count: int | None  # None: whatever `fits` says
+    fits: Callable[[int], bool]
+
+    def is_met(self, instance: InstanceSpec) -> bool:
+        return self.lack(instance) == (0, False, 0)
+
+    def lack(self, instance: InstanceSpec) -> tuple[int, bool, float]:
+        """Return how far off a type is: by its accelerator, their number, and the missing share of the rest."""
+        missing = max(0.0, 1 - instance.vcpu / self.cpu) + max(0.0, 1 - _memory_mb(instance) / self.memory_mb)
+        if self.accelerator is None:
+            return 0, False, missing
+        return _distance(instance, self.accelerator), not self.fits(instance.accelerator_count), missing
+
+    def __str__(self) -> str:
+        text = f"{self.cpu} vCPUs, {self.memory_mb} MB of memory"
+        if self.accelerator is None:
+            return text
+        count = "a number of" if self.count is None else f"{self.count} ×"
+        return f"{text}, {count} {self.accelerator.name}"
+
+
+def _need(
+    cpu: int,
+    memory_mb: int,
+    accelerator: str | Accelerator | None,
+    accelerator_count: int | Callable[[int], bool],
+) -> _Need:
+    wanted = Accelerator.parse(accelerator) if accelerator is not None else None
+    cpu, memory_mb = max(1, cpu), max(1, memory_mb)
     if callable(accelerator_count):
-        return accelerator_count
+        return _Need(cpu, memory_mb, wanted, None, accelerator_count)
     if isinstance(accelerator_count, bool) or not isinstance(accelerator_count, int) or accelerator_count < 1:
         accepted = "a whole number from 1, or a function of the number"
         raise SpecError(
@@ -86,22 +109,41 @@ def _count_predicate(
             accepted=accepted,
         )
     exact = wanted.count if wanted is not None and wanted.count != 1 else accelerator_count
-    return lambda n: n == exact
+    return _Need(cpu, memory_mb, wanted, exact, lambda n: n == exact)
 
 
-def _is_same(instance: InstanceSpec, wanted: Accelerator) -> bool:
-    """Tell whether the instance's accelerator is the one meant: the same model and, where it is said, memory."""
+def _memory_mb(instance: InstanceSpec) -> int:
+    return math.ceil(instance.memory_gb * 1073.741824)  # rounded as `parse_memory` does
+
+
+_SAME, _SAME_MODEL, _OTHER = range(3)
+
+
+def _distance(instance: InstanceSpec, wanted: Accelerator) -> int:
+    """Tell whether the instance's accelerator is the one meant, one of the model's other variants, or another."""
     if not instance.accelerator:
-        return False
+        return _OTHER
     try:
         there = Accelerator.parse(instance.accelerator)
     except SpecError:  # a name that only this provider knows
-        return instance.accelerator.lower() == wanted.name.lower()
+        return _SAME if instance.accelerator.lower() == wanted.name.lower() else _OTHER
     if there.model != wanted.model:
-        return False
-    # Providers round differently, e.g. 79.6 or 81 GB for a device sold as one of 80 GB.
+        return _OTHER
+    if there.form_factor and wanted.form_factor and there.form_factor != wanted.form_factor:
+        return _SAME_MODEL
+    # Where a model comes in one size, what a provider lists can't tell variants apart: some list a node's memory.
     memory = instance.accelerator_memory_gb or there.memory
-    return abs(memory - wanted.memory) <= 0.1 * wanted.memory
+    # Providers round differently, e.g. 79.6 or 81 GB for a device sold as one of 80 GB.
+    is_close = abs(memory - wanted.memory) <= 0.1 * wanted.memory
+    return _SAME if is_close or len(memory_sizes(wanted.model)) == 1 else _SAME_MODEL
+
+
+# --- prices and offers --------------------------------------------------------------------------------------
+
+
+def _matching(instances: Iterable[InstanceSpec], need: _Need, prefer_spot: bool) -> list[InstanceSpec]:
+    found = [i for i in instances if need.is_met(i)]
+    return sorted(found, key=lambda i: (_price(i, prefer_spot), i.vcpu, i.memory_gb, i.name))
 
 
 def _price(instance: InstanceSpec, prefer_spot: bool) -> float:
@@ -109,23 +151,24 @@ def _price(instance: InstanceSpec, prefer_spot: bool) -> float:
     return next((p for p in prices if p is not None), math.inf)
 
 
-def _nearest(offers: list[InstanceSpec], accelerator: str | Accelerator | None, prefer_spot: bool) -> str:
+def _nearest(offers: list[InstanceSpec], need: _Need, prefer_spot: bool) -> str:
     if not offers:
         return "There are no types to choose from."
-    if accelerator is not None:
-        wanted = Accelerator.parse(accelerator)
-        near = [i for i in offers if i.accelerator and _is_same(i, wanted)]
-        if not near:
-            names = sorted({i.accelerator for i in offers if i.accelerator})
-            return f"There are these accelerators: {', '.join(names) or 'none'}."
-    else:
-        near = sorted(offers, key=lambda i: (-i.vcpu, -i.memory_gb))
-    shown = [_shown(i, prefer_spot) for i in near[:_SHOWN]]
+    ranked = sorted(offers, key=lambda i: (need.lack(i), _price(i, prefer_spot), i.name))
+    if need.lack(ranked[0])[0] == _OTHER:
+        names = sorted({i.accelerator for i in offers if i.accelerator})
+        return f"There are these accelerators: {', '.join(names) or 'none'}."
+    nearest: dict[str, InstanceSpec] = {}  # a type may be offered in several regions
+    for i in ranked:
+        if need.lack(i)[0] < _OTHER:
+            nearest.setdefault(i.name, i)
+    shown = [_shown(i, prefer_spot) for i in list(nearest.values())[:_SHOWN]]
     return f"Nearest: {'; '.join(shown)}."
 
 
 def _shown(i: InstanceSpec, prefer_spot: bool) -> str:
     price = _price(i, prefer_spot)
-    accelerator = f", {i.accelerator_count} × {i.accelerator}" if i.accelerator else ""
+    size = f" of {i.accelerator_memory_gb:g} GB" if i.accelerator_memory_gb else ""
+    accelerator = f", {i.accelerator_count} × {i.accelerator}{size}" if i.accelerator else ""
     cost = "price not known" if price == math.inf else f"{price:g} USD/h"
     return f"{i.name} ({i.vcpu} vCPUs, {i.memory_gb:g} GB{accelerator}, {cost})"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, ClassVar
 
 from skyward.accelerators import Accelerator, Auto
@@ -78,7 +79,7 @@ class Image:
         problems.check("pip_extra_index_url", self.pip_extra_index_url, check_index_url)
         apt = problems.check("apt", self.apt, check_apt)
         env = problems.check("env", self.env, check_env)
-        include = problems.check("include", self.include, check_strings)
+        include = problems.check("include", self.include, _check_include)
         problems.raise_if_any()
         object.__setattr__(self, "pip", pip)
         object.__setattr__(self, "apt", apt)
@@ -91,7 +92,7 @@ class Image:
 
         parts = [
             self.python or "",
-            "\n".join(sorted("".join(p.split()).lower() for p in self.pip)),
+            "\n".join(sorted(map(_plain, self.pip))),
             self.pip_extra_index_url or "",
             "\n".join(sorted(self.apt)),
             "\n".join(f"{k}={v}" for k, v in sorted(self.env.items())),
@@ -112,6 +113,22 @@ class Image:
         return f"Image({', '.join(f'{k}={v!r}' for k, v in shown.items() if v)})"
 
 
+def _plain(requirement: str) -> str:
+    """Return a requirement without spaces, its name as package indexes compare names (PEP 503)."""
+    import re
+
+    name, rest = re.fullmatch(r"([A-Za-z0-9._-]*)(.*)", "".join(requirement.split())).groups()  # type: ignore[union-attr]
+    return re.sub(r"[-_.]+", "-", name).lower() + rest
+
+
+def _check_include(value: Any) -> tuple[str, ...]:
+    paths = check_strings(value)
+    for path in paths:
+        if not path.strip() or not path.isprintable() or path.startswith("-"):
+            raise ValueError(f"paths of files and folders, which {path!r} is not")
+    return paths
+
+
 # --- volumes ------------------------------------------------------------------------------------------------
 
 
@@ -123,15 +140,27 @@ class Volume:
 
     def __post_init__(self) -> None:
         problems = Problems(type(self).__name__)
-        problems.check("mount_path", self.mount_path, _check_mount_path)
+        path = problems.check("mount_path", self.mount_path, _check_mount_path)
         problems.raise_if_any()
+        object.__setattr__(self, "mount_path", path)
+
+
+def _is_plain(text: str) -> bool:
+    """Tell whether a shell would see nothing in `text` but a word."""
+    return text.isprintable() and not text.startswith("-") and not any(c in text for c in "'\"\\$`;&|<>*?()[]{}!#~")
 
 
 def _check_mount_path(value: Any) -> str:
-    path = check_text(value)
-    if not path.startswith("/") or path == "/" or any(c in path for c in "\0\n'\"\\$`;&|<>*?"):
+    path = check_text(value).rstrip("/")
+    if not path.startswith("/") or not _is_plain(path) or any(part in ("", ".", "..") for part in path[1:].split("/")):
         raise ValueError("an absolute path such as '/data', without quotes or shell characters")
     return path
+
+
+def _check_prefix(value: Any) -> str:
+    if not isinstance(value, str) or not _is_plain(value):
+        raise ValueError("a text such as 'datasets/2024/', without quotes or shell characters")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +177,13 @@ class S3Volume(Volume):
 
     def __post_init__(self) -> None:
         problems = Problems("S3Volume")
-        problems.check("mount_path", self.mount_path, _check_mount_path)
+        path = problems.check("mount_path", self.mount_path, _check_mount_path)
         problems.check("bucket", self.bucket, _check_bucket)
+        problems.check("prefix", self.prefix, _check_prefix)
         problems.check("read_only", self.read_only, check_bool)
         problems.check("endpoint_url", self.endpoint_url, check_index_url)
         problems.raise_if_any()
+        object.__setattr__(self, "mount_path", path)
 
 
 def _check_bucket(value: Any) -> str:
@@ -166,6 +197,8 @@ def _check_bucket(value: Any) -> str:
 
 # --- allocation ---------------------------------------------------------------------------------------------
 
+_KINDS = ("always-spot", "spot-if-available", "on-demand", "cheapest", "percent")
+
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
@@ -177,6 +210,12 @@ class Allocation:
 
     kind: str
     spot: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = Problems("Allocation")
+        problems.check("kind", self.kind, check_choice(_KINDS))
+        problems.check("spot", self.spot, check_allocation_share)
+        problems.raise_if_any()
 
     def __call__(self) -> Allocation:
         """Return itself, so that ``Allocation.OnDemand`` and ``Allocation.OnDemand()`` are the same."""
@@ -239,7 +278,11 @@ def _check_allocation(value: Any) -> Allocation:
 
 @dataclass(frozen=True, slots=True)
 class InstanceSpec:
-    """A type of machine that a provider offers. Prices are in USD per hour; None: not known, or not offered."""
+    """A type of machine that a provider offers.
+
+    `memory_gb` is what the provider lists; AWS and DigitalOcean write GB and mean GiB. Prices are in USD per hour;
+    None: not known, or not offered.
+    """
 
     name: str
     vcpu: int
@@ -327,7 +370,7 @@ class PoolSpec:
     volume: tuple[Volume, ...] = ()
     allocation: Allocation = Allocation.SpotIfAvailable
     timeout: float = 3600
-    env: Mapping[str, str] | None = None
+    env: Mapping[str, str] | None = field(default=None, repr=False, hash=False)  # values may be secrets
     concurrency: int = 1
     display: str = "auto"
     on_event: Callable[..., Any] | None = None
@@ -368,6 +411,11 @@ class PoolSpec:
         settle("idle_timeout", check_positive("seconds"), optional=True)
         settle("retries", check_count(0))
         problems.raise_if_any()
+
+    def __reduce__(self) -> Any:
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        # The view that keeps `env` from being changed can't be pickled; it is made anew.
+        return partial(PoolSpec, **{**options, "env": None if self.env is None else dict(self.env)}), ()
 
 
 def _check_type(kind: type, accepted: str) -> Callable[[Any], Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,6 +49,7 @@ def test_texts_are_understood_without_case_dashes_or_spaces(text: str, name: str
         ("H10", "did you mean"),
         ("A100:x", "a count that is a whole number from 1"),
         ("A100:0", "a count that is a whole number from 1"),
+        ("A100:²", "a count that is a whole number from 1"),
         ("A100-60GB", "40 GB or 80 GB for A100"),
         ("T4-SXM", "form factor of T4 none at all"),
         ("", "one of T4"),
@@ -71,6 +74,35 @@ def test_factories_make_what_texts_mean() -> None:
     assert sky.Accelerator.Google.TPU("v5e").name == "TPU-v5e"
     assert sky.Accelerator.Google.TPUSlice("v5p-8").slice_topology == "v5p-8"
     assert sky.Accelerator.Habana.Gaudi(3).name == "Gaudi3"
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (lambda: sky.Accelerator("A100"), "A100"),
+        (lambda: sky.Accelerator("a100", 2, 40), "A100-40GB:2"),
+        (lambda: sky.Accelerator("trn2"), "Trainium2"),
+        (lambda: GPU.H100(form_factor="sxm"), "H100-SXM"),
+        (lambda: dataclasses.replace(GPU.A100(), count=8), "A100:8"),
+    ],
+)
+def test_however_an_accelerator_is_made_it_has_one_form(made: Callable[[], sky.Accelerator], text: str) -> None:
+    assert made() == sky.Accelerator.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: sky.Accelerator("A100:4"), "did you mean .*'A100'"),
+        (lambda: sky.Accelerator("A100", memory=60), "40 GB or 80 GB for A100"),
+        (lambda: sky.Accelerator("T4", mig=("1g.5gb",)), "no mig at all"),
+        (lambda: dataclasses.replace(GPU.A100(mig="3g.40gb"), memory=40), r"for mig of A100 \(40 GB\)"),
+        (lambda: sky.Accelerator.Google.TPUSlice("v5p-²"), "a slice such as 'v5p-8'"),
+    ],
+)
+def test_however_an_accelerator_is_made_it_is_checked(made: Callable[[], sky.Accelerator], message: str) -> None:
+    with pytest.raises(sky.SpecError, match=message):
+        made()
 
 
 def test_factories_refuse_what_does_not_exist() -> None:
@@ -136,7 +168,20 @@ def test_vendors_are_told_apart() -> None:
     assert not sky.is_trainium("Inferentia2")
 
 
-@given(st.text(max_size=30))
+@given(st.lists(st.sampled_from(sorted(mig_profiles("A100", 80))), min_size=1, max_size=8))
+def test_a_mix_is_taken_exactly_when_its_slices_fit(profiles: list[str]) -> None:
+    memory_slices = {"1g.10gb": 1, "1g.20gb": 2, "2g.20gb": 2, "3g.40gb": 4, "4g.40gb": 4, "7g.80gb": 8}
+    fits = sum(int(p[0]) for p in profiles) <= 7 and sum(memory_slices[p] for p in profiles) <= 8
+
+    try:
+        taken = GPU.A100(mig=profiles).mig == tuple(profiles)
+    except sky.SpecError:
+        taken = False
+
+    assert taken == fits
+
+
+@given(st.text(max_size=30) | st.from_regex(r"[aA]100[-: ]?\w{0,4}:?\w{0,3}", fullmatch=True))
 def test_any_text_is_an_accelerator_or_a_spec_error(text: str) -> None:
     try:
         found = sky.Accelerator.parse(text)

@@ -195,17 +195,21 @@ def test_an_exception_that_cannot_be_pickled_arrives_as_text_with_its_traceback(
     assert "in fail" in str(info.value.__cause__)
 
 
-def test_an_exception_that_unpickles_wrongly_arrives_as_text(pool: sky.ComputePool) -> None:
+class TwoArgumentsError(Exception):
+    def __init__(self, a: int, *, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+        self.b = b
+
+
+def test_an_exception_that_would_not_unpickle_comes_back_nevertheless(pool: sky.ComputePool) -> None:
     @sky.compute
     def fail() -> None:
-        class TwoArgumentsError(Exception):
-            def __init__(self, a: int, b: int) -> None:
-                super().__init__(f"{a} and {b}")
+        raise TwoArgumentsError(1, b=2)
 
-        raise TwoArgumentsError(1, 2)
-
-    with pytest.raises(sky.SerializationError, match="1 and 2"):
+    with pytest.raises(TwoArgumentsError, match="1 and 2") as info:
         fail() >> pool
+
+    assert info.value.b == 2
 
 
 # --- exits and deaths ---------------------------------------------------------------------------------------

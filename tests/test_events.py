@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pickle
 import threading
+from typing import Any, get_args
 
 import pytest
 
 import skyward as sky
+from skyward import events
 from skyward.events import emitter
 
 
@@ -59,7 +62,34 @@ def test_a_circle_of_answers_is_cut(caplog: pytest.LogCaptureFixture) -> None:
     emitter(again).emit(sky.PoolStarted())
 
     assert count < 1000
-    assert "without end" in caplog.text
+    assert caplog.text.count("without end") == 1
+
+
+def test_a_circle_that_doubles_is_cut_too(caplog: pytest.LogCaptureFixture) -> None:
+    count = 0
+
+    def twice(event: sky.SkywardEvent) -> list[sky.SkywardEvent]:
+        nonlocal count
+        count += 1
+        return [event, event]
+
+    emitter(twice).emit(sky.PoolStarted())
+
+    assert count < 1000
+    assert caplog.text.count("without end") == 1
+
+
+@pytest.mark.parametrize("answer", [5, True, "text", [1, "2"], {"a": 1}])
+def test_what_a_callback_returns_by_chance_is_ignored(answer: Any) -> None:
+    seen: list[sky.SkywardEvent] = []
+
+    def write(event: sky.SkywardEvent) -> Any:
+        seen.append(event)
+        return answer
+
+    emitter(write).emit(sky.PoolStarted())
+
+    assert seen == [sky.PoolStarted()]
 
 
 def test_a_callback_that_raises_is_logged_once_and_silences_nobody(caplog: pytest.LogCaptureFixture) -> None:
@@ -68,13 +98,65 @@ def test_a_callback_that_raises_is_logged_once_and_silences_nobody(caplog: pytes
     def fail(event: sky.SkywardEvent) -> None:
         raise RuntimeError("callback is broken")
 
-    send = emitter(sky.compose(fail, seen.append))
+    send = emitter(sky.compose(sky.compose(fail, seen.append)))
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
             send.emit(sky.PoolStarted())
 
     assert len(seen) == 3
     assert caplog.text.count("RuntimeError: callback is broken") == 1
+
+
+def test_an_installed_callback_that_raises_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(event: sky.SkywardEvent) -> None:
+        raise RuntimeError("callback is broken")
+
+    with sky.use_callback(fail):
+        for _ in range(3):
+            sky.emit(sky.PoolStarted())
+
+    assert caplog.text.count("RuntimeError: callback is broken") == 1
+
+
+def test_events_are_delivered_after_an_interrupt() -> None:
+    seen: list[sky.SkywardEvent] = []
+
+    def interrupted(event: sky.SkywardEvent) -> None:
+        if isinstance(event, sky.PoolStarted):
+            raise KeyboardInterrupt
+        seen.append(event)
+
+    send = emitter(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        send.emit(sky.PoolStarted())
+    send.emit(sky.PoolStopping())
+
+    assert seen == [sky.PoolStopping()]
+
+
+def test_a_pool_s_emitter_reaches_what_was_installed_when_it_was_made() -> None:
+    own: list[sky.SkywardEvent] = []
+    installed: list[sky.SkywardEvent] = []
+    later: list[sky.SkywardEvent] = []
+
+    with sky.use_callback(installed.append):
+        send = emitter(own.append)
+    send.add(later.append)
+    send.emit(sky.PoolStarted())
+
+    assert own == installed == later == [sky.PoolStarted()]
+
+
+def test_a_composed_callback_returns_the_answers_of_all() -> None:
+    both = sky.compose(lambda e: sky.PoolStarted(), lambda e: [sky.PoolStopping()], lambda e: None)
+
+    assert both(sky.InfraCreating()) == [sky.PoolStarted(), sky.PoolStopping()]
+
+
+def test_the_union_has_every_event() -> None:
+    defined = {v for n, v in vars(events).items() if dataclasses.is_dataclass(v) and v.__module__ == events.__name__}
+
+    assert set(get_args(sky.SkywardEvent)) == defined
 
 
 def test_events_of_many_threads_come_one_at_a_time() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -88,6 +90,51 @@ def test_options_are_brought_into_one_form() -> None:
     assert spec.architecture is None
 
 
+def test_a_specification_is_a_value_that_travels() -> None:
+    options: dict[str, Any] = {
+        "env": {"A": "1"}, "accelerator": "A100:2", "memory": "8GB", "allocation": 0.5,
+        "volume": sky.S3Volume("/data", "my-bucket"), "image": sky.Image(pip=["numpy"], env={"B": "2"}),
+        "logging": sky.LogConfig(), "machine": "m5.large", "idle_timeout": 60,
+    }  # fmt: skip
+
+    spec = PoolSpec(**options)
+
+    assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == spec
+    assert hash(spec) == hash(PoolSpec(**options))
+    assert dataclasses.replace(spec, nodes=2).nodes == 2
+
+
+def test_environment_variables_can_not_be_changed_and_are_not_shown() -> None:
+    variables = {"TOKEN": "secret-value"}
+    spec = PoolSpec(env=variables)
+
+    variables["TOKEN"] = "other"
+
+    assert spec.env == {"TOKEN": "secret-value"}
+    assert "secret-value" not in repr(spec)
+    with pytest.raises(TypeError):
+        spec.env["TOKEN"] = "other"  # type: ignore[index]
+
+
+@given(
+    option=st.sampled_from([f.name for f in dataclasses.fields(PoolSpec)]),
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=4,
+    ),
+)
+def test_any_value_of_any_option_is_accepted_or_a_spec_error_of_that_option(option: str, value: Any) -> None:
+    error: Any = None
+
+    try:
+        PoolSpec(**{option: value})
+    except sky.SpecError as exc:
+        error = exc
+
+    assert error is None or (error.option == option and f"{option}=" in str(error) and error.accepted)
+
+
 @pytest.mark.parametrize(
     ("text", "megabytes"),
     [(1024, 1024), ("32GB", 32000), ("1.5 GB", 1500), ("1GiB", 1074), ("500mb", 500), ("2TB", 2_000_000)],
@@ -106,6 +153,8 @@ def test_allocations_by_name_and_by_share() -> None:
     assert sky.Allocation.parse(0.75).spot_nodes(2) == 2
     assert sky.Allocation.AlwaysSpot().spot_nodes(3) == 3
     assert sky.Allocation.Cheapest().spot_nodes(3) == 0
+    with pytest.raises(sky.SpecError, match="did you mean 'cheapest'"):
+        sky.Allocation("cheapst")
 
 
 @given(share=st.floats(0, 1), nodes=st.integers(1, 1000))
@@ -128,6 +177,30 @@ def test_images_with_the_same_content_have_the_same_hash() -> None:
     assert len(a.content_hash()) == 12
     assert set(a.content_hash()) <= set("0123456789abcdef")
     assert pickle.loads(pickle.dumps(a)).content_hash() == a.content_hash()
+
+
+def test_names_of_requirements_are_compared_as_indexes_do_and_addresses_as_written() -> None:
+    def digest(requirement: str) -> str:
+        return sky.Image(pip=[requirement]).content_hash()
+
+    assert digest("Scikit_Learn>=1.5") == digest("scikit-learn >= 1.5")
+    assert digest("x @ https://host/A.whl") != digest("x @ https://host/a.whl")
+
+
+@given(pip=st.permutations(["numpy", "torch>=2", "dask[array]"]), apt=st.permutations(["git", "curl", "jq"]))
+def test_the_order_of_packages_does_not_matter(pip: list[str], apt: list[str]) -> None:
+    image = sky.Image(pip=pip, apt=apt)
+
+    assert image.content_hash() == sky.Image(pip=sorted(pip), apt=sorted(apt)).content_hash()
+
+
+def test_images_are_values() -> None:
+    a = sky.Image(pip=["numpy"], env={"A": "1"})
+
+    assert copy.deepcopy(a) == pickle.loads(pickle.dumps(a)) == a
+    assert len({a, sky.Image(pip=("numpy",), env={"A": "1"})}) == 1
+    with pytest.raises(TypeError):
+        a.env["A"] = "2"  # type: ignore[index]
 
 
 def test_values_of_environment_variables_are_not_shown() -> None:
@@ -153,6 +226,10 @@ def test_values_of_environment_variables_are_not_shown() -> None:
         {"python": "3.12; id"},
         {"pip_extra_index_url": "file:///etc"},
         {"pip_extra_index_url": "https://x/$(id)"},
+        {"include": ["a\nb"]},
+        {"include": [""]},
+        {"include": ["-rf"]},
+        {"include": "src"},
     ],
     ids=str,
 )
@@ -176,11 +253,37 @@ def test_requirements_are_taken_as_pip_has_them(requirement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("data", "bucket"), ("/", "bucket"), ("/data", ""), ("/data", "Upper_Case"), ("/da'ta", "bucket")]
+    "arguments",
+    [
+        ("data", "bucket"),
+        ("/", "bucket"),
+        ("//", "bucket"),
+        ("/data/../etc", "bucket"),
+        ("/data\rx", "bucket"),
+        ("/$(id)", "bucket"),
+        ("/da'ta", "bucket"),
+        ("/data", ""),
+        ("/data", "Upper_Case"),
+        ("/data", "bucket", "x'; rm -rf /"),
+        ("/data", "bucket", "x\n"),
+        ("/data", "bucket", "--option"),
+        ("/data", "bucket", 5),
+        ("/data", "bucket", "", "yes"),
+    ],
+    ids=str,
 )
-def test_a_volume_needs_a_place_and_a_bucket(arguments: tuple[str, str]) -> None:
+def test_a_volume_needs_a_place_and_a_bucket(arguments: Any) -> None:
     with pytest.raises(sky.SpecError, match="S3Volume"):
         sky.S3Volume(*arguments)
+
+
+def test_a_volume_is_taken_as_written() -> None:
+    volume = sky.S3Volume("/mnt/data/", "my-bucket", "datasets/2024 a/", False, endpoint_url="https://s3.example.org")
+
+    assert (volume.mount_path, volume.prefix, volume.read_only) == ("/mnt/data", "datasets/2024 a/", False)
+    assert pickle.loads(pickle.dumps(volume)) == volume
+    with pytest.raises(sky.SpecError, match="a mount_path of their own"):
+        PoolSpec(volume=[volume, sky.S3Volume("/mnt/data", "other-bucket")])  # type: ignore[arg-type]
 
 
 def test_log_configurations_are_checked() -> None:

@@ -90,9 +90,9 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         effective = self.effective_n_jobs(n_jobs)
         if effective == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
-        if self.parallel is not parallel:
-            # One backend may be the default of many calls at once, so each has a copy of its own.
-            own = SkywardBackend(
+        if self._group is not None and self.parallel is not parallel:
+            # The default of several calls at once, e.g. of one that is read as a generator while another runs.
+            own = type(self)(
                 self.nesting_level, self.inner_max_num_threads, pool=self._pool, client=self._client
             )
             own.parallel = parallel
