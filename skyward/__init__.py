@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 # Submodules share these two names. Imported here, the decorators replace them as attributes for good.
 from skyward.compute import compute as compute
 from skyward.pool import pool as pool
+from skyward.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from skyward import conc as conc
@@ -99,8 +100,6 @@ if TYPE_CHECKING:
     from skyward.spec import LogConfig as LogConfig
     from skyward.spec import S3Volume as S3Volume
     from skyward.spec import Volume as Volume
-
-__version__ = "0.1.0"
 
 _HOME = {
     "conc": "skyward",

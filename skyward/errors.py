@@ -27,7 +27,7 @@ A task's own exception is none of these: it comes back as it was raised, with `R
 
 from __future__ import annotations
 
-from _pickle import PicklingError  # the same as pickle's, without loading all of that
+import _pickle  # has pickle's errors without all the rest, and `import skyward` is to stay fast
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +39,9 @@ class SkywardError(Exception):
         super().__init__(message)
         self.__dict__.update(facts)
 
-    # Facts live in __dict__, which BaseException.__reduce__ carries; nothing more is needed to pickle.
+    def __reduce__(self) -> Any:
+        # As BaseException has it, but its own: libraries that pickle tracebacks along treat the built-in one specially.
+        return type(self), self.args, self.__dict__
 
 
 class SpecError(SkywardError, ValueError):
@@ -50,7 +52,7 @@ class NoActivePoolError(SkywardError, RuntimeError):
     """Work was sent to a pool that does not exist (yet, or any more)."""
 
 
-class SerializationError(SkywardError, TypeError, PicklingError):
+class SerializationError(SkywardError, TypeError, _pickle.PicklingError):
     """Something that has to travel can't be pickled. Attribute: `where`, e.g. ``"argument 'lock' of train()"``."""
 
 

@@ -76,9 +76,9 @@ class Image:
         problems = Problems("Image")
         problems.check("python", self.python, check_python)
         pip = problems.check("pip", self.pip, check_pip)
-        problems.check("pip_extra_index_url", self.pip_extra_index_url, check_index_url)
+        problems.check("pip_extra_index_url", self.pip_extra_index_url, check_index_url, secret=True)
         apt = problems.check("apt", self.apt, check_apt)
-        env = problems.check("env", self.env, check_env)
+        env = problems.check("env", self.env, check_env, secret=True)
         include = problems.check("include", self.include, _check_include)
         problems.raise_if_any()
         object.__setattr__(self, "pip", pip)
@@ -384,10 +384,11 @@ class PoolSpec:
     def __post_init__(self) -> None:
         problems = Problems()
 
-        def settle(option: str, check: Callable[[Any], Any], *, optional: bool = False) -> None:
+        def settle(option: str, check: Callable[[Any], Any], *, optional: bool = False, secret: bool = False) -> None:
             value = getattr(self, option)
             value = None if value is Auto and optional else value
-            object.__setattr__(self, option, problems.check(option, value, check, optional=optional))
+            settled = problems.check(option, value, check, optional=optional, secret=secret)
+            object.__setattr__(self, option, settled)
 
         settle("selection", check_selection(SELECTIONS))
         settle("image", _check_type(Image, "an sky.Image"))
@@ -400,7 +401,7 @@ class PoolSpec:
         settle("volume", _check_volumes)
         settle("allocation", _check_allocation)
         settle("timeout", check_positive("seconds"))
-        settle("env", check_env, optional=True)
+        settle("env", check_env, optional=True, secret=True)
         settle("concurrency", check_count(1))
         settle("display", check_choice(DISPLAYS))
         settle("on_event", check_callback, optional=True)

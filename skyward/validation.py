@@ -23,8 +23,11 @@ class Problems:
         self._what = what
         self._errors: list[SpecError] = []
 
-    def check(self, option: str, value: Any, check: Check, *, optional: bool = False) -> Any:
-        """Return what `check` makes of `value`; note the problem and return None when it fails."""
+    def check(self, option: str, value: Any, check: Check, *, optional: bool = False, secret: bool = False) -> Any:
+        """Return what `check` makes of `value`; note the problem and return None when it fails.
+
+        With `secret` the message leaves the value out.
+        """
         if value is None and optional:
             return None
         try:
@@ -32,7 +35,8 @@ class Problems:
         except SpecError as exc:  # from a value that checks itself, such as an accelerator's name
             self._errors.append(exc)
         except ValueError as exc:
-            where = f"{self._what}({option}={value!r})" if self._what else f"{option}={value!r}"
+            shown = f"{option}={'...' if secret else repr(value)}"
+            where = f"{self._what}({shown})" if self._what else shown
             text = f"{where}: accepted is {exc}"
             self._errors.append(SpecError(text, option=option, value=value, accepted=str(exc)))
         return None
@@ -185,9 +189,23 @@ def check_env(value: Any) -> Mapping[str, str]:
 def check_python(value: Any) -> str | None:
     import re
 
-    if value is not None and not (isinstance(value, str) and re.fullmatch(r"3\.\d{1,2}(\.\d{1,3})?", value)):
+    if value is not None and not (isinstance(value, str) and re.fullmatch(r"3\.[0-9]{1,2}(\.[0-9]{1,3})?", value)):
         raise ValueError("a version such as '3.12', or None for the caller's")
     return value
+
+
+# Requirements as PEP 508 has them. What a shell would act on stands only where the grammar wants it: `;` before a
+# marker, quotes around its values, `<` and `>` before a version, `&` inside an address.
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_EXTRAS = rf"(?: *\[ *(?:{_NAME}(?: *, *{_NAME})*)? *\])?"
+_VERSION = r"(?:===|==|~=|!=|<=|>=|<|>) *[A-Za-z0-9.*+!_-]+"
+_VERSIONS = rf"{_VERSION}(?: *, *{_VERSION})*,?"
+_ADDRESS = r"@ *[A-Za-z+]+://[A-Za-z0-9._~:/?#@+,=%&\[\]-]+"
+_VALUE = r"(?:[a-z_.]+|'[A-Za-z0-9 ._,+!*-]*'|\"[A-Za-z0-9 ._,+!*-]*\")"
+# Words stand between spaces, so that there is one way only to read a text: no text takes long to refuse.
+_TEST = rf"[( ]*{_VALUE}(?: *(?:===|==|~=|!=|<=|>=|<|>) *| +(?:not +)?in +){_VALUE}(?: *\))*"
+_MARKER = rf"(?: *;{_TEST}(?: +(?:and|or) {_TEST})*)?"
+_REQUIREMENT = rf"{_NAME}{_EXTRAS} *(?:{_VERSIONS}|\( *{_VERSIONS} *\)|{_ADDRESS})?{_MARKER} *"
 
 
 def check_pip(value: Any) -> tuple[str, ...]:
@@ -195,8 +213,7 @@ def check_pip(value: Any) -> tuple[str, ...]:
 
     requirements = check_strings(value)
     for text in requirements:
-        # Names, extras, versions, URLs and markers need no more than these; a shell would find nothing to do.
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._\-\[\],<>=!~;@:/+'\"()*#&%]*", text):
+        if not re.fullmatch(_REQUIREMENT, text):
             raise ValueError(f"requirements as pip has them, which {text!r} is not")
     return requirements
 
@@ -215,6 +232,7 @@ def check_apt(value: Any) -> tuple[str, ...]:
 def check_index_url(value: Any) -> str | None:
     import re
 
-    if value is not None and not (isinstance(value, str) and re.fullmatch(r"https?://[^\s'\"\\$`;&|<>]+", value)):
+    pattern = r"https?://[A-Za-z0-9._~:/?#@+,=%\[\]-]+"
+    if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
         raise ValueError("a URL that begins with https:// or http://")
     return value

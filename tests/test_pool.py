@@ -392,6 +392,19 @@ def test_warnings_of_calls_are_issued_again_here(pool: sky.ComputePool) -> None:
         sky.compute(warn)() >> pool
 
 
+def test_a_warning_that_is_an_error_here_is_the_calls_error(pool: sky.ComputePool) -> None:
+    def warn() -> int:
+        warnings.warn("mind the gap", RuntimeWarning, stacklevel=1)
+        return 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="mind the gap"):
+            sky.compute(warn)() >> pool
+        with pytest.raises(RuntimeWarning, match="mind the gap"):
+            pool.submit(sky.compute(warn)()).result(timeout=30)
+
+
 def test_handlers_get_the_events_of_their_type() -> None:
     seen: list[Any] = []
     pool = small()

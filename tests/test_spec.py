@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -217,6 +218,16 @@ def test_values_of_environment_variables_are_not_shown() -> None:
         {"pip": ["numpy; rm -rf /$HOME"]},
         {"pip": ["numpy\nrm"]},
         {"pip": ["`id`"]},
+        {"pip": ["numpy; rm -rf /tmp"]},
+        {"pip": ["numpy & reboot"]},
+        {"pip": ["numpy > /etc/x"]},
+        {"pip": ["numpy # x"]},
+        {"pip": ["numpy'; reboot #"]},
+        {"pip": ["numpy (id)"]},
+        {"pip": ["two words"]},
+        {"pip": ["x @ https://h/a && reboot"]},
+        {"pip": ["y; python_version < '$(id)'"]},
+        {"pip": [""]},
         {"pip": ["--index-url=x"]},
         {"apt": ["git; reboot"]},
         {"apt": ["-o=x"]},
@@ -224,8 +235,11 @@ def test_values_of_environment_variables_are_not_shown() -> None:
         {"env": {"A": "x\ny"}},
         {"python": "3"},
         {"python": "3.12; id"},
+        {"python": "3.1٢"},
         {"pip_extra_index_url": "file:///etc"},
         {"pip_extra_index_url": "https://x/$(id)"},
+        {"pip_extra_index_url": "https://x/(id)"},
+        {"pip_extra_index_url": "https://x/\0"},
         {"include": ["a\nb"]},
         {"include": [""]},
         {"include": ["-rf"]},
@@ -238,6 +252,20 @@ def test_no_field_of_an_image_lets_a_shell_in(options: Any) -> None:
         sky.Image(**options)
 
 
+def test_messages_about_environment_variables_and_addresses_keep_their_values() -> None:
+    makers: list[Callable[[], object]] = [
+        lambda: sky.Image(env={"TOKEN": "secret-value\n"}),
+        lambda: PoolSpec(env={"TOKEN": "secret-value", "A-B": "x"}),
+        lambda: sky.Image(pip_extra_index_url="https://user:secret-value@host/;"),
+    ]
+
+    for make in makers:
+        with pytest.raises(sky.SpecError) as info:
+            make()
+
+        assert "secret-value" not in str(info.value)
+
+
 @pytest.mark.parametrize(
     "requirement",
     [
@@ -246,10 +274,26 @@ def test_no_field_of_an_image_lets_a_shell_in(options: Any) -> None:
         "dask[array]==2025.1.*",
         "x @ https://host/x.whl#sha256=ab",
         "y; python_version < '3.12'",
+        "y>=1; (python_version < '3.12' and sys_platform == \"linux\") or 'a' in extra",
+        "y [a, b] (>=1, <2) ; platform_machine not in 'x86_64 arm64'",
+        "x@git+https://host/r.git@v1#egg=x&subdirectory=y",
+        "x @ https://host/a?b=1&c=2 ; os_name == 'posix'",
+        "torch===2.2.0+cu121",
+        "zope.interface~=5.0,!=5.1.*",
     ],
 )
 def test_requirements_are_taken_as_pip_has_them(requirement: str) -> None:
     assert sky.Image(pip=[requirement]).pip == (requirement,)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "piece", ["x in y and ", "xinyandxiny", "x == y and ", "(", " ", ">=1,", "[a,", "a.", "'", "not in ", ") ", "; "]
+)
+def test_no_requirement_takes_long_to_refuse(piece: str) -> None:
+    for beginning in ("a", "a;", "a; x in y", "a[", "a @ https://host/"):
+        with pytest.raises(sky.SpecError):
+            sky.Image(pip=[beginning + piece * 300 + "$"])
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,6 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         if n_jobs == 1 or sky.instance_info() is not None:
             return 1  # inside a task: the pool's slots are for tasks, and one that waits for others could wait for ever
         engine = engine_for(self._pool, self._client)
-        if engine.in_callback():
-            return 1  # inside the generator of tasks that another call is reading
         if n_jobs is None:
             n_jobs = self.default_n_jobs
         return n_jobs if n_jobs > 0 else max(1, engine.slots + 1 + n_jobs)
@@ -97,6 +95,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             )
             own.parallel = parallel
             raise FallbackToBackend(own)
+        self.parallel = parallel
         self._asked = n_jobs
         self._started_with = effective
         self._in_flight = 0
@@ -106,6 +105,8 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         return effective
 
     def terminate(self) -> None:
+        if self._group is not None:
+            self._group.close()
         self._group = self._engine = None
         self._batches = BatchSizes()
 
@@ -153,6 +154,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         """Drop what waits and interrupt what runs, on the cluster. The backend stays ready either way."""
         if self._group is not None and self._engine is not None:
             self._group.cancel()
+            self._group.close()
             self._group = self._engine.group(limit=self._group.limit)
         self._in_flight = 0
 

@@ -12,11 +12,11 @@ from typing import Any
 import cloudpickle
 import distributed
 
-import skyward
 from skyward.cluster.barrier import barrier_plugin, remove_barrier
 from skyward.cluster.cluster import JoinedCluster
 from skyward.errors import PoolError, VersionMismatchError
 from skyward.providers.dask import Dask
+from skyward.version import __version__
 
 WAIT_S = 30.0
 """Seconds that a cluster without workers has to get one, e.g. because it scales up from zero."""
@@ -79,7 +79,7 @@ def forget(client: Any, cluster: JoinedCluster) -> None:
 def _versions() -> dict[str, str]:
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "skyward": skyward.__version__,
+        "skyward": __version__,
         "distributed": distributed.__version__,
         "cloudpickle": cloudpickle.__version__,
     }

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import dask.system
 
-import skyward
 from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.node import AgentConfig, NodeSpec
 from skyward.cluster.overlay import overlay
@@ -64,7 +63,7 @@ def _environment(spec: PoolSpec, site: Path | None) -> dict[str, str]:
     """Return what all workers of the pool see: the caller's variables, thread limits, then the user's own."""
     path = [str(site)] if site else []
     path += [p for p in sys.path if p]
-    roots = [Path(skyward.__file__).parent.parent]
+    roots = [Path(__file__).parent.parent.parent]
     roots.append(roots[0] / "backends")  # in a source checkout the joblib backend lies beside the package
     path += [str(r) for r in roots if r.is_dir()]
     return {

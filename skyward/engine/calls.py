@@ -121,7 +121,10 @@ class Decoder:
         if isinstance(outcome, BaseException):
             return False, outcome
         for text, category, filename, line in outcome.warnings:
-            self._warn(text, category, filename, line)
+            try:
+                self._warn(text, category, filename, line)
+            except Warning as warning:  # the caller's filters make an error of it, so it is the call's
+                return False, warning
         if outcome.kind is Kind.VALUE:
             try:
                 return True, pickling.loads(outcome.data, outcome.buffers)

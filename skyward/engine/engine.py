@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import functools
 import logging
-import queue
 import threading
 import uuid
 from collections import deque
@@ -20,9 +19,10 @@ from typing import Any
 
 from skyward import pickling, runtime
 from skyward.engine.broadcast import Broadcaster
+from skyward.engine.callbacks import Callbacks
 from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_label, now
 from skyward.engine.failures import died, not_run
-from skyward.engine.group import CallFuture, Delivery, Group
+from skyward.engine.group import CallFuture, Group
 from skyward.engine.store import Store
 from skyward.engine.transport import Transport
 from skyward.errors import PoolError
@@ -102,8 +102,7 @@ class Engine:
         self._broadcaster = Broadcaster(self)
         self._failure: BaseException | None = None
         self._read = threading.Event()
-        self._callbacks: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
-        self._callback_thread: threading.Thread | None = None
+        self._callbacks = Callbacks(self.decoder)
         self._futures_group = Group(self, self._callbacks.put)
         self.roster_changed()
 
@@ -127,19 +126,18 @@ class Engine:
         """How many calls can run at once, now."""
         return self._slot_count
 
-    def in_callback(self) -> bool:
-        """Tell whether this runs in the thread of callbacks, where waiting for other callbacks would never end."""
-        return threading.current_thread() is self._callback_thread
-
     def group(self, *, limit: int | None = None) -> Group:
-        """Return a group for `submit`: at most `limit` of its calls run at once, and they are cancelled together."""
-        return Group(self, self._callbacks.put, limit)
+        """Return a group for `submit`: at most `limit` of its calls run at once, and they are cancelled together.
+
+        Callbacks of its futures run in a thread of the group's own, which `Group.close` ends.
+        """
+        return Group(self, None, limit)
 
     def submit(self, call: Call, *, group: Group | None = None) -> concurrent.futures.Future[Any]:
         """Start `call` and return its future at once.
 
         The arguments are pickled before this returns, so later changes to them have no effect. Callbacks of the
-        future run in a thread of the engine's own, where they may submit more.
+        future run in a thread of the engine's, or of the group's, where they may submit more.
 
         Raises
         ------
@@ -151,13 +149,6 @@ class Engine:
         self._check_open()
         future = CallFuture()
         group = group or self._futures_group
-        if self._callback_thread is None:
-            with self._dirty_lock:
-                if self._callback_thread is None:
-                    self._callback_thread = threading.Thread(
-                        target=self._run_callbacks, name="skyward-callbacks", daemon=True
-                    )
-                    self._callback_thread.start()
         packer = group.packer if group is not self._futures_group else Packer(self.store)
         item = packer.pack(call, sink=future)
         future.on_cancel = functools.partial(self._call_soon, self._cancel_item, group, item)
@@ -196,9 +187,7 @@ class Engine:
     def close(self, reason: BaseException | None = None) -> None:
         """Cancel everything and forget it. Blocks until the loop has done so; may be called twice."""
         self.fail(reason or PoolError("the pool is closed"))
-        if self._callback_thread is not None and self._callback_thread is not threading.current_thread():
-            self._callbacks.put(None)
-            self._callback_thread.join(timeout=10)
+        self._callbacks.close()
         self.store.close()
 
     def fail(self, reason: BaseException) -> None:
@@ -240,21 +229,6 @@ class Engine:
             self._dirty.add(group)
         if asleep:  # otherwise the loop has been woken and has not looked yet
             self._call_soon(self._take_dirty)
-
-    def _run_callbacks(self) -> None:
-        """Decode outcomes of `submit` and run the futures' callbacks, away from the loop."""
-        while (delivery := self._callbacks.get()) is not None:
-            self._settle(delivery)
-            del delivery  # what it holds must not live on while this waits for the next
-
-    def _settle(self, delivery: Delivery) -> None:
-        for item, outcome in delivery:
-            future: CallFuture = item.sink
-            if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
-                future.on_cancel = None
-                future.cancel()
-            elif not future.cancelled():
-                future.settle(*self.decoder.decode(item.call, outcome))
 
     # --- in the loop: queues to chunks ----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from skyward.engine.calls import Item, Packer
 from skyward.wire import Outcome
 
 if TYPE_CHECKING:
+    from skyward.engine.callbacks import Callbacks
     from skyward.engine.engine import Engine
 
 Delivery = Sequence[tuple[Item, "Outcome | BaseException"]]
@@ -52,9 +53,14 @@ class CallFuture(concurrent.futures.Future[Any]):
 
 
 class Group:
-    """Calls that are limited and cancelled together. Made by `Engine.group`."""
+    """Calls that are limited and cancelled together. Made by `Engine.group`.
 
-    def __init__(self, engine: Engine, deliver: Callable[[Delivery], None], limit: int | None = None) -> None:
+    `deliver` takes their outcomes; None: they are the results of futures, set in a thread of the group's own.
+    """
+
+    def __init__(
+        self, engine: Engine, deliver: Callable[[Delivery], None] | None, limit: int | None = None
+    ) -> None:
         self.engine = engine
         self.limit = limit
         self.packer = Packer(engine.store)
@@ -63,6 +69,12 @@ class Group:
         self._bytes_taken = 0  # two counters, each written by one thread only
         self.expected: int | None = None  # calls still to come beyond the pending ones, where known
         self.in_flight: dict[str, list[Item]] = {}
+        self._callbacks: Callbacks | None = None
+        if deliver is None:
+            from skyward.engine.callbacks import Callbacks
+
+            self._callbacks = Callbacks(engine.decoder)
+            deliver = self._callbacks.put
         self._deliver = deliver
 
     @property
@@ -89,6 +101,11 @@ class Group:
         does not wait, so calls that are put into this group soon afterwards may be dropped too.
         """
         self.engine._call_soon(self.engine._cancel_group, self)
+
+    def close(self) -> None:
+        """End the thread of its callbacks, after those that are due. Nothing is put into the group any more."""
+        if self._callbacks is not None:
+            self._callbacks.close(wait=False)
 
     def deliver(self, delivery: Delivery) -> None:
         for item, _ in delivery:
