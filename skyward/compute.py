@@ -6,7 +6,6 @@ Pure data, no I/O: what a target does with a call is the target's business. Impo
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
@@ -337,6 +336,8 @@ def _signature(fn: Callable[..., Any]) -> str:
 
 
 def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    import asyncio  # here, because it is most of what `import skyward` would take
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,35 +1,34 @@
 """Pools: machines that live as long as a `with` block, and the operators' way to run calls on them.
 
-Imports only facts and calls at the top; Dask and the engine are loaded when a pool is entered, so that
-``import skyward`` stays fast.
+Imports only calls at the top: specifications are loaded when a pool is made, Dask and the engine when one is entered,
+so that ``import skyward`` stays fast.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
-from skyward import events
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
 from skyward.errors import NoActivePoolError, PoolError
-from skyward.providers import ProviderLike, resolve
-from skyward.spec import Image, Instance, LogConfig, PoolSpec
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from distributed import Client
 
+    from skyward import events
     from skyward.accelerators import Accelerator
     from skyward.cluster.cluster import SkyCluster
     from skyward.engine import Call, Engine
+    from skyward.providers import ProviderLike
     from skyward.session import Session
-    from skyward.spec import Allocation, Volume
+    from skyward.spec import Allocation, Image, Instance, LogConfig, Volume
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +138,9 @@ class ComputePool:
         idle_timeout: float | None = None,
         retries: int = 3,
     ) -> None:
+        from skyward.providers import resolve
+        from skyward.spec import Image, PoolSpec
+
         # What these four may be, and what PoolSpec makes of it, are different types.
         self.spec = PoolSpec(
             selection=selection,
@@ -164,6 +166,7 @@ class ComputePool:
             retries=retries,
         )
         self.provider = resolve(provider)
+        self.provider.check(self.spec)
         self._handlers: list[events.Callback] = []
         self._lock = threading.RLock()
         self._session: Session | None = None
@@ -182,11 +185,15 @@ class ComputePool:
         self._stop()
 
     async def __aenter__(self) -> Self:
+        import asyncio
+
         await asyncio.to_thread(self._start)
         enter(self)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        import asyncio
+
         leave(self)
         # Shielded: a task that is cancelled must not leave machines behind.
         await asyncio.shield(asyncio.to_thread(self._stop))
@@ -327,6 +334,8 @@ class ComputePool:
         session = self._session
         if session is None:
             return ()
+        from skyward.spec import Instance
+
         hosts = {slot.node: slot.address for slot in reversed(session.cluster.slots())}
         return tuple(
             Instance(
@@ -390,6 +399,8 @@ class ComputePool:
         session = self._session
         if session is None:
             return
+        from skyward.events import LogLine
+
         _, message = event
         node, slot = message["node"], message["slot"]
         kept = self._logs.setdefault(node, deque(maxlen=_LINES_KEPT))
@@ -398,9 +409,7 @@ class ComputePool:
             lines = [(lines[0][0], f"... {message['dropped']} lines dropped ..."), *lines]
         for stamp, line in lines:
             kept.append(line)
-            session.emit(
-                events.LogLine(node=node, instance_id=f"{session.pool_id}-{node}-{slot}", line=line, timestamp=stamp)
-            )
+            session.emit(LogLine(node=node, instance_id=f"{session.pool_id}-{node}-{slot}", line=line, timestamp=stamp))
 
 
 def _call(pending: PendingCompute[Any]) -> Call:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import inspect
 import mmap
 import os
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from skyward import pickling
+from skyward import interrupts, pickling
 from skyward.errors import SerializationError
 from skyward.wire import (
     BlobRef,
@@ -39,9 +38,6 @@ from skyward.wire import (
     WireCall,
     barrier_handler,
 )
-
-GRACE_S = 2.0
-"""Seconds that an interrupted call has to end before its worker process is restarted."""
 
 # --- who am I -----------------------------------------------------------------------------------------------
 
@@ -151,24 +147,6 @@ def _host(address: str) -> str:
 # --- running calls ------------------------------------------------------------------------------------------
 
 
-class _Interrupted(BaseException):
-    """Raised inside a task by `interrupt`. Not an Exception, so that user code does not swallow it."""
-
-
-@dataclass(slots=True)
-class _Running:
-    thread: int
-    why: Kind | None = None  # set once it is to stop
-
-
-_running: dict[str, _Running] = {}
-_running_lock = threading.Lock()
-_interrupted_early: OrderedDict[str, None] = OrderedDict()
-"""Chunks that were interrupted before they began: they may be on their way to a thread here."""
-_EARLY_KEPT = 4096
-may_restart = False
-"""Whether this process may end itself to get rid of a call that does not stop; only our own workers may."""
-
 before_result: list[Callable[[], None]] = []
 """Called when a chunk is done, before its outcomes leave: what tasks have printed goes out first."""
 
@@ -180,13 +158,26 @@ def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
     which their digests appear in the chunk.
     """
     worker = _worker()
-    me = _Running(threading.get_ident())
-    with _running_lock:
-        _running[chunk.key] = me
-        if chunk.key in _interrupted_early:
-            me.why = Kind.CANCELLED
-    started = time.perf_counter()
     outcomes: list[Outcome] = []
+    why = Kind.CANCELLED
+    try:
+        with interrupts.running(chunk.key) as me:
+            try:
+                _run_calls(chunk, blobs, worker, me, outcomes)
+            finally:
+                why = me.why or why
+    except interrupts.Interrupted:  # between two calls
+        pass
+    outcomes += [Outcome(why)] * (len(chunk.calls) - len(outcomes))
+    for hook in before_result:
+        hook()
+    return Outcomes(outcomes)
+
+
+def _run_calls(
+    chunk: Chunk, blobs: tuple[Any, ...], worker: Any, me: interrupts.Running, outcomes: list[Outcome]
+) -> None:
+    started = time.perf_counter()
     address = worker.address if worker else ""
     layout = _load_layout(chunk.layout)
     machine = _machine_name(layout, address)
@@ -204,21 +195,11 @@ def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
                     outcomes.append(Outcome(Kind.NOT_RUN))
                 else:
                     outcomes.append(_run_call(chunk, call, shipped, me, machine))
-    except _Interrupted:  # between two calls
-        pass
     finally:
-        with _running_lock:
-            _running.pop(chunk.key, None)
-            # An interrupt that was sent but has not arrived would hit whatever this thread does next.
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(me.thread), None)
         _task.reset(token)
-    outcomes += [Outcome(me.why or Kind.CANCELLED)] * (len(chunk.calls) - len(outcomes))
-    for hook in before_result:
-        hook()
-    return Outcomes(outcomes)
 
 
-def _run_call(chunk: Chunk, call: WireCall, shipped: _Shipped, me: _Running, machine: str) -> Outcome:
+def _run_call(chunk: Chunk, call: WireCall, shipped: _Shipped, me: interrupts.Running, machine: str) -> Outcome:
     started = time.perf_counter()
     collected: dict[tuple[str, type[Warning], str, int], None] = {}
 
@@ -234,7 +215,7 @@ def _run_call(chunk: Chunk, call: WireCall, shipped: _Shipped, me: _Running, mac
             value = fn(*args, **kwargs)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
-    except _Interrupted:
+    except interrupts.Interrupted:
         return outcome(me.why or Kind.CANCELLED, b"")
     except SystemExit as exc:
         return outcome(Kind.EXIT, pickling.dumps(exc.code if isinstance(exc.code, int) else str(exc.code))[0])
@@ -413,47 +394,7 @@ def _pack_warnings(
     return tuple((text, pickling.dumps(category)[0], file, line) for text, category, file, line in collected)
 
 
-# --- interrupts, time limits --------------------------------------------------------------------------------
-
-
-def interrupt(keys: list[str], why: int = Kind.CANCELLED) -> int:
-    """Stop the chunks `keys` if they run here: raise inside them, and after `GRACE_S` end this process.
-
-    A call that is inside C code does not notice the exception. On our own workers the process then ends, and its
-    nanny starts another; on a worker that belongs to somebody else the call is left to end by itself.
-    Returns how many of them ran here. Called by the engine through Dask, in the worker's event loop.
-    """
-    hit = 0
-    for key in keys:
-        with _running_lock:
-            running = _running.get(key)
-            if running is None:
-                _interrupted_early[key] = None
-                while len(_interrupted_early) > _EARLY_KEPT:
-                    _interrupted_early.popitem(last=False)
-                continue
-            if running.why is not None:
-                continue
-            running.why = Kind(why)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(running.thread), ctypes.py_object(_Interrupted)
-            )
-        hit += 1
-        if may_restart:
-            timer = threading.Timer(GRACE_S, _end_process_if_running, [key, running])
-            timer.daemon = True
-            timer.start()
-    return hit
-
-
-def runs_one_of(keys: list[str]) -> bool:
-    """Tell whether one of the chunks `keys` runs here."""
-    return any(key in _running for key in keys)
-
-
-def _end_process_if_running(key: str, running: _Running) -> None:
-    if _running.get(key) is running:
-        os._exit(77)  # any non-zero status: the nanny sees an unexpected end and starts another process
+# --- time limits --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -462,7 +403,7 @@ def _limit(chunk: Chunk) -> Iterator[None]:
     if chunk.timeout_s is None:
         yield
         return
-    timer = threading.Timer(chunk.timeout_s, interrupt, [[chunk.key], Kind.TIMEOUT])
+    timer = threading.Timer(chunk.timeout_s, interrupts.interrupt, [[chunk.key], Kind.TIMEOUT])
     timer.daemon = True
     timer.start()
     try:

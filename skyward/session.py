@@ -23,6 +23,7 @@ from skyward.cluster.slot import LOG_TOPIC
 from skyward.console import Console
 from skyward.engine import Engine
 from skyward.errors import PoolTimeoutError
+from skyward.logfile import LogFile
 from skyward.providers.dask import Dask
 
 if TYPE_CHECKING:
@@ -54,8 +55,14 @@ class Session:
     def start(self) -> None:
         """Bring everything up. Whoever calls also calls `stop`, whether or not this succeeds."""
         pool, spec, stack = self.pool, self.pool.spec, self._stack
-        console = Console(spec.display)
-        self._emitter = events.emitter(console, *pool.callbacks())
+        log = spec.logging
+        console = Console("quiet" if log is not None and not log.console else spec.display)
+        listeners: list[events.Callback] = [console, *pool.callbacks()]
+        if log is not None and log.file is not None:
+            file = LogFile(log, self.pool_id)
+            stack.callback(file.close)
+            listeners.append(file)
+        self._emitter = events.emitter(*listeners)
         share = _shared_folder(self.pool_id)
         stack.callback(shutil.rmtree, share, ignore_errors=True)
         started = time.monotonic()
@@ -81,7 +88,7 @@ class Session:
         see_share = True
         if isinstance(cluster, JoinedCluster):
             stack.callback(joined.forget, client, cluster)
-            see_share = joined.prepare(client, cluster, share)
+            see_share = joined.prepare(client, cluster, share, spec.image.pip)
         accelerator = spec.accelerator
         self.engine = engine = Engine(
             client,

@@ -41,6 +41,12 @@ class Problems:
             self._errors.append(SpecError(text, option=option, value=value, accepted=str(exc)))
         return None
 
+    def note(self, option: str, value: Any, accepted: str) -> None:
+        """Note a problem that was found elsewhere."""
+        self._errors.append(
+            SpecError(f"{option}={value!r}: accepted is {accepted}", option=option, value=value, accepted=accepted)
+        )
+
     def raise_if_any(self) -> None:
         """Raise the problem, or one error for all of them."""
         if len(self._errors) == 1:

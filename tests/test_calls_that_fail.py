@@ -302,6 +302,32 @@ def test_calls_beside_a_cancelled_one_that_takes_its_worker_along_are_not_lost()
         assert [f.result(timeout=60) for f in fine] == [0, 2, 4, 6, 8]
 
 
+def test_a_cancelled_call_leaves_no_half_imported_package_behind(tmp_path: Path) -> None:
+    package, started = tmp_path / "slow_to_import", tmp_path / "started"
+    package.mkdir()
+    (package / "part.py").write_text("value = 7")
+    (package / "__init__.py").write_text(
+        f"import time, slow_to_import.part\nopen({str(started)!r}, 'w').close()\n"
+        "for _ in range(100):\n    time.sleep(0.01)"
+    )
+
+    @sky.compute
+    def use() -> tuple[int, int]:
+        import slow_to_import  # type: ignore[import-not-found]
+
+        return slow_to_import.part.value, os.getpid()
+
+    env = {"PYTHONPATH": str(tmp_path)}
+    with sky.ComputePool(provider="local", display="quiet", env=env) as pool:
+        before = sky.compute(os.getpid)() >> pool
+        future = pool.submit(use())
+        while not started.exists():
+            time.sleep(0.01)
+        future.cancel()
+
+        assert use() >> pool == (7, before)
+
+
 def test_a_part_that_raises_ends_the_others(pool: sky.ComputePool) -> None:
     @sky.compute
     def work() -> None:

@@ -158,3 +158,24 @@ def test_workers_without_skyward_are_found_before_any_call(cluster: LocalCluster
             worker.terminate()
 
     assert ("skyward", sky.__version__, "missing") in info.value.table  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("nodes", 3), ("concurrency", 2), ("accelerator", "A100"), ("cpu", 4), ("env", {"A": "b"})],
+)
+def test_options_that_would_change_the_workers_are_refused(option: str, value: Any) -> None:
+    with pytest.raises(sky.SpecError, match=f"{option}=.*the cluster is taken as it is"):
+        joined("tcp://127.0.0.1:1", **{option: value})
+
+
+def test_packages_that_the_workers_lack_are_told_in_a_table(cluster: LocalCluster) -> None:
+    image = sky.Image(pip=("dask>=2024.1", "no-such-package>=3"))
+
+    with (
+        pytest.raises(sky.VersionMismatchError, match=r"no-such-package +>=3 +missing") as info,
+        joined(cluster, image=image),
+    ):
+        pass
+
+    assert info.value.table == (("no-such-package", ">=3", "missing"),)

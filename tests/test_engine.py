@@ -123,13 +123,13 @@ def test_cancelling_a_group_leaves_others_alone(pool: sky.ComputePool) -> None:
 
 
 def test_a_chunk_that_is_interrupted_before_it_begins_does_not_run() -> None:
-    from skyward import runtime
+    from skyward import interrupts, runtime
     from skyward.wire import Chunk, Kind, Layout, WireCall
 
     layout, _ = pickling.dumps(Layout("pool", (), "", 0))
     chunk = Chunk("early-key", (), [WireCall(0, b"", ())], layout, None)
 
-    assert runtime.interrupt(["early-key"]) == 0
+    assert interrupts.interrupt(["early-key"]) == 0
     outcomes = runtime.run_batch(chunk)
 
     assert [o.kind for o in outcomes.items] == [Kind.CANCELLED]

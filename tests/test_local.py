@@ -163,3 +163,21 @@ def test_workers_see_the_callers_import_path(tmp_path: Path, monkeypatch: pytest
     with sky.ComputePool("local", display="quiet") as pool:
         assert sky.compute(find)() >> pool == "found"
     sys.modules.pop("beside", None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("machine", "p4d.24xlarge", "the machine is this one"),
+        ("cpu", 100_000, "this machine has no more"),
+        ("memory", "1000TB", "this machine has no more"),
+        ("volume", sky.S3Volume("/data", "bucket"), "paths of this machine"),
+        ("image", sky.Image(apt=("ffmpeg",)), "install what is missing yourself"),
+        ("image", sky.Image(python="3.9"), "provider='local'"),
+    ],
+)
+def test_what_this_machine_cant_be_made_into_is_refused(option: str, value: Any, accepted: str) -> None:
+    with pytest.raises(sky.SpecError, match=accepted) as info:
+        sky.ComputePool(provider="local", **{option: value})
+
+    assert info.value.option.partition(".")[0] == option

@@ -104,13 +104,11 @@ def test_an_exception_in_the_block_ends_the_pool_and_passes_through() -> None:
 
 
 def test_nothing_is_left_in_the_shared_folder() -> None:
-    memory = Path("/dev/shm")
-    before = set(memory.glob("skyward-*")) if memory.is_dir() else set()
-
     with small() as pool:
         assert sky.compute(len)(b"x" * (4 << 20)) >> pool == 4 << 20
+        pool_id = pool.cluster.name
 
-    assert not memory.is_dir() or set(memory.glob("skyward-*")) <= before
+    assert not list(Path("/dev/shm").glob(f"skyward-{pool_id}-*"))
 
 
 def test_async_with_works_too() -> None:

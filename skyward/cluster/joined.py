@@ -6,11 +6,13 @@ import contextlib
 import platform
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import distributed
+from packaging.requirements import Requirement
 
 from skyward.cluster.barrier import barrier_plugin, remove_barrier
 from skyward.cluster.cluster import JoinedCluster
@@ -26,15 +28,17 @@ def joined_cluster(provider: Dask, pool_id: str) -> JoinedCluster:
     return JoinedCluster(pool_id, provider.address(), provider.credentials())
 
 
-def prepare(client: Any, cluster: JoinedCluster, share: Path) -> bool:
+def prepare(client: Any, cluster: JoinedCluster, share: Path, requirements: Sequence[str] = ()) -> bool:
     """Check versions, add the barrier, and tell whether all workers see the folder `share`.
+
+    `requirements` are the packages that the workers must have, as pip takes them.
 
     Raises
     ------
     PoolError
         The cluster has no workers.
     VersionMismatchError
-        A worker lacks skyward or has another Python; the message is a table.
+        A worker lacks skyward or a requirement, or has another Python; the message is a table.
     """
     client.subscribe_topic("all", cluster.heard)  # Dask tells there which workers come and go
     cluster.sync(cluster.refresh)  # those that came before the subscription
@@ -49,7 +53,8 @@ def prepare(client: Any, cluster: JoinedCluster, share: Path) -> bool:
     token = secrets.token_hex(8)
     (share / token).touch()
     # A function made here travels by value, so it runs on a worker that has no skyward.
-    answers = client.run(_make_probe(), str(share / token))
+    wanted = [Requirement(text) for text in requirements]
+    answers = client.run(_make_probe(), str(share / token), [r.name for r in wanted])
     (share / token).unlink()
     rows = [
         (package, here, str(there.get(package) or "missing"))
@@ -57,12 +62,18 @@ def prepare(client: Any, cluster: JoinedCluster, share: Path) -> bool:
         for there in answers.values()
         if not _fits(package, here, there.get(package))
     ]
+    rows += [
+        (r.name, str(r.specifier) or "any", there[r.name] or "missing")
+        for r in wanted
+        for there in answers.values()
+        if there[r.name] is None or not r.specifier.contains(there[r.name], prereleases=True)
+    ]
     if rows:
         table = "\n".join(f"  {p:<12} {h:<12} {t}" for p, h, t in dict.fromkeys(rows))
         raise VersionMismatchError(
             f"the workers at {cluster.scheduler_address} can't run this pool's calls:\n"
             f"  {'package':<12} {'here':<12} there\n{table}\n"
-            "Install the versions shown under 'here' on the workers (pip install skyward==…), or use theirs here.",
+            "Install on the workers what is shown under 'here', or use here what they have.",
             table=tuple(dict.fromkeys(rows)),
         )
     client.register_plugin(barrier_plugin(cluster.name))
@@ -93,8 +104,9 @@ def _fits(package: str, here: str, there: str | None) -> bool:
 
 
 def _make_probe() -> Any:
-    def probe(path: str) -> dict[str, Any]:
+    def probe(path: str, packages: list[str]) -> dict[str, Any]:
         import importlib
+        import importlib.metadata
         import pathlib
         import sys
 
@@ -104,6 +116,11 @@ def _make_probe() -> Any:
             try:
                 found[name] = importlib.import_module(name).__version__
             except ImportError:
+                found[name] = None
+        for name in packages:
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
                 found[name] = None
         return found
 

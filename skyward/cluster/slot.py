@@ -13,7 +13,7 @@ import time
 import warnings
 from typing import Any
 
-from skyward import runtime
+from skyward import interrupts, runtime
 
 LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
@@ -22,7 +22,7 @@ _LINES_KEPT = 2_000
 
 
 async def dask_setup(worker: Any) -> None:
-    runtime.may_restart = True
+    interrupts.may_restart = True
     _die_with_parent()
     # Every warning goes to the caller, whose own filters then decide what is shown.
     warnings.simplefilter("always")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from skyward import pickling, runtime
+from skyward import interrupts, pickling
 from skyward.engine.broadcast import Broadcaster
 from skyward.engine.callbacks import Callbacks
 from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_label, now
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _CHUNK_CALLS = 20_000
 """Most calls in one chunk. By feel: a chunk's list stays within a few megabytes."""
 _CHUNK_BYTES = 16 << 20
-_ENDING_S = runtime.GRACE_S + 10.0
+_ENDING_S = interrupts.GRACE_S + 10.0
 """Seconds after which a worker that was to end because of a cancelled call has ended, or goes on. By feel."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""

@@ -97,7 +97,7 @@ class Group:
         """Drop what has not begun and interrupt what runs; futures of this group become cancelled.
 
         A running call gets an exception that user code does not catch; one that does not react within
-        `skyward.runtime.GRACE_S` seconds loses its worker process, which is started afresh. From any thread;
+        `skyward.interrupts.GRACE_S` seconds loses its worker process, which is started afresh. From any thread;
         does not wait, so calls that are put into this group soon afterwards may be dropped too.
         """
         self.engine._call_soon(self.engine._cancel_group, self)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from skyward import runtime
+from skyward import interrupts, runtime
 from skyward.engine.store import Store
 from skyward.wire import Chunk, Outcomes
 
@@ -69,7 +69,7 @@ class Transport:
                 state = self.client.futures.pop(key, None)
                 if state is not None:
                     state.cancel()
-            hits = await self.client._run(runtime.interrupt, keys, on_error="ignore")
+            hits = await self.client._run(interrupts.interrupt, keys, on_error="ignore")
             return {address for address, hit in hits.items() if hit}
         except Exception:  # the cluster is going away, and the tasks with it
             logger.debug("interrupt of %d tasks failed", len(keys), exc_info=True)
@@ -77,7 +77,7 @@ class Transport:
 
     async def wait_ended(self, keys: list[str]) -> None:
         """Return when none of the tasks runs any more, interrupted or ended with its worker."""
-        while any((await self.client._run(runtime.runs_one_of, keys, on_error="ignore")).values()):
+        while any((await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")).values()):
             await asyncio.sleep(0.05)
 
     def forget(self) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skyward.errors import SpecError
+from skyward.spec import PoolSpec
+from skyward.validation import Problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,27 @@ class Dask:
     @property
     def name(self) -> str:
         return "dask"
+
+    def check(self, spec: PoolSpec) -> None:
+        """Refuse what would have to be done to machines that are somebody else's.
+
+        Raises
+        ------
+        SpecError
+            An option says how the workers should be.
+        """
+        problems = Problems()
+        theirs = "with sky.Dask: the cluster is taken as it is"
+        usual = PoolSpec()
+        for option in ("nodes", "concurrency", "machine", "accelerator", "architecture", "cpu", "memory", "volume"):
+            if getattr(spec, option) != getattr(usual, option):
+                problems.note(option, getattr(spec, option), f"{getattr(usual, option)!r} {theirs}")
+        if spec.env:
+            problems.note("env", sorted(spec.env), f"None {theirs}")
+        for field_ in ("python", "apt", "env", "include"):
+            if value := getattr(spec.image, field_):
+                problems.note(f"image.{field_}", sorted(value), f"nothing {theirs}")
+        problems.raise_if_any()
 
     def address(self) -> str:
         """Return the scheduler's address."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
+
 from skyward.errors import NoMatchingInstanceError, SpecError
+from skyward.spec import PoolSpec
+from skyward.validation import Problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +38,36 @@ class Local:
     @property
     def name(self) -> str:
         return "local"
+
+    def check(self, spec: PoolSpec) -> None:
+        """Refuse what this machine can't be made into.
+
+        Raises
+        ------
+        SpecError
+            An option asks for other machines than this one, or for more than it has.
+        """
+        problems = Problems()
+        here = platform.machine().lower()
+        architecture = {"amd64": "x86_64", "aarch64": "arm64"}.get(here, here)
+        cores = os.cpu_count() or 1
+        memory = psutil.virtual_memory().total // 10**6
+        python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        if spec.machine is not None:
+            problems.note("machine", spec.machine, "None with provider='local': the machine is this one")
+        if spec.architecture not in (None, architecture):
+            problems.note("architecture", spec.architecture, f"{architecture!r} with provider='local', or None")
+        if spec.cpu is not None and spec.cpu > cores:
+            problems.note("cpu", spec.cpu, f"up to {cores} with provider='local': this machine has no more")
+        if spec.memory is not None and spec.memory > memory:
+            problems.note("memory", spec.memory, f"up to {memory} MB with provider='local': this machine has no more")
+        if spec.volume:
+            problems.note("volume", spec.volume, "() with provider='local': use paths of this machine")
+        if spec.image.apt:
+            problems.note("image.apt", spec.image.apt, "() with provider='local': install what is missing yourself")
+        if spec.image.python is not None and f"{spec.image.python}.".find(f"{python}.") != 0:
+            problems.note("image.python", spec.image.python, f"{python!r} with provider='local', or None")
+        problems.raise_if_any()
 
     def devices(self, node: int, nodes: int, wanted: int) -> tuple[str, ...]:
         """Return the GPU indices of `node`, `wanted` of them.

@@ -1,0 +1,20 @@
+"""The examples in docstrings run, and give what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = ["skyward.compute", "skyward.executor", "skyward.pool", "skyward_joblib.pools"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(name)
+
+    failed, attempted = doctest.testmod(module)
+
+    assert attempted > 0
+    assert failed == 0
