@@ -5,16 +5,14 @@ What asserts on the process that it runs in is listed, with its reason, in `skyw
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+from tests.foreign_suite import run_foreign_suite
+
+PLUGIN = Path(__file__).with_name("skyward_for_sklearn.py")
 
 MODULES = [
     "sklearn.utils.tests.test_parallel",
@@ -31,20 +29,10 @@ MODULES = [
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_scikit_learns_own_tests_pass(tmp_path: Path) -> None:
-    paths = [str(HERE), str(ROOT), str(ROOT / "backends")]
-    command = [sys.executable, "-m", "pytest", "--pyargs", *MODULES, "-p", "skyward_for_sklearn"]
+    output = run_foreign_suite(*MODULES, plugin=PLUGIN, cwd=tmp_path)
 
-    ran = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-q", "--timeout=120", "--tb=short"],
-        cwd=tmp_path,  # away from this project's pytest settings
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-    )
-
-    assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-5_000:]
-    sent = re.search(r"(\d+) batches went to the pool", ran.stdout)
-    passed = re.search(r"(\d+) passed", ran.stdout)
+    sent = re.search(r"(\d+) batches went to the pool", output)
+    passed = re.search(r"(\d+) passed", output)
     assert sent is not None
     assert passed is not None
     assert int(sent[1]) > 1000
