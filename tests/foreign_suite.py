@@ -15,9 +15,9 @@ def run_foreign_suite(*modules: str, plugin: Path, cwd: Path) -> str:
     # Dask's nannies set thread limits for the whole process that they are started in, which tests here do.
     clean = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     paths = [str(plugin.parent), str(ROOT), str(ROOT / "backends")]
+    options = ["-p", plugin.stem, "-p", "no:cacheprovider", "-q", "--timeout=120", "--tb=short"]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "--pyargs", *modules, "-p", plugin.stem, "-p", "no:cacheprovider"]
-        + ["-q", "--timeout=120", "--tb=short"],
+        [sys.executable, "-m", "pytest", "--pyargs", *modules, *options],
         cwd=cwd,  # away from this project's pytest settings
         env={**clean, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": ""},
         capture_output=True,

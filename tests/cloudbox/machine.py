@@ -15,6 +15,7 @@ import yaml
 
 from tests.cloudbox.network import Network, run
 
+_UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--uts", "--net", "--kill-child=KILL", "--propagation=private"]
 _INIT = Path(__file__).with_name("init.sh")
 
 
@@ -48,8 +49,7 @@ class Machine:
         _write_seed(seed, user_data)
         with (self._folder / "console").open("wb") as console:
             self._process = subprocess.Popen(
-                ["unshare", "--mount", "--pid", "--fork", "--uts", "--net", "--kill-child=KILL", "--propagation=private"]
-                + ["sh", str(_INIT), str(self._folder)],
+                [*_UNSHARE, "sh", str(_INIT), str(self._folder)],
                 stdin=subprocess.PIPE,
                 stdout=console,
                 stderr=console,
