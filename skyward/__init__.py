@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from skyward.pool import ComputePool as ComputePool
     from skyward.providers.dask import Dask as Dask
     from skyward.providers.local import Local as Local
+    from skyward.providers.ssh import SSH as SSH
     from skyward.runtime import InstanceInfo as InstanceInfo
     from skyward.runtime import current_accelerator as current_accelerator
     from skyward.runtime import instance_info as instance_info
@@ -173,6 +174,7 @@ _HOME = {
     "MultiPool": "skyward.multipool",
     "Dask": "skyward.providers.dask",
     "Local": "skyward.providers.local",
+    "SSH": "skyward.providers.ssh",
     "InstanceInfo": "skyward.runtime",
     "current_accelerator": "skyward.runtime",
     "instance_info": "skyward.runtime",
@@ -189,7 +191,7 @@ _HOME = {
 }
 """Where each name comes from; a submodule comes from `skyward` itself."""
 
-__all__ = [  # noqa: RUF022 - as `sorted` has it
+__all__ = [
     "Accelerator",
     "AllProvidersFailedError",
     "Allocation",
@@ -248,6 +250,7 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "RegionAutoSelected",
     "RemoteTraceback",
     "S3Volume",
+    "SSH",
     "SerializationError",
     "SkywardError",
     "SkywardEvent",

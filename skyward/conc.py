@@ -7,8 +7,9 @@ They block until all is done. Made for many `>>` at once, from one thread per ca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from typing import Any, Literal, TypeVar, overload
 
@@ -75,9 +76,20 @@ def _run(calls: list[tuple[Callable[..., R], tuple[Any, ...]]], concurrency: int
     executor = ThreadPoolExecutor(
         min(concurrency or _MOST_THREADS, len(calls)), thread_name_prefix="skyward-conc"
     )
+    failure = threading.Event()
+
+    def call(fn: Callable[..., R], args: tuple[Any, ...]) -> R:
+        if failure.is_set():
+            raise CancelledError  # not heard by anybody: the failure is what is raised
+        try:
+            return fn(*args)
+        except BaseException:
+            failure.set()
+            raise
+
     try:
         # A context can be entered by one thread at a time, so each call has its own copy.
-        futures: list[Future[R]] = [executor.submit(copy_context().run, fn, *args) for fn, args in calls]
+        futures: list[Future[R]] = [executor.submit(copy_context().run, call, fn, args) for fn, args in calls]
         wait(futures, return_when=FIRST_EXCEPTION)
         failed = next(_failures(futures), None)
         if failed is not None:
@@ -91,5 +103,7 @@ def _run(calls: list[tuple[Callable[..., R], tuple[Any, ...]]], concurrency: int
 
 def _failures(futures: list[Future[R]]) -> Iterator[BaseException]:
     for future in futures:
-        if future.done() and not future.cancelled() and (exc := future.exception()) is not None:
-            yield exc
+        if future.done() and not future.cancelled():
+            exc = future.exception()
+            if exc is not None and not isinstance(exc, CancelledError):
+                yield exc

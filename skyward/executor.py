@@ -71,12 +71,8 @@ class Executor(concurrent.futures.Executor):
         future: Future[Any] = self.pool.submit(function(*args, **kwargs))
         with self._lock:
             self._pending.add(future)
-        future.add_done_callback(self._forget)
+        future.add_done_callback(self._pending.discard)  # atomic; and no reference that keeps the executor alive
         return future
-
-    def _forget(self, future: Future[Any]) -> None:
-        with self._lock:
-            self._pending.discard(future)
 
     @overload
     def map(

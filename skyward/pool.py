@@ -339,7 +339,7 @@ class ComputePool:
         hosts = {slot.node: slot.address for slot in reversed(session.cluster.slots())}
         return tuple(
             Instance(
-                id=f"{self.provider.name}-{session.pool_id}-{node}",
+                id=session.cluster.instance_id(node),
                 provider=self.provider.name,
                 spot=False,
                 private_ip=hosts[node].rpartition("://")[2].rpartition(":")[0],
@@ -402,14 +402,15 @@ class ComputePool:
         from skyward.events import LogLine
 
         _, message = event
-        node, slot = message["node"], message["slot"]
+        node = message["node"]
         kept = self._logs.setdefault(node, deque(maxlen=_LINES_KEPT))
         lines = message["lines"]
         if message["dropped"]:
             lines = [(lines[0][0], f"... {message['dropped']} lines dropped ..."), *lines]
+        instance_id = session.cluster.instance_id(node)
         for stamp, line in lines:
             kept.append(line)
-            session.emit(LogLine(node=node, instance_id=f"{session.pool_id}-{node}-{slot}", line=line, timestamp=stamp))
+            session.emit(LogLine(node=node, instance_id=instance_id, line=line, timestamp=stamp))
 
 
 def _call(pending: PendingCompute[Any]) -> Call:

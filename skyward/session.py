@@ -10,21 +10,28 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed import Client
+from distributed.versions import VersionMismatchWarning
 
 from skyward import events
-from skyward.cluster import joined, local
-from skyward.cluster.cluster import JoinedCluster, SkyCluster
+from skyward.cluster import joined
+from skyward.cluster.cluster import AgentCluster, SkyCluster
+from skyward.cluster.joined import JoinedCluster
+from skyward.cluster.local import local_cluster
+from skyward.cluster.machines import machine_cluster
 from skyward.cluster.slot import LOG_TOPIC
 from skyward.console import Console
 from skyward.engine import Engine
 from skyward.errors import PoolTimeoutError
 from skyward.logfile import LogFile
+from skyward.providers.base import Machine
 from skyward.providers.dask import Dask
+from skyward.providers.local import Local
+from skyward.providers.ssh import SSH
 
 if TYPE_CHECKING:
     from skyward.pool import ComputePool
@@ -39,6 +46,7 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._over = threading.Event()
         self._emitter: Any = None
+        self.machines: list[Machine] = []
         self.cluster: SkyCluster
         self.client: Client
         self.engine: Engine
@@ -69,23 +77,25 @@ class Session:
         self.emit(events.InfraCreating())
 
         provider = pool.provider
-        cores = 1
-        if isinstance(provider, Dask):
-            self.cluster = cluster = joined.joined_cluster(provider, self.pool_id)
-            expected: Callable[[], int] = lambda: 1  # noqa: E731 - somebody else's cluster promises nothing
-        else:
-            own = local.local_cluster(provider, spec, self.pool_id, share)
-            self.cluster = cluster = own
-            expected = lambda: sum(own._wanted.values())  # noqa: E731
-            cores = local.cores_per_slot(spec)
+        own: AgentCluster | None = None
+        match provider:
+            case Dask():
+                cluster: SkyCluster = joined.joined_cluster(provider, self.pool_id)
+            case SSH():
+                self.machines = provider.machines(spec.nodes)
+                cluster = own = machine_cluster(self.machines, provider.machines, spec, self.pool_id, self.emit)
+            case Local():
+                cluster = own = local_cluster(provider, spec, self.pool_id, share)
+        self.cluster = cluster
         stack.callback(cluster.stop)
         joblib = threading.Thread(target=_register_joblib, name="skyward-joblib", daemon=True)
         joblib.start()  # meanwhile, because it takes a while too
         cluster.start()
-        # Not the default client: that is for the caller to choose.
-        self.client = client = Client(cluster, set_as_default=False, direct_to_workers=True)
+        # Machines of a pool's own let nobody in but through the scheduler's tunnel.
+        direct = not self.machines
+        self.client = client = _connect(cluster, direct)
         stack.callback(client.close)
-        see_share = True
+        see_share = direct
         if isinstance(cluster, JoinedCluster):
             stack.callback(joined.forget, client, cluster)
             see_share = joined.prepare(client, cluster, share, spec.image.pip)
@@ -94,17 +104,21 @@ class Session:
             client,
             cluster.slots,
             pool_id=self.pool_id,
-            expected=expected,
+            # Somebody else's cluster promises nothing.
+            expected=(lambda: own.expected) if own is not None else (lambda: 1),
             retries=spec.retries,
             share=share if see_share else None,
-            cores_per_slot=cores,
+            direct=direct,
+            cores_per_slot=own.cores_per_slot if own is not None else 1,
             accelerator=accelerator.name if accelerator else None,
             accelerators_per_node=accelerator.count if accelerator else 0,
         )
         stack.callback(engine.close)
         cluster.on_change = engine.roster_changed
         cluster.on_lost = self._lost
-        cluster.demand = engine.demand
+        if own is not None:
+            own.demand = engine.demand
+            own.on_node_lost = self._node_lost
         engine.wait_ready()
         client.subscribe_topic(LOG_TOPIC, pool._receive_lines)
         joblib.join()
@@ -121,6 +135,9 @@ class Session:
 
     def _lost(self, reason: BaseException) -> None:
         self.engine.fail(reason)
+
+    def _node_lost(self, node: int, instance_id: str, why: str) -> None:
+        self.emit(events.InstanceLost(instance_id=instance_id, node=node, reason=why))
 
     def _watch(self, timeout: float, idle_timeout: float | None) -> None:
         def watch() -> None:
@@ -145,6 +162,15 @@ class Session:
                 return
 
         threading.Thread(target=watch, name="skyward-timeout", daemon=True).start()
+
+
+def _connect(cluster: SkyCluster, direct: bool) -> Client:
+    with warnings.catch_warnings():
+        if not isinstance(cluster, JoinedCluster):
+            # What has to be the same on both sides is pinned; Dask also tells of packages that nobody asked for there.
+            warnings.simplefilter("ignore", VersionMismatchWarning)
+        # Not the default client: that is for the caller to choose.
+        return Client(cluster, set_as_default=False, direct_to_workers=direct)
 
 
 def _register_joblib() -> None:

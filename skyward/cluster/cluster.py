@@ -1,34 +1,28 @@
-"""Dask clusters as skyward runs them: one on an agent of our own, one that was there before and is only joined."""
+"""Dask clusters as skyward runs them. One on agents of our own is here; one that is only joined is in `joined`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
-import os
-import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from distributed.core import Status, rpc
 from distributed.deploy import Cluster
 from distributed.deploy.adaptive import Adaptive
-from distributed.objects import SchedulerInfo
 
-from skyward.cluster.node import AgentConfig, NodeSpec
+from skyward.cluster.agents import Agent
+from skyward.cluster.config import NodeSpec
 from skyward.errors import BootstrapError, PoolError
 from skyward.wire import Slot
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
-"""Seconds that scheduler and workers of a local pool have to come up. By feel: far more than a loaded laptop needs."""
+"""Seconds that workers have to come up once their machines are ready. By feel: far more than a loaded laptop needs."""
 
 
 class SkyCluster(Cluster):  # type: ignore[misc]
@@ -47,6 +41,10 @@ class SkyCluster(Cluster):  # type: ignore[misc]
         self.changed = asyncio.Event()
         self._loop_runner.start()
 
+    def instance_id(self, node: int) -> str:
+        """Return the name of the machine that is node `node`."""
+        return f"{self.name}-{node}"
+
     def slots(self) -> list[Slot]:
         """Return the slots that are there now, by node and then by number."""
         raise NotImplementedError  # each kind of cluster numbers its nodes in its own way
@@ -63,49 +61,61 @@ class SkyCluster(Cluster):  # type: ignore[misc]
     def stop(self) -> None:
         """Close and end the event loop's thread. May be called twice; never raises for what is gone already."""
         with contextlib.suppress(Exception):  # the scheduler may be dead: closing then only tidies up
-            self.close(timeout=10)
+            self.close(timeout=30)
         with contextlib.suppress(Exception):
             self._loop_runner.stop()
 
 
 class AgentCluster(SkyCluster):
-    """A cluster on this host, run by an agent process that ends with us.
+    """A cluster that agents run, the first of which has the scheduler.
 
     Parameters
     ----------
-    config
-        What the agent is told first.
-    environment
-        Environment of the agent, which its workers inherit.
+    agents
+        Not yet started. They are started side by side, and stopped with the cluster.
     node_spec
         Makes the specification of a further node, for `scale`.
+    new_agents
+        Makes agents for further nodes, where each has a machine of its own, other than those in its second argument;
+        may block. None: the first agent runs them all.
     """
 
     def __init__(
         self,
-        config: AgentConfig,
+        name: str,
+        agents: Sequence[Agent],
         *,
         security: Any,
-        environment: dict[str, str],
+        slots_per_node: int,
         node_spec: Callable[[int], NodeSpec],
+        new_agents: Callable[[Sequence[int], Sequence[str]], Sequence[Agent]] | None = None,
     ) -> None:
-        super().__init__(config.pool_id, security)
-        self._config = config
-        self._environment = environment
+        super().__init__(name, security)
+        self._agents = list(agents)
         self._node_spec = node_spec
-        self._process: subprocess.Popen[bytes] | None = None
-        self._wanted = {n.node: len(n.environments) for n in config.nodes}
-        self._up: asyncio.Future[dict[str, Any]] | None = None
+        self._new_agents = new_agents
+        self._per_node = slots_per_node
+        self._nodes = {node for agent in agents for node in agent.nodes}
+        self._address: asyncio.Future[str] | None = None  # of the scheduler, as nodes reach it
+        self._cores: dict[Agent, int] = {}
+        self._dashboard_port: int | None = None
+        self._dashboard = ""
+        self._failed: BaseException | None = None
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
+        self.on_node_lost: Callable[[int, str, str], None] = lambda *_: None
+        self._growing = asyncio.Lock()
+        self._tasks: set[asyncio.Future[None]] = set()
+
+    # --- life -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start agent, scheduler and workers; return when all workers are there.
+        """Start agents, scheduler and workers; return when all workers are there.
 
         Raises
         ------
         BootstrapError
-            The agent or a worker did not start. Nothing is left running.
+            An agent or a worker did not start. Nothing is left running.
         """
         try:
             self.sync(self._start)
@@ -114,127 +124,156 @@ class AgentCluster(SkyCluster):
             raise
 
     async def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._up = loop.create_future()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "skyward.cluster.node"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=self._environment,
-            start_new_session=True,  # a process group of its own: Ctrl-C does not reach it, one kill ends it all
-        )
-        _forget_after_fork(self._process)
-        threading.Thread(target=self._listen, args=[loop], name="skyward-agent", daemon=True).start()
-        self._send(self._config.to_json())
+        self._address = asyncio.get_running_loop().create_future()
+        started = [asyncio.ensure_future(self._start_agent(agent)) for agent in self._agents]
+        try:
+            await asyncio.gather(*started)
+        except BaseException:
+            for task in started:
+                task.cancel()
+            await asyncio.gather(*started, return_exceptions=True)
+            raise
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                scheduler = await self._up
-                self._open_rpc(scheduler["address"])
-                await super()._start()
+                await self._connect(await self._address)
                 await self._all_there()
         except TimeoutError:
             raise BootstrapError(
                 f"scheduler and workers of pool {self.name} did not start within {START_TIMEOUT_S:g} s; "
-                f"{len(self.scheduler_info['workers'])} of {sum(self._wanted.values())} workers are up",
-                machine="local",
+                f"{len(self.scheduler_info['workers'])} of {self.expected} workers are up",
+                machine=self._agents[0].machine,
                 step="workers",
                 last_lines=(),
             ) from None
 
+    async def _connect(self, address: str) -> None:
+        host, port = await self._agents[0].reach_scheduler(address)
+        self._open_rpc(f"tls://{host}:{port}")
+        await super()._start()
+        if self._dashboard_port is not None:
+            host, port = await self._agents[0].reach(self._dashboard_port)
+            self._dashboard = f"http://{host}:{port}/status"
+
+    async def _start_agent(self, agent: Agent) -> None:
+        await agent.start(lambda event: self._heard(agent, event))
+        if agent is not self._agents[0]:
+            assert self._address is not None
+            agent.send({"do": "join", "address": await asyncio.shield(self._address)})
+
     async def _all_there(self) -> None:
-        while len(self.slots()) < sum(self._wanted.values()):
-            self.changed.clear()
-            wait = asyncio.ensure_future(self.changed.wait())
-            assert self._up is not None
+        while len(self.slots()) < self.expected:
             if self._failed is not None:
                 raise self._failed
-            await wait
+            self.changed.clear()
+            await self.changed.wait()
 
-    _failed: BaseException | None = None
-
-    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with contextlib.suppress(RuntimeError):  # the loop has ended before the agent
-                loop.call_soon_threadsafe(self._heard, json.loads(line))
-        status = self._process.wait()
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._heard, {"event": "ended", "status": status})
-
-    def _heard(self, event: dict[str, Any]) -> None:
+    def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
         match event["event"]:
+            case "ready":
+                self._cores[agent] = event["cores"]
             case "scheduler":
-                if self._up is not None and not self._up.done():
-                    self._up.set_result(event)
+                self._dashboard_port = event["dashboard"]
+                if self._address is not None and not self._address.done():
+                    self._address.set_result(event["address"])
             case "failed":
                 lines = tuple(event.get("last_lines", ()))
                 self._fail(
                     BootstrapError(
-                        "\n  ".join([f"pool {self.name} could not start: {event['error']}", *lines]),
-                        machine="local",
+                        "\n  ".join([f"pool {self.name} could not start on {agent.machine}: {event['error']}", *lines]),
+                        machine=agent.machine,
                         step="workers",
                         last_lines=lines,
                     )
                 )
             case "ended" if not self._stopping:
-                self._fail(
-                    PoolError(
-                        f"the agent of pool {self.name}, and with it the Dask scheduler, ended unexpectedly "
-                        f"(status {event['status']}); calls that had not finished are lost. Enter the pool again."
-                    )
+                self._agent_ended(agent, event["why"])
+
+    def _agent_ended(self, agent: Agent, why: str) -> None:
+        if agent is self._agents[0]:
+            self._fail(
+                PoolError(
+                    f"the agent of pool {self.name} on {agent.machine}, and with it the Dask scheduler, ended "
+                    f"unexpectedly ({why}); calls that had not finished are lost. Enter the pool again."
                 )
+            )
+        elif self.status != Status.running:
+            self._fail(PoolError(f"the agent of pool {self.name} on {agent.machine} ended while starting ({why})"))
+        else:
+            self._spawn(self._drop(agent, why))
+
+    async def _drop(self, agent: Agent, why: str) -> None:
+        """Go on without a node that is lost: its calls are run again elsewhere."""
+        if agent not in self._agents:
+            return
+        logger.warning("lost %s: %s", agent.machine, why)
+        self._agents.remove(agent)
+        self._cores.pop(agent, None)
+        self._nodes -= agent.nodes
+        for slot in [s for s in self.slots() if s.node in agent.nodes]:
+            with contextlib.suppress(Exception):  # it may have been noticed meanwhile
+                # Not `expected`: the engine is to count and rerun what was there.
+                await self.scheduler_comm.unregister(address=slot.address, stimulus_id="machine-lost", close=False)
+        for node in agent.nodes:
+            self.on_node_lost(node, agent.instance_id(node), why)
+        self.changed.set()
+        self.on_change()
+        await agent.stop()
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error
         self.changed.set()
-        if self._up is not None and not self._up.done():
-            self._up.set_exception(error)
+        if self._address is not None and not self._address.done():
+            self._address.set_exception(error)
+            self._address.exception()  # whoever waits for it is told; nobody has to
         elif self.status == Status.running:
             # From a thread: what follows closes this loop's clients, which can't be awaited here.
             threading.Thread(target=self.on_lost, args=[error], daemon=True).start()
-
-    def _send(self, line: str) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it died: `_listen` reports that
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
 
     async def _close(self) -> None:
         self._stopping = True
         with contextlib.suppress(Exception):  # the scheduler may be dead
             await asyncio.wait_for(super()._close(), 2)
         self.status = Status.closed
-        process = self._process
-        if process is None:
-            return
-        self._send('{"do": "stop"}')
-        try:
-            await asyncio.to_thread(process.wait, 3)
-        except subprocess.TimeoutExpired:
-            logger.debug("agent %s did not stop, killed", process.pid)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, 9)  # whatever of its group is left, e.g. processes that tasks have started
-        await asyncio.to_thread(process.wait)
-        if process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-        for folder in (self._config.folder, *self._config.remove):
-            shutil.rmtree(folder, ignore_errors=True)
+        await asyncio.gather(*(agent.stop() for agent in self._agents), return_exceptions=True)
 
-    # --- nodes ----------------------------------------------------------------------------------------------
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- looking in -----------------------------------------------------------------------------------------
+
+    @property
+    def expected(self) -> int:
+        """How many slots there should be, counting those whose worker is being restarted."""
+        return len(self._nodes) * self._per_node
+
+    def instance_id(self, node: int) -> str:
+        found = [agent.instance_id(node) for agent in self._agents if node in agent.nodes]
+        return found[0] if found else super().instance_id(node)
+
+    @property
+    def cores_per_slot(self) -> int:
+        """How many cores a call may use, on the node that has fewest; at least 1."""
+        return max(1, min(self._cores.values(), default=1) // self._per_node)
+
+    @property
+    def dashboard_link(self) -> str:
+        return self._dashboard
 
     def slots(self) -> list[Slot]:
         found = []
         for address, worker in self.scheduler_info["workers"].items():
             node, _, index = str(worker["name"]).partition("-")
-            found.append(Slot(address, int(node), int(index), worker["nthreads"]))
+            if int(node) in self._nodes:
+                found.append(Slot(address, int(node), int(index), worker["nthreads"]))
         return sorted(found, key=lambda s: (s.node, s.number))
+
+    # --- more and fewer nodes -------------------------------------------------------------------------------
 
     @property
     def plan(self) -> set[int]:
-        return set(self._wanted)
+        return set(self._nodes)
 
     requested = plan
 
@@ -249,24 +288,55 @@ class AgentCluster(SkyCluster):
         self.loop.add_callback(self._scale, n)
 
     def _scale(self, n: int) -> None:
-        have = sorted(self._wanted)
+        have = sorted(self._nodes)
         if n < len(have):
             self.scale_down(have[n:])
             return
-        free = (i for i in range(n + len(have)) if i not in self._wanted)
-        new = [self._node_spec(next(free)) for _ in range(n - len(have))]
-        self._wanted.update((spec.node, len(spec.environments)) for spec in new)
-        if new:
-            nodes = [
-                {"node": s.node, "environments": s.environments, "resources": s.resources} for s in new
-            ]
-            self._send(json.dumps({"do": "add", "nodes": nodes}))
+        free = (i for i in range(n + len(have)) if i not in self._nodes)
+        new = [next(free) for _ in range(n - len(have))]
+        if not new:
+            return
+        self._nodes.update(new)
+        if self._new_agents is not None:
+            self._spawn(self._grow(new))
+            return
+        specs = [self._node_spec(node) for node in new]
+        self._agents[0].nodes.update(new)
+        nodes = [{"node": s.node, "environments": s.environments, "resources": s.resources} for s in specs]
+        self._agents[0].send({"do": "add", "nodes": nodes})
+
+    async def _grow(self, new: list[int]) -> None:
+        assert self._new_agents is not None
+        async with self._growing:
+            taken = [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
+            try:
+                agents = await asyncio.to_thread(self._new_agents, new, taken)
+            except Exception as exc:  # whatever a provider says: the pool goes on with what it has
+                logger.warning("no more nodes: %s", exc)
+                self._nodes.difference_update(new)
+                return
+            self._agents += agents
+        for agent in agents:
+            self._spawn(self._grow_by(agent))
+
+    async def _grow_by(self, agent: Agent) -> None:
+        try:
+            await self._start_agent(agent)
+        except Exception as exc:  # as in _grow
+            logger.warning("%s can't be made ready: %s", agent.machine, exc)
+            await self._drop(agent, str(exc))
 
     def scale_down(self, workers: Sequence[int]) -> None:
         """Remove nodes, by number. Dask's name for the argument; the work on them is run again elsewhere."""
-        gone = [n for n in workers if n != 0 and self._wanted.pop(n, None) is not None]
-        if gone:
-            self._send(json.dumps({"do": "remove", "nodes": gone}))
+        gone = {n for n in workers if n != 0 and n in self._nodes}
+        self._nodes -= gone
+        for agent in list(self._agents):
+            if agent.nodes and agent.nodes <= gone:
+                self._agents.remove(agent)
+                self._spawn(agent.stop())
+            elif mine := agent.nodes & gone:
+                agent.nodes -= mine
+                agent.send({"do": "remove", "nodes": sorted(mine)})
 
     def adapt(self, *, minimum: int = 1, maximum: int, **options: Any) -> Any:
         """Keep between `minimum` and `maximum` nodes, as many as the waiting calls can use."""
@@ -277,9 +347,9 @@ class _NodeAdaptive(Adaptive):  # type: ignore[misc]
     """Dask's adaptive scaling, counted in nodes and driven by what waits in the engine."""
 
     async def target(self) -> int:
-        slots: int = max([1, *self.cluster._wanted.values()])
         wanted: int = self.cluster.demand()
-        return math.ceil(wanted / slots)
+        per_node: int = self.cluster._per_node
+        return math.ceil(wanted / per_node)
 
     async def workers_to_close(self, target: int) -> list[int]:
         busy_workers = await self.cluster.scheduler_comm.processing()
@@ -292,76 +362,3 @@ class _NodeAdaptive(Adaptive):  # type: ignore[misc]
 
     async def scale_up(self, n: int) -> None:
         self.cluster._scale(n)
-
-
-class JoinedCluster(SkyCluster):
-    """Somebody else's Dask cluster: nodes are its hosts, slots its worker threads. Closing leaves it as it was."""
-
-    _supports_scaling = False
-
-    def __init__(self, name: str, address: str, security: Any) -> None:
-        super().__init__(name, security)
-        self._address = address
-
-    def start(self) -> None:
-        try:
-            self._open_rpc(self._address)
-            self.sync(self.refresh)
-        except OSError as exc:
-            self.stop()
-            raise PoolError(f"no Dask scheduler answers at {self._address}: {exc}") from exc
-        except BaseException:
-            self.stop()
-            raise
-        self.status = Status.running
-
-    async def refresh(self) -> None:
-        """Ask the scheduler for its workers.
-
-        Not through the subscription that Dask's own cluster objects use: a scheduler has room for one subscriber,
-        and that is whoever made the cluster.
-        """
-        self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
-        self.changed.set()
-        self.on_change()
-
-    async def heard(self, event: tuple[float, Any]) -> None:
-        """Take an entry of the scheduler's event log."""
-        message = event[1]
-        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
-            await self.refresh()
-
-    def slots(self) -> list[Slot]:
-        workers = self.scheduler_info["workers"]
-        hosts = sorted({w["host"] for w in workers.values()})
-        counts = dict.fromkeys(hosts, 0)
-        found = []
-        for address in sorted(workers, key=lambda a: (str(workers[a]["name"]).zfill(8), a)):
-            host = workers[address]["host"]
-            found.append(Slot(address, hosts.index(host), counts[host], workers[address]["nthreads"]))
-            counts[host] += 1
-        return sorted(found, key=lambda s: (s.node, s.number))
-
-    def scale(self, n: int) -> None:
-        raise PoolError(f"can't scale to {n} nodes: this cluster was only joined; scale it where it was made")
-
-    def adapt(self, **_: Any) -> Any:
-        raise PoolError("can't adapt: this cluster was only joined; adapt it where it was made")
-
-
-def _forget_after_fork(process: subprocess.Popen[bytes]) -> None:
-    """Keep a forked child from holding the agent's standard input open, and the agent alive, after we are gone."""
-
-    def close() -> None:
-        if process.stdin is not None:
-            with contextlib.suppress(OSError):
-                os.close(process.stdin.fileno())
-
-    os.register_at_fork(after_in_child=close)
-
-
-def tail(path: Path, lines: int = 20) -> tuple[str, ...]:
-    """Return the last lines of a text file, or none when it is not there."""
-    with contextlib.suppress(OSError):
-        return tuple(path.read_text(errors="replace").splitlines()[-lines:])
-    return ()

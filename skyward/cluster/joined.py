@@ -12,16 +12,74 @@ from typing import Any
 
 import cloudpickle
 import distributed
+from distributed.core import Status
+from distributed.objects import SchedulerInfo
 from packaging.requirements import Requirement
 
 from skyward.cluster.barrier import barrier_plugin, remove_barrier
-from skyward.cluster.cluster import JoinedCluster
+from skyward.cluster.cluster import SkyCluster
 from skyward.errors import PoolError, VersionMismatchError
 from skyward.providers.dask import Dask
 from skyward.version import __version__
+from skyward.wire import Slot
 
 WAIT_S = 30.0
 """Seconds that a cluster without workers has to get one, e.g. because it scales up from zero."""
+
+
+class JoinedCluster(SkyCluster):
+    """Somebody else's Dask cluster: nodes are its hosts, slots its worker threads. Closing leaves it as it was."""
+
+    _supports_scaling = False
+
+    def __init__(self, name: str, address: str, security: Any) -> None:
+        super().__init__(name, security)
+        self._address = address
+
+    def start(self) -> None:
+        try:
+            self._open_rpc(self._address)
+            self.sync(self.refresh)
+        except OSError as exc:
+            self.stop()
+            raise PoolError(f"no Dask scheduler answers at {self._address}: {exc}") from exc
+        except BaseException:
+            self.stop()
+            raise
+        self.status = Status.running
+
+    async def refresh(self) -> None:
+        """Ask the scheduler for its workers.
+
+        Not through the subscription that Dask's own cluster objects use: a scheduler has room for one subscriber,
+        and that is whoever made the cluster.
+        """
+        self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
+        self.changed.set()
+        self.on_change()
+
+    async def heard(self, event: tuple[float, Any]) -> None:
+        """Take an entry of the scheduler's event log."""
+        message = event[1]
+        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
+            await self.refresh()
+
+    def slots(self) -> list[Slot]:
+        workers = self.scheduler_info["workers"]
+        hosts = sorted({w["host"] for w in workers.values()})
+        counts = dict.fromkeys(hosts, 0)
+        found = []
+        for address in sorted(workers, key=lambda a: (str(workers[a]["name"]).zfill(8), a)):
+            host = workers[address]["host"]
+            found.append(Slot(address, hosts.index(host), counts[host], workers[address]["nthreads"]))
+            counts[host] += 1
+        return sorted(found, key=lambda s: (s.node, s.number))
+
+    def scale(self, n: int) -> None:
+        raise PoolError(f"can't scale to {n} nodes: this cluster was only joined; scale it where it was made")
+
+    def adapt(self, **_: Any) -> Any:
+        raise PoolError("can't adapt: this cluster was only joined; adapt it where it was made")
 
 
 def joined_cluster(provider: Dask, pool_id: str) -> JoinedCluster:

@@ -1,8 +1,10 @@
 """The agent: a process that runs a node's part of the Dask cluster, and ends with whoever started it.
 
-Talks in lines of JSON: a configuration and then commands on standard input, events on standard output. The end
-of standard input means that the caller is gone: everything that the agent started is killed at once. For local
-pools one agent plays all nodes.
+Talks in lines of JSON: commands to it, events from it. On this host it is a child process and talks over standard
+input and output, whose end means that the caller is gone; for local pools one agent plays all nodes. On a machine of
+its own it is started with ``--serve FOLDER``, reads its configuration from there and talks over a socket in it; the
+caller may come and go, until it has not been heard for too long. Either way an agent without a caller kills all that
+it has started, removes its files and ends.
 
 Run as ``python -m skyward.cluster.node``.
 """
@@ -16,76 +18,72 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEDULER_HEADROOM_S = 60.0
+from skyward.cluster.config import AgentConfig, NodeSpec
+from skyward.cluster.relay import Switchboard
+
+HEADROOM_S = 60.0
 """Seconds beyond the pool's time-out after which an agent ends by itself, whatever its caller does."""
 
-
-@dataclass(frozen=True, slots=True)
-class NodeSpec:
-    """One node to run: its number and, for each slot, environment and Dask resources."""
-
-    node: int
-    environments: tuple[dict[str, str], ...]
-    resources: tuple[dict[str, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AgentConfig:
-    """All that an agent is told. Travels on standard input: keys never appear in a process list."""
-
-    pool_id: str
-    folder: str  # for workers' files and logs; removed when the agent ends
-    ttl_s: float
-    ca: str
-    certificate: str
-    key: str = field(repr=False)
-    nodes: tuple[NodeSpec, ...] = ()
-    scheduler: str | None = None  # address to join; None: run the scheduler here
-    host: str = "127.0.0.1"
-    dashboard_port: int = 0
-    remove: tuple[str, ...] = ()  # further folders to remove at the end
-    preload: tuple[str, ...] = ()  # modules that the parent of all workers imports, besides dask
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> AgentConfig:
-        raw = json.loads(text)
-        nodes = tuple(_node_spec(n) for n in raw.pop("nodes"))
-        raw["remove"], raw["preload"] = tuple(raw["remove"]), tuple(raw["preload"])
-        return AgentConfig(nodes=nodes, **raw)
-
-
-def _node_spec(raw: dict[str, Any]) -> NodeSpec:
-    return NodeSpec(raw["node"], tuple(raw["environments"]), tuple(raw["resources"]))
+SOCKET = "agent.sock"
+CONFIG = "config.json"
+LOG = "agent.log"
+_ATTEMPTS = 3
+"""How often a worker process may fail to come up at first. By feel: more than one is a rare race, not a fault."""
+_AGAIN_S = 1.0
 
 
 def main() -> None:
-    events = _take_standard_output()
-    config = AgentConfig.from_json(_read_line().decode())
+    serve = Path(sys.argv[2]) if sys.argv[1:2] == ["--serve"] else None
+    events = None
+    if serve is None:
+        events = _take_standard_output()
+        config = AgentConfig.from_json(_read_line().decode())
+    else:
+        config = AgentConfig.from_json((serve / CONFIG).read_text())
+        (serve / CONFIG).unlink()  # it holds the key
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who tells us
-    _end_after(config.ttl_s + SCHEDULER_HEADROOM_S, config)
-    log = Path(config.folder) / "agent.log"
+    _end_after(config.ttl_s + HEADROOM_S, config)
+    log = Path(config.folder) / LOG
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ.update(_environment(config))
     _start_forkserver(config.preload)
     try:
-        asyncio.run(_Agent(config, events).run())
+        asyncio.run(_run(config, events))
     except BaseException:
         logging.getLogger(__name__).exception("agent failed")
         raise
     finally:
-        _clean(config)
-        _kill_group()
+        _end(config)
+
+
+async def _run(config: AgentConfig, events: int | None) -> None:
+    await _Agent(config, events).run()
+
+
+def _environment(config: AgentConfig) -> dict[str, str]:
+    from skyward.runtime import thread_environment
+
+    own = {"SKYWARD_POOL": config.pool_id}
+    if "SKYWARD_NODE_CORES" not in config.environment:
+        import dask.system
+
+        slots = max((len(n.environments) for n in config.nodes), default=1)
+        cores = dask.system.CPU_COUNT
+        own |= {"SKYWARD_NODE_CORES": str(cores), **thread_environment(max(1, cores // slots))}
+    own |= config.environment
+    if path := own.get("PYTHONPATH"):
+        sys.path[:0] = path.split(os.pathsep)  # workers have our import path
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
+    return own
 
 
 def _take_standard_output() -> int:
@@ -103,13 +101,18 @@ def _read_line() -> bytes:
     return bytes(line)
 
 
-def _clean(config: AgentConfig) -> None:
+def _end(config: AgentConfig, *, alone: bool = False) -> None:
+    """Remove all files, kill all that this agent has started, and itself: it leads a process group of its own.
+
+    `alone`: nobody has asked for it, so a machine that exists for the pool only is switched off.
+    """
     for folder in (config.folder, *config.remove):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _kill_group() -> None:
-    """Kill all that this agent started, and itself. It leads a process group of its own."""
+    if alone and config.power_off:
+        for command in (["poweroff"], ["sudo", "-n", "poweroff"], ["shutdown", "-P", "now"]):
+            with contextlib.suppress(OSError):
+                if subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0:
+                    break
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
@@ -118,8 +121,7 @@ def _kill_group() -> None:
 def _end_after(seconds: float, config: AgentConfig) -> None:
     def end() -> None:
         time.sleep(seconds)
-        _clean(config)
-        _kill_group()
+        _end(config, alone=True)
 
     threading.Thread(target=end, name="dead-man", daemon=True).start()
 
@@ -135,44 +137,114 @@ def _start_forkserver(preload: tuple[str, ...]) -> None:
 
 
 class _Agent:
-    def __init__(self, config: AgentConfig, events: int) -> None:
+    def __init__(self, config: AgentConfig, events: int | None) -> None:
         self.config = config
-        self._events = os.fdopen(events, "w", buffering=1)
+        self._pipe = os.fdopen(events, "w", buffering=1) if events is not None else None
+        self._told: list[str] = []  # every event so far, for a caller that comes back
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._switchboard = Switchboard()
+        self._heard_at = time.monotonic()
+        self._stopped = asyncio.Event()
+        self._scheduler: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._nannies: dict[tuple[int, int], Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._security: Any = None
-        self._scheduler_address = config.scheduler
+
+    # --- to and from the caller -----------------------------------------------------------------------------
 
     def _tell(self, event: str, **facts: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._events.write(json.dumps({"event": event, **facts}) + "\n")
+        line = json.dumps({"event": event, **facts}) + "\n"
+        if self._pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._pipe.write(line)
+            return
+        self._told.append(line)
+        for writer in self._writers:
+            writer.write(line.encode())
 
     def _fail(self, error: str) -> None:
         with contextlib.suppress(OSError):
-            lines = (Path(self.config.folder) / "agent.log").read_text(errors="replace").splitlines()
+            lines = (Path(self.config.folder) / LOG).read_text(errors="replace").splitlines()
             self._tell("failed", error=error, last_lines=lines[-20:])
 
     async def run(self) -> None:
-        commands = await _read_standard_input()
-        try:
-            async with contextlib.AsyncExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
+            if self._pipe is None:
+                # Heard before anything is started: what takes long is then seen to be under way.
+                server = await asyncio.start_unix_server(self._serve, Path(self.config.folder) / SOCKET)
+                stack.push_async_callback(_close, server)
+                self._spawn(self._watch_heartbeat())
+            else:
+                self._spawn(self._read_standard_input())
+            try:
                 await self._start(stack)
-                while line := await commands.readline():
-                    command = json.loads(line)
-                    if command["do"] == "stop":
-                        return
-                    await self._do(command)
-                _clean(self.config)  # standard input ended without a word: the caller died
-                _kill_group()
-        except Exception as exc:
-            self._fail(f"{type(exc).__name__}: {exc}")
-            raise
+            except Exception as exc:
+                self._fail(f"{type(exc).__name__}: {exc}")
+                raise
+            await self._stopped.wait()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read_standard_input(self) -> None:
+        reader = asyncio.StreamReader(limit=1 << 26)
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), sys.stdin.buffer
+        )
+        while line := await reader.readline():
+            await self._do(json.loads(line))
+        if not self._stopped.is_set():
+            _end(self.config, alone=True)  # standard input ended without a word: the caller died
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError), contextlib.closing(writer):
+            hello = json.loads(await reader.readline() or b"{}")
+            if "relay" in hello:
+                await self._switchboard.serve(hello, reader, writer)
+            if "seen" not in hello:
+                return
+            writer.write("".join(self._told[hello["seen"] :]).encode())
+            self._writers.add(writer)
+            try:
+                while line := await reader.readline():
+                    self._heard_at = time.monotonic()
+                    await self._do(json.loads(line))
+            finally:
+                self._writers.discard(writer)
+
+    async def _watch_heartbeat(self) -> None:
+        patience = self.config.heartbeat_s
+        while time.monotonic() - self._heard_at < patience:
+            await asyncio.sleep(min(1.0, patience / 10))
+        logging.getLogger(__name__).error("the caller has not been heard for %s s", patience)
+        _end(self.config, alone=True)
+
+    async def _do(self, command: dict[str, Any]) -> None:
+        match command["do"]:
+            case "beat":
+                pass
+            case "join":
+                if not self._scheduler.done():
+                    self._scheduler.set_result(command["address"])
+            case "add":
+                for raw in command["nodes"]:
+                    self._add(NodeSpec.from_dict(raw))
+            case "remove":
+                gone = [self._nannies.pop(k) for k in list(self._nannies) if k[0] in command["nodes"]]
+                await asyncio.gather(*(n.close(timeout=2) for n in gone), return_exceptions=True)
+                self._tell("removed", nodes=command["nodes"])
+            case "stop":
+                self._stopped.set()
+            case other:
+                raise ValueError(f"unknown command {other!r}")
+
+    # --- scheduler and workers ------------------------------------------------------------------------------
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         import dask
-        from distributed import Scheduler
 
-        from skyward.cluster.barrier import barrier_plugin
         from skyward.cluster.security import Credentials
 
         config = self.config
@@ -193,99 +265,99 @@ class _Agent:
                 "distributed.logging": {"distributed": "warning"},
             }
         )
+        self._tell("ready", cores=int(os.environ["SKYWARD_NODE_CORES"]))
         self._security = Credentials(config.ca, config.certificate, config.key).security()
-        if self._scheduler_address is None:
-            scheduler = Scheduler(
-                host=config.host,
-                port=0,
-                protocol="tls",
-                security=self._security,
-                dashboard_address=f"{config.host}:{config.dashboard_port}",
-                plugins=[barrier_plugin(config.pool_id)],
-            )
-            await stack.enter_async_context(scheduler)
-            self._scheduler_address = scheduler.address
-            dashboard = scheduler.services.get("dashboard")
-            self._tell(
-                "scheduler",
-                address=scheduler.address,
-                dashboard=getattr(getattr(dashboard, "server", None), "port", None) or _http_port(scheduler),
-            )
-        stack.push_async_callback(self._stop_workers)
+        if config.scheduler is None:
+            await self._start_scheduler(stack)
+        elif config.scheduler:
+            self._scheduler.set_result(config.scheduler)
+        stack.push_async_callback(self._kill_workers)
         for node in config.nodes:
             self._add(node)
 
+    async def _start_scheduler(self, stack: contextlib.AsyncExitStack) -> None:
+        from distributed import Scheduler
+
+        from skyward.cluster.barrier import barrier_plugin
+
+        scheduler = Scheduler(
+            host=self.config.host,
+            port=0,
+            protocol="tls",
+            security=self._security,
+            dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
+            plugins=[barrier_plugin(self.config.pool_id)],
+        )
+        await stack.enter_async_context(scheduler)
+        self._scheduler.set_result(scheduler.address)
+        self._tell("scheduler", address=scheduler.address, dashboard=_http_port(scheduler))
+
     def _add(self, node: NodeSpec) -> None:
         for slot in range(len(node.environments)):
-            task = asyncio.get_running_loop().create_task(self._start_worker(node, slot))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._nannies[node.node, slot] = None
+            self._spawn(self._keep_worker(node, slot))
 
-    async def _start_worker(self, node: NodeSpec, slot: int) -> None:
+    async def _keep_worker(self, node: NodeSpec, slot: int) -> None:
+        """Have a worker in this slot until it is removed: its nanny restarts it, this restarts the nanny."""
+        place, name = (node.node, slot), f"{node.node}-{slot}"
+        failures, came_up = 0, False
+        while place in self._nannies:
+            nanny = self._nannies[place] = await self._nanny(node, slot, name)
+            try:
+                await nanny
+            except Exception as exc:  # whatever keeps a process from starting, its own death at once included
+                failures += 1
+                if failures >= _ATTEMPTS and not came_up:
+                    self._fail(f"worker {name} did not start: {type(exc).__name__}: {exc}")
+                    return
+                await asyncio.sleep(0 if failures < _ATTEMPTS else _AGAIN_S)
+                continue
+            failures, came_up = 0, True
+            self._tell("worker", node=node.node, slot=slot, address=nanny.worker_address, pid=nanny.pid)
+            await nanny.finished()
+
+    async def _nanny(self, node: NodeSpec, slot: int, name: str) -> Any:
         from distributed import Nanny
 
-        name = f"{node.node}-{slot}"
-        nanny = Nanny(
-            self._scheduler_address,
+        return Nanny(
+            await self._scheduler,
             nthreads=1,
             name=name,
             host=self.config.host,
             security=self._security,
             protocol="tls",
-            env={
-                **node.environments[slot],
-                "SKYWARD_NODE": str(node.node),
-                "SKYWARD_SLOT": str(slot),
-                "SKYWARD_POOL": self.config.pool_id,
-            },
+            env={**node.environments[slot], "SKYWARD_NODE": str(node.node), "SKYWARD_SLOT": str(slot)},
             resources=node.resources[slot],
             memory_limit=0,
             local_directory=self.config.folder,
             preload=["skyward.cluster.slot"],
             dashboard=False,
+            dashboard_address="127.0.0.1:0",  # its HTTP server has no TLS
         )
-        self._nannies[node.node, slot] = nanny
-        try:
-            await nanny
-        except Exception as exc:  # whatever keeps a process from starting: reported, the caller decides
-            self._fail(f"worker {name} did not start: {type(exc).__name__}: {exc}")
-            return
-        self._tell("worker", node=node.node, slot=slot, address=nanny.worker_address, pid=nanny.process.pid)
 
-    async def _do(self, command: dict[str, Any]) -> None:
-        match command["do"]:
-            case "add":
-                for raw in command["nodes"]:
-                    self._add(_node_spec(raw))
-            case "remove":
-                gone = [self._nannies.pop(k) for k in list(self._nannies) if k[0] in command["nodes"]]
-                await asyncio.gather(*(n.close(timeout=2) for n in gone), return_exceptions=True)
-                self._tell("removed", nodes=command["nodes"])
-            case other:
-                raise ValueError(f"unknown command {other!r}")
-
-    async def _stop_workers(self) -> None:
+    async def _kill_workers(self) -> None:
         # What still runs was cancelled by the caller before it said stop: there is nothing to wait for.
         for nanny in self._nannies.values():
-            if nanny.process is not None and nanny.process.pid is not None:
+            if nanny is not None and nanny.process is not None and nanny.process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     nanny.auto_restart = False
                     os.kill(nanny.process.pid, signal.SIGKILL)
 
 
+async def _close(server: asyncio.Server) -> None:
+    server.close()
+
+
 def _http_port(scheduler: Any) -> int | None:
-    server = getattr(scheduler, "http_server", None)
-    for socket in getattr(server, "_sockets", {}).values():
-        port: int = socket.getsockname()[1]
+    port: int
+    dashboard: Any = getattr(scheduler.services.get("dashboard"), "server", None)
+    if getattr(dashboard, "port", None):
+        port = dashboard.port
+        return port
+    for socket in getattr(getattr(scheduler, "http_server", None), "_sockets", {}).values():
+        port = socket.getsockname()[1]
         return port
     return None
-
-
-async def _read_standard_input() -> asyncio.StreamReader:
-    reader = asyncio.StreamReader(limit=1 << 26)
-    loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin.buffer)
-    return reader
 
 
 if __name__ == "__main__":

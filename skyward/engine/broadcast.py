@@ -27,11 +27,16 @@ class Broadcaster:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = asyncio.Lock()
-        self._ending: list[str] = []  # parts of a failed broadcast that may still run
+        self._ending: dict[str, float] = {}  # interrupted chunks that may still run, and until when
 
     @property
     def is_busy(self) -> bool:
         return self._lock.locked()
+
+    def wait_for(self, interrupted: list[str]) -> None:
+        """Let the next broadcast wait until these chunks have ended: they may take their workers along."""
+        self._ending = {k: until for k, until in self._ending.items() if until > now()}
+        self._ending.update(dict.fromkeys(interrupted, now() + _RESTART_S))
 
     async def run(self, item: Item, every_slot: bool) -> list[Outcome]:
         """Return the outcomes in order, or the first failure alone. In the engine's loop."""
@@ -92,14 +97,14 @@ class Broadcaster:
             if unfinished:
                 await self._abort_barrier(barrier)
                 await self._engine._transport.interrupt(unfinished)
-                self._ending += unfinished
+                self.wait_for(unfinished)
         return [results[i] for i in range(len(targets))]
 
     async def _complete(self) -> None:
-        """Wait until every slot is there and free of the last broadcast: a worker may be on its way out or in."""
+        """Wait until every slot is there and rid of interrupted calls: a worker may be on its way out or in."""
         try:
             async with asyncio.timeout(_RESTART_S):
-                ending, self._ending = self._ending, []
+                ending, self._ending = [k for k, until in self._ending.items() if until > now()], {}
                 if ending:
                     await self._engine._transport.wait_ended(ending)
                 while self._engine.slots < max(1, self._engine._expected()):

@@ -60,6 +60,8 @@ class Engine:
         Whether the client may fetch results from workers directly rather than through the scheduler.
     cores_per_slot
         Cores that a call may use.
+    head_port
+        Port on the first node for what the calls of a broadcast agree on among themselves.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Engine:
         share: Path | None = None,
         direct: bool = True,
         cores_per_slot: int = 1,
-        head: tuple[str, int] = ("127.0.0.1", 29500),
+        head_port: int = 29500,
         accelerator: str | None = None,
         accelerators_per_node: int = 0,
     ) -> None:
@@ -88,7 +90,7 @@ class Engine:
         self._transport = Transport(client, self.store, direct=direct)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
         self._thread: int | None = None
-        self._facts = (pool_id, head, accelerator, accelerators_per_node)
+        self._facts = (pool_id, head_port, accelerator, accelerators_per_node)
         self._layout = b""
         self._slot_count = 0
         self._estimates = Estimates()
@@ -243,12 +245,13 @@ class Engine:
         nodes: dict[int, list[Slot]] = {}
         for slot in slots:
             nodes.setdefault(slot.node, []).append(slot)
-        pool_id, head, accelerator, per_node = self._facts
+        pool_id, head_port, accelerator, per_node = self._facts
+        placed = tuple(tuple(s.address for s in sorted(nodes[n], key=lambda s: s.number)) for n in sorted(nodes))
         layout = Layout(
             pool_id,
-            tuple(tuple(s.address for s in sorted(nodes[n], key=lambda s: s.number)) for n in sorted(nodes)),
-            head[0],
-            head[1],
+            placed,
+            placed[0][0].rpartition("://")[2].rpartition(":")[0] if placed else "127.0.0.1",
+            head_port,
             accelerator,
             per_node,
         )
@@ -449,8 +452,10 @@ class Engine:
             self._start(self._interrupt(keys))
 
     async def _interrupt(self, keys: list[str]) -> None:
-        for address in await self._transport.interrupt(keys):
-            self._ending[address] = now() + _ENDING_S
+        hit = await self._transport.interrupt(keys)
+        self._ending.update(dict.fromkeys(hit, now() + _ENDING_S))
+        if hit:
+            self._broadcaster.wait_for(keys)
 
     def _fail(self, reason: BaseException) -> None:
         if self._failure is None:

@@ -37,8 +37,9 @@ class CallFuture(concurrent.futures.Future[Any]):
             if not super().cancel():
                 return False
             self.set_running_or_notify_cancel()  # tells those who wait
-        if self.on_cancel is not None:
-            self.on_cancel()
+            on_cancel, self.on_cancel = self.on_cancel, None
+        if on_cancel is not None:
+            on_cancel()
         return True
 
     def settle(self, ok: bool, value: Any) -> None:
@@ -46,6 +47,7 @@ class CallFuture(concurrent.futures.Future[Any]):
         with self._lock:
             if self.done() or not self.set_running_or_notify_cancel():
                 return
+            self.on_cancel = None  # it refers back to this future
         if ok:
             self.set_result(value)
         else:

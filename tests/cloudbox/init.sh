@@ -29,6 +29,10 @@ mount -t tmpfs -o mode=1777 tmpfs dev/shm
 for node in null zero full random urandom tty; do touch "dev/$node"; mount --bind "/dev/$node" "dev/$node"; done
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
+if [ -n "$baked" ]; then
+    mkdir -p root/.cache/skyward "$box/disk/baked" "$box/disk/baking"
+    mount -t overlay overlay -o "lowerdir=$baked,upperdir=$box/disk/baked,workdir=$box/disk/baking" root/.cache/skyward
+fi
 mkdir -p run/sshd run/before run/seed
 cp -r "$box/seed/." run/seed/
 pivot_root . run/before

@@ -31,10 +31,20 @@ class Machine:
         Who may log in.
     disk
         Size of the file system that takes what is written, as mount(8) takes it.
+    baked
+        A folder with environments that root's ``~/.cache/skyward`` shows, as a baked image would have them. It is not
+        changed.
     """
 
     def __init__(
-        self, network: Network, name: str, user_data: str = "", *, user: str = "root", disk: str = "4g"
+        self,
+        network: Network,
+        name: str,
+        user_data: str = "",
+        *,
+        user: str = "root",
+        disk: str = "4g",
+        baked: Path | None = None,
     ) -> None:
         self.name, self.user = name, user
         self.network = network
@@ -44,7 +54,14 @@ class Machine:
         seed = self._folder / "seed"
         seed.mkdir(parents=True)
         (self._folder / "disk").mkdir()
-        facts = {"name": name, "address": self.address, "gateway": network.gateway, "user": user, "disk": disk}
+        facts = {
+            "name": name,
+            "address": self.address,
+            "gateway": network.gateway,
+            "user": user,
+            "disk": disk,
+            "baked": str(baked or ""),
+        }
         (seed / "facts").write_text("".join(f"{k}={shlex.quote(v)}\n" for k, v in facts.items()))
         _write_seed(seed, user_data)
         with (self._folder / "console").open("wb") as console:

@@ -1,0 +1,137 @@
+"""The caller's end of an agent: one on this host, a child process. Agents on other hosts are in `remote`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from skyward.cluster.config import AgentConfig
+
+logger = logging.getLogger(__name__)
+
+Heard = Callable[[dict[str, Any]], None]
+
+
+class Agent(Protocol):
+    """Runs one or more nodes of a cluster. Used in one event loop."""
+
+    nodes: set[int]
+    machine: str  # its name in messages
+
+    def instance_id(self, node: int) -> str:
+        """Return the name of the machine that `node` is on."""
+
+    async def start(self, heard: Heard) -> None:
+        """Start it; from then on its events go to `heard`.
+
+        Raises
+        ------
+        BootstrapError
+            The machine can't be made ready.
+        """
+
+    def send(self, command: dict[str, Any]) -> None:
+        """Send a command. One that can't be delivered is dropped: `heard` is told of an agent that is gone."""
+
+    async def reach(self, port: int) -> tuple[str, int]:
+        """Return the host and port by which the caller reaches `port` on the agent's own loopback."""
+
+    async def reach_scheduler(self, address: str) -> tuple[str, int]:
+        """Return the host and port by which the caller reaches the scheduler that listens at `address` over there."""
+
+    async def stop(self) -> None:
+        """End all that it runs and remove its files. May be called twice, and before `start` has ended."""
+
+
+class LocalAgent:
+    """An agent on this host, which ends with us: it plays all nodes of the pool."""
+
+    machine = "local"
+
+    def __init__(self, config: AgentConfig, environment: dict[str, str]) -> None:
+        self.nodes = {n.node for n in config.nodes}
+        self._config = config
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def instance_id(self, node: int) -> str:
+        return f"local-{self._config.pool_id}-{node}"
+
+    async def start(self, heard: Heard) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "skyward.cluster.node"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self._environment,
+            start_new_session=True,  # a process group of its own: Ctrl-C does not reach it, one kill ends it all
+        )
+        _forget_after_fork(self._process)
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._listen, args=[loop, heard], name="skyward-agent", daemon=True).start()
+        self._write(self._config.to_json())
+
+    def _listen(self, loop: asyncio.AbstractEventLoop, heard: Heard) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(RuntimeError):  # the loop has ended before the agent
+                loop.call_soon_threadsafe(heard, json.loads(line))
+        status = self._process.wait()
+        if not self._stopping:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(heard, {"event": "ended", "why": f"status {status}"})
+
+    def send(self, command: dict[str, Any]) -> None:
+        self._write(json.dumps(command))
+
+    def _write(self, line: str) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it died: `_listen` reports that
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+
+    async def reach(self, port: int) -> tuple[str, int]:
+        return "127.0.0.1", port
+
+    async def reach_scheduler(self, address: str) -> tuple[str, int]:
+        return "127.0.0.1", int(address.rpartition(":")[2])
+
+    async def stop(self) -> None:
+        self._stopping = True
+        process = self._process
+        if process is not None:
+            self.send({"do": "stop"})
+            try:
+                await asyncio.to_thread(process.wait, 3)
+            except subprocess.TimeoutExpired:
+                logger.debug("agent %s did not stop, killed", process.pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, 9)  # whatever of its group is left, e.g. processes that tasks have started
+            await asyncio.to_thread(process.wait)
+            if process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+        for folder in (self._config.folder, *self._config.remove):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_after_fork(process: subprocess.Popen[bytes]) -> None:
+    """Keep a forked child from holding the agent's standard input open, and the agent alive, after we are gone."""
+
+    def close() -> None:
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                os.close(process.stdin.fileno())
+
+    os.register_at_fork(after_in_child=close)

@@ -1,0 +1,321 @@
+"""Agents on machines of their own, reached over SSH: made ready, started, heard, and cleaned up after."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import logging
+import secrets
+import shlex
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from skyward import events
+from skyward.bootstrap import HOME, LAST_LINES, Progress, Recipe, read_progress, script
+from skyward.cluster.agents import Heard
+from skyward.cluster.config import AgentConfig, NodeSpec
+from skyward.cluster.node import CONFIG, LOG, SOCKET
+from skyward.cluster.relay import Relay, StreamEnded, meet_as_caller
+from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.wheel import Wheel
+from skyward.errors import BootstrapError
+from skyward.providers.base import Machine
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_LOSS_S = 120.0
+"""Seconds without a word from the caller after which an agent ends everything on its machine."""
+UNREACHABLE_S = 45.0
+"""Seconds that a machine may be out of reach before the pool goes on without it. By feel: a router restarts in less."""
+_BEAT_S = 5.0
+_AGAIN_S = 0.2
+_STOP_S = 15.0
+_TROUBLE = (OSError, asyncssh.Error, BootstrapError)
+
+
+def pool_folder(pool_id: str) -> str:
+    """Return the folder on a machine for what lives no longer than the pool. Short: a socket's path has a limit."""
+    return f"/tmp/skyward-{pool_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What every machine of a pool gets: its environment's recipe, skyward itself, and the user's files.
+
+    `gpus` is how many each has to have.
+    """
+
+    recipe: Recipe
+    wheel: Wheel
+    include: tuple[str, ...] = ()
+    ttl_s: int = 0
+    gpus: int = 0
+
+    def files(self) -> bytes:
+        """Return the user's files as a compressed archive.
+
+        Raises
+        ------
+        FileNotFoundError
+            One is not there.
+        """
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+            for path in self.include:
+                tar.add(path, arcname=Path(path).resolve().name if Path(path).is_absolute() else path)
+        return archive.getvalue()
+
+
+class RemoteAgent:
+    """The agent on one machine, for one node."""
+
+    def __init__(
+        self, machine: Machine, node: NodeSpec, config: AgentConfig, shipment: Shipment, emit: Callable[[Any], None]
+    ) -> None:
+        self.nodes = {node.node}
+        self.machine = str(machine.login)
+        self.facts = machine
+        self._config = replace(
+            config, nodes=(node,), folder=pool_folder(config.pool_id), heartbeat_s=HEARTBEAT_LOSS_S,
+            power_off=not machine.lives_on,
+        )  # fmt: skip
+        self._shipment = shipment
+        self._emit = emit
+        self._link = Link(machine.login)
+        self._writer: Any = None
+        self._unsent: list[dict[str, Any]] = []
+        self._talking: asyncio.Task[None] | None = None
+        self._seen = 0  # events of the agent that have been heard
+        self._started = False
+        self._stopped = False
+
+    @property
+    def link(self) -> Link:
+        return self._link
+
+    def instance_id(self, node: int) -> str:  # noqa: ARG002 - it has only one
+        return self.facts.id
+
+    # --- start ----------------------------------------------------------------------------------------------
+
+    async def start(self, heard: Heard) -> None:
+        self._emit(events.BootstrapStarting(instance_id=self.facts.id))
+        self._progress("ssh")
+        await self._link.connect()
+        host = self.facts.private_ip or await self._own_address()
+        await self._make_ready()
+        if self._shipment.gpus:
+            await self._check_gpus(self._shipment.gpus)
+        self._progress("agent")
+        self._started = True  # from here on there is something to clean up
+        await self._launch(replace(self._config, host=host))
+        self._talking = asyncio.create_task(self._talk(heard))
+        self._emit(events.BootstrapCompleted(instance_id=self.facts.id))
+
+    def _progress(self, step: str) -> None:
+        self._emit(events.BootstrapProgress(instance_id=self.facts.id, step=step))
+
+    async def _own_address(self) -> str:
+        """Return the address under which the machine was logged in to, as it sees it itself: peers use it too."""
+        done = await self._link.run('set -- $SSH_CONNECTION; echo "$3"')
+        address = done.output.strip()
+        if done.status or not address:
+            raise self._failed("address", done.status, (done.error.strip(),))
+        return address
+
+    async def _make_ready(self) -> None:
+        shipment = self._shipment
+        home, name = HOME, shipment.wheel.name
+        have = await self._link.run(f'test -e "{home}/wheels/{name}"')
+        try:
+            if have.status:
+                await self._link.write(f'"{home}/wheels/{name}"', shipment.wheel.data)
+            await self._link.write(f'"{home}/bootstrap.sh"', script(shipment.recipe, ttl_s=shipment.ttl_s).encode())
+        except OSError as exc:
+            raise self._failed("upload", 1, (str(exc),)) from exc
+        output: list[str] = []
+
+        def hear(line: str) -> None:
+            output.append(line)
+            progress = read_progress([line])
+            if progress is not None and progress.status is None and progress.step != "done":
+                self._progress(progress.step)
+
+        status = await self._link.lines(f'sh "{home}/bootstrap.sh"', hear)
+        if status:
+            found = read_progress(output) or Progress("bootstrap", status, tuple(output[-LAST_LINES:]))
+            raise self._failed(found.step, found.status or status, found.lines)
+
+    async def _check_gpus(self, wanted: int) -> None:
+        done = await self._link.run("nvidia-smi -L")
+        found = sum(line.startswith("GPU ") for line in done.output.splitlines())
+        if found < wanted:
+            lines = (done.output + done.error).splitlines()
+            raise self._failed("gpu", done.status, (*lines, f"{wanted} GPUs are asked for, {found} are there"))
+
+    async def _launch(self, config: AgentConfig) -> None:
+        folder = config.folder
+        await self._link.write(f"{folder}/{CONFIG}", config.to_json().encode())
+        if self._shipment.include:
+            files = await asyncio.to_thread(self._shipment.files)
+            await self._link.run(f"umask 077; mkdir -p {folder}/work && tar xzf - -C {folder}/work", input=files)
+        # Detached from this login: the agent outlives a lost connection. The socket in its folder is the way to it.
+        command = (
+            f"umask 077; mkdir -p {folder}/work {folder}/tmp && cd {folder}/work || exit 1; "
+            f"SKYWARD_POOL={config.pool_id} TMPDIR={folder}/tmp PYTHONPATH={self._shipment.recipe.import_path} setsid {self._shipment.recipe.interpreter} -m skyward.cluster.node --serve {folder} "
+            f"> {folder}/{LOG} 2>&1 < /dev/null &"
+        )
+        done = await self._link.run(command)
+        if done.status:
+            raise self._failed("agent", done.status, tuple(done.error.splitlines()[-LAST_LINES:]))
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(NotListening):
+                _, writer = await self._link.open_socket(f"{folder}/{SOCKET}")
+                writer.close()
+                return
+            if time.monotonic() > deadline or not await self._is_alive():
+                log = await self._link.run(f"tail -n {LAST_LINES} {folder}/{LOG}")
+                raise self._failed("agent", 1, tuple(log.output.splitlines()))
+            await asyncio.sleep(0.05)
+
+    async def _is_alive(self) -> bool:
+        folder = self._config.folder
+        done = await self._link.run(f"pgrep -f -- '--serve {folder}' > /dev/null || test -S {folder}/{SOCKET}")
+        return done.status == 0
+
+    def _failed(self, step: str, status: int, lines: Sequence[str]) -> BootstrapError:
+        said = "\n  ".join(["its last lines:", *lines]) if lines else "it said nothing"
+        return BootstrapError(
+            f"{self.machine} could not be made ready: step {step!r} failed with status {status}; {said}",
+            machine=self.machine,
+            step=step,
+            last_lines=tuple(lines),
+        )
+
+    # --- talk -----------------------------------------------------------------------------------------------
+
+    def send(self, command: dict[str, Any]) -> None:
+        self._unsent.append(command)
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is None or self._writer.is_closing():
+            return
+        with contextlib.suppress(OSError, asyncssh.Error):
+            for command in self._unsent:
+                self._writer.write(json.dumps(command).encode() + b"\n")
+            self._unsent.clear()
+
+    async def _talk(self, heard: Heard) -> None:
+        """Hear the agent and let it hear us, over one connection after another, until it is out of reach for long."""
+        lost_at: float | None = None
+        why = ""
+        while not self._stopped:
+            try:
+                reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
+                writer.write(json.dumps({"seen": self._seen}).encode() + b"\n")
+                self._writer, lost_at = writer, None
+                self._flush()
+                beats = asyncio.create_task(self._beat())
+                try:
+                    while line := await reader.readline():
+                        self._seen += 1
+                        heard(json.loads(line))
+                finally:
+                    beats.cancel()
+                    self._writer = None
+                why = "it closed the connection"
+            except NotListening:
+                heard({"event": "ended", "why": "the agent is not running any more"})
+                return
+            except _TROUBLE as exc:
+                why = str(exc) or type(exc).__name__
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > UNREACHABLE_S:
+                heard({"event": "ended", "why": f"out of reach for {UNREACHABLE_S:g} s: {why}"})
+                return
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _beat(self) -> None:
+        while True:
+            self.send({"do": "beat"})
+            await asyncio.sleep(_BEAT_S)
+
+    async def reach(self, port: int) -> tuple[str, int]:
+        return "127.0.0.1", await self._link.forward("127.0.0.1", port)
+
+    async def reach_scheduler(self, address: str) -> tuple[str, int]:
+        target = address.rpartition("://")[2]
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self._carry(Relay(reader, writer), target)
+
+        return "127.0.0.1", await self._link.listen(accept)
+
+    async def _carry(self, relay: Relay, target: str) -> None:
+        """Bring a connection to `target`, over one SSH connection after another, until either end closes it."""
+        stream = secrets.token_hex(8)
+        try:
+            while not self._stopped and not relay.closed.is_set():
+                try:
+                    reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
+                    confirmed = await meet_as_caller(relay, reader, writer, stream=stream, target=target)
+                    await relay.carry(reader, writer, confirmed)
+                    writer.close()
+                except NotListening:
+                    return  # the agent is gone, and what it ran
+                except _TROUBLE as exc:
+                    logger.debug("no way to %s at present: %s", self.machine, exc)
+                    await asyncio.sleep(_AGAIN_S)
+        except StreamEnded as exc:
+            logger.debug("the way to %s on %s has ended: %s", target, self.machine, exc)
+        finally:
+            relay.close()
+
+    # --- stop -----------------------------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._talking is not None:
+            self.send({"do": "stop"})
+            self._talking.cancel()
+        try:
+            if self._started:
+                await asyncio.wait_for(self._clean(), _STOP_S)
+        except (TimeoutError, *_TROUBLE) as exc:
+            logger.warning(
+                "%s could not be cleaned (%s): what runs there ends by itself when it has not heard of us for %g s",
+                self.machine, exc or type(exc).__name__, HEARTBEAT_LOSS_S,
+            )  # fmt: skip
+        finally:
+            await self._link.close()
+
+    async def _clean(self) -> None:
+        done = await self._link.run(clean_command(self._config.pool_id))
+        if done.status:
+            raise OSError(done.error.strip() or f"status {done.status}")
+
+
+def clean_command(pool_id: str) -> str:
+    """Return the shell command that ends all of a pool on a machine: its processes, however far away, and its files.
+
+    Every process that descends from the agent has the pool's id in its environment.
+    """
+    mark = shlex.quote(f"SKYWARD_POOL={pool_id}")
+    return (
+        f"for try in 1 2 3 4 5 6 7 8 9 10; do "
+        f"found=$(grep -lsaF {mark} /proc/[0-9]*/environ | tr -dc '0-9\\n'); "
+        f'[ -z "$found" ] && break; kill -9 $found 2> /dev/null; sleep 0.05; done; '
+        f'rm -rf {pool_folder(pool_id)}; [ -z "$found" ] || {{ echo "still running: "$found >&2; exit 1; }}'
+    )

@@ -1,0 +1,142 @@
+"""Hosts that are there already, reached over SSH: used by a pool, and left as they were but for a cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from skyward.errors import NoMatchingInstanceError
+from skyward.providers.base import Login, Machine
+from skyward.spec import PoolSpec
+from skyward.validation import Problems
+
+_HOST = re.compile(r"(?:(?P<user>[^@\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:\s\[\]]+)(?::(?P<port>\d+))?")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class SSH:
+    """Hosts reached over SSH.
+
+    Afterwards every process and file of the pool is gone; what stays is the environment in ``~/.cache/skyward`` on the
+    host, so that the next pool with the same image starts in seconds.
+
+    Parameters
+    ----------
+    hosts
+        ``"host"``, ``"user@host"``, ``"user@host:port"``, or names from ``~/.ssh/config``, whose jump hosts and keys
+        are used. A pool takes the first `nodes` of them.
+    user
+        Who logs in where a host does not say; None: what ``~/.ssh/config`` says, else the local user.
+    key
+        Path of a private key; None: the SSH agent's, and those that ssh would try.
+    known_hosts
+        Path of a file of known hosts; None: ``~/.ssh/known_hosts``. A host that is not in it is refused.
+
+    Raises
+    ------
+    SpecError
+        A host can't be read or is named twice, or a file does not exist.
+    """
+
+    hosts: tuple[str, ...]
+    user: str | None
+    key: str | None
+    known_hosts: str | None
+
+    def __init__(
+        self,
+        hosts: str | Sequence[str],
+        *,
+        user: str | None = None,
+        key: str | Path | None = None,
+        known_hosts: str | Path | None = None,
+    ) -> None:
+        problems = Problems("SSH")
+        given = (hosts,) if isinstance(hosts, str) else tuple(hosts)
+        problems.check("hosts", given, _check_hosts)
+        problems.check("user", user, _check_user, optional=True)
+        key = problems.check("key", key, _check_file, optional=True)
+        known_hosts = problems.check("known_hosts", known_hosts, _check_file, optional=True)
+        problems.raise_if_any()
+        for name, value in (("hosts", given), ("user", user), ("key", key), ("known_hosts", known_hosts)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        return "ssh"
+
+    def check(self, spec: PoolSpec) -> None:
+        """Refuse what hosts that are there already can't be made into.
+
+        Raises
+        ------
+        SpecError
+            An option asks for other machines, or for more of them.
+        """
+        problems = Problems()
+        if spec.nodes > len(self.hosts):
+            problems.note("nodes", spec.nodes, f"up to {len(self.hosts)}, as many as sky.SSH was given hosts")
+        if spec.machine is not None:
+            problems.note("machine", spec.machine, "None with sky.SSH: the hosts are what they are")
+        if spec.volume:
+            problems.note("volume", spec.volume, "() with sky.SSH: use paths of the hosts")
+        problems.raise_if_any()
+
+    def machines(self, count: int, skip: Sequence[str] = ()) -> list[Machine]:
+        """Return the first `count` hosts whose ids are not in `skip`.
+
+        Raises
+        ------
+        NoMatchingInstanceError
+            There are not so many.
+        """
+        free = [host for host in self.hosts if host not in skip]
+        if len(free) < count:
+            raise NoMatchingInstanceError(
+                f"sky.SSH has {len(free)} more hosts and {count} are asked for: give it more hosts"
+            )
+        return [
+            Machine(id=host, provider=self.name, login=self._login(host), lives_on=True) for host in free[:count]
+        ]
+
+    def _login(self, text: str) -> Login:
+        user, host, port = _split(text)
+        return Login(
+            host=host, port=port, user=user or self.user, key=self.key, known_hosts=self.known_hosts
+        )
+
+
+def _split(text: str) -> tuple[str | None, str, int | None]:
+    match = _HOST.fullmatch(text)
+    if match is None or not 0 < int(match["port"] or 22) < 65536 or match["host"].startswith("-"):
+        raise ValueError(f"hosts as 'host', 'user@host' or 'user@host:port', which {text!r} is not")
+    return match["user"], match["host"].strip("[]"), int(match["port"]) if match["port"] else None
+
+
+def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    if not hosts or not all(isinstance(h, str) for h in hosts):
+        raise ValueError("at least one host, as 'user@host:port'")
+    seen: set[tuple[str, int | None]] = set()
+    for text in hosts:
+        _, host, port = _split(text)
+        if (host.lower(), port) in seen:
+            raise ValueError(f"each host once, and {host} is there twice")
+        seen.add((host.lower(), port))
+    return hosts
+
+
+def _check_user(user: str) -> str:
+    if not isinstance(user, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.@-]*", user):
+        raise ValueError("the name of a user")
+    return user
+
+
+def _check_file(path: str | Path) -> str:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise ValueError("the path of a file that exists")
+    return str(found)
+
+
