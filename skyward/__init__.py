@@ -191,7 +191,7 @@ _HOME = {
 }
 """Where each name comes from; a submodule comes from `skyward` itself."""
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - as `sorted` has it
     "Accelerator",
     "AllProvidersFailedError",
     "Allocation",
