@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
-# System packages to install first, where make runs as root and apt is there. None is needed at present.
-APT_PACKAGES ?=
+# System packages to install first, where make runs as root and apt is there: for tests on machines in a box.
+APT_PACKAGES ?= iproute2 nftables openssh-client openssh-server procps
 
 VENV := .venv
 VENV313 := .venv313

@@ -1,7 +1,8 @@
 """The script that makes a machine ready for a pool: plain POSIX sh, as text. What runs it is the cluster's business.
 
-Every step leaves a stamp and is skipped where its stamp is: a second start of the same image does nothing. What a step
-prints goes into a log file; on standard output there is one line per step, which `read_progress` understands.
+Every step is skipped where what it makes is there and whole: a second start of the same image does nothing, and one
+after an interruption makes again what was left half made. What a step prints goes into a log file; on standard output
+there is one line per step, which `read_progress` understands.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from skyward.spec import Image
 
 HOME = "${SKYWARD_HOME:-$HOME/.cache/skyward}"
-"""Where environments and stamps lie on a machine, as a shell sees it."""
+"""Where environments lie on a machine, with uv, its cache and skyward itself; as a shell sees it."""
+POOL = "SKYWARD_POOL"
+"""Environment variable that marks the processes of a pool, for whoever has to end them."""
 
 _SAY = "::skyward"
 LAST_LINES = 20
@@ -45,7 +48,8 @@ class Recipe:
     @property
     def key(self) -> str:
         """Names the environment: 12 hex digits of what it is made of."""
-        parts = (self.python, self.extra_index_url or "", *self.requirements, "-c", *self.constraints)
+        requirements, constraints = sorted(self.requirements), sorted(self.constraints)
+        parts = (self.python, self.extra_index_url or "", *requirements, "-c", *constraints)
         return _digest(*parts)
 
     @property
@@ -93,7 +97,7 @@ def image_recipe(image: Image, python: str) -> Recipe:
     """Return the recipe of an image as it is, nothing pinned to what is installed here."""
     return Recipe(
         python=image.python or python,
-        requirements=tuple(image.pip),
+        requirements=tuple(dict.fromkeys(image.pip)),
         extra_index_url=image.pip_extra_index_url,
         apt=tuple(image.apt),
     )
@@ -129,22 +133,21 @@ set -u
 umask 077
 home="{HOME}"
 PATH="$PATH:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:$HOME/.local/bin"
-mkdir -p "$home/envs" "$home/stamps" "$home/logs" || exit 1
+mkdir -p "$home/envs" "$home/stamps" "$home/logs" "$home/skyward" || exit 1
 log="$home/logs/bootstrap.log"
-: > "$log"
 
 say() {{ printf '{_SAY} %s\\n' "$*"; }}
 fail() {{
     say failed "$1" "$2"
-    tail -n {LAST_LINES} "$log" | sed 's/^/{_SAY} line /'
+    tail -n {LAST_LINES - 1} "$log" | sed 's/^/{_SAY} line /'
+    free=$(df -Pk "$home" | awk 'NR == 2 {{ print $4 }}')
+    [ "${{free:-1024}}" -ge 1024 ] || say line "the disk that holds $home is full"
     exit 1
 }}
-# step NAME STAMP FUNCTION: run it unless the stamp is there, and leave the stamp when it has worked.
+# step NAME FUNCTION
 step() {{
-    [ -e "$home/stamps/$2" ] && return 0
     say step "$1"
-    ( "$3" ) >> "$log" 2>&1 < /dev/null || fail "$1" "$?"
-    : > "$home/stamps/$2"
+    ( "$2" ) >> "$log" 2>&1 < /dev/null || fail "$1" "$?"
 }}
 as_root() {{
     if [ "$(id -u)" = 0 ]; then "$@"
@@ -152,47 +155,64 @@ as_root() {{
     else echo "this needs root: user $(id -un) is not root and has no sudo without a password"; return 77
     fi
 }}
-# Two pools that start on one machine at once: the second finds what the first has made.
-if command -v flock > /dev/null; then exec 9> "$home/lock" && flock 9; fi
+# Two pools that start on one machine at once: the second finds what the first has made. What this script starts holds
+# the lock too, so that nothing is made twice when the script alone is killed.
+if command -v flock > /dev/null; then
+    exec 9> "$home/lock"
+    flock -n 9 || {{ say step wait; flock 9; }}
+fi
+: > "$log"
 """
 
 
 def _dead_man(ttl_s: int) -> str:
     return f"""
-# The dead man's switch comes first: from here on the machine ends even if nobody is left to end it.
+# The dead man's switch comes first: from here on the machine ends even if nobody is left to end it. It does not bear
+# the pool's mark: it has to outlive the pool.
 if ! [ -e /tmp/.skyward-dead-man ]; then
     : > /tmp/.skyward-dead-man
-    ( trap '' HUP; sleep {int(ttl_s)}; as_root poweroff || as_root shutdown -P now ) > /dev/null 2>&1 < /dev/null 9>&- &
+    ( trap '' HUP; exec env -u {POOL} sh -c '
+        sleep {int(ttl_s)}; poweroff || sudo -n poweroff || shutdown -P now || sudo -n shutdown -P now
+    ' ) > /dev/null 2>&1 < /dev/null 9>&- &
 fi
 """
 
 
 def _apt(packages: tuple[str, ...]) -> str:
-    names = " ".join(shlex.quote(p) for p in sorted(packages))
+    names = sorted(set(packages))
+    asked = " ".join(shlex.quote(n) for n in names)
+    stamp = f"apt-{_digest(*names)}"
     return f"""
+has_packages() {{
+    for name in {asked}; do
+        dpkg-query -W -f '${{Status}} ' "$name" 2> /dev/null | grep -q ' installed ' || return 1
+    done
+}}
+# Unmarked and without the lock: a package manager is not to be killed at its work, and may start what stays.
+apt() {{
+    as_root env -u {POOL} DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@" 9>&-
+}}
 install_apt() {{
     command -v apt-get > /dev/null || {{ echo "Image.apt needs apt-get, which this machine lacks"; return 78; }}
-    export DEBIAN_FRONTEND=noninteractive
-    as_root apt-get -q update &&
-    as_root apt-get -qy install --no-install-recommends -- {names}
+    apt update && apt install -y --no-install-recommends -- {asked}
 }}
-step apt apt-{_digest(*sorted(packages))} install_apt
+if ! [ -e "$home/stamps/{stamp}" ]; then
+    has_packages || step apt install_apt
+    touch "$home/stamps/{stamp}"
+fi
 """
 
 
 def _environment(recipe: Recipe) -> str:
-    requirements = "\n".join(recipe.requirements)
-    constraints = "\n".join(recipe.constraints)
     extra = f"export UV_INDEX={shlex.quote(recipe.extra_index_url)}" if recipe.extra_index_url else ""
     return f"""
 environment="$home/envs/{recipe.key}"
 
 # uv does not read pip's settings: the machine's own package index and certificates are handed on.
 use_pip_settings() {{
-    export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 UV_NO_PROGRESS=1 UV_NO_CONFIG=0
+    export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 UV_NO_PROGRESS=1 UV_CACHE_DIR="$home/uv-cache"
     {extra}
-    command -v python3 > /dev/null || return 0
-    python3 -m pip config list 2> /dev/null > "$home/logs/pip" || return 0
+    python3 -m pip config list > "$home/logs/pip" 2> /dev/null || return 0
     setting() {{ sed -n "s/^[^=]*[.]$1='\\(.*\\)'\\$/\\1/p" "$home/logs/pip" | tail -n 1; }}
     value=$(setting index-url); [ -z "$value" ] || export UV_DEFAULT_INDEX="$value"
     value=$(setting extra-index-url); [ -z "$value" ] || export UV_INDEX="${{UV_INDEX:+$UV_INDEX }}$value"
@@ -203,71 +223,84 @@ use_pip_settings() {{
 }}
 
 find_uv() {{
-    for uv in "$(command -v uv)" "$HOME/.local/bin/uv" "$home/uv/bin/uv"; do
-        [ -n "$uv" ] && [ -x "$uv" ] && return 0
+    for uv in "$(command -v uv)" "$home/uv/bin/uv"; do
+        [ -n "$uv" ] && "$uv" --version > /dev/null 2>&1 && return 0
     done
     return 1
 }}
 
 get_uv() {{
-    find_uv && return 0
+    rm -rf "$home/uv"
     if python3 -m pip --version > /dev/null 2>&1; then
-        python3 -m pip install -q --disable-pip-version-check --target "$home/uv" uv
-    elif command -v curl > /dev/null; then
-        curl -LsSf https://astral.sh/uv/install.sh | UV_INSTALL_DIR="$home/uv/bin" UV_NO_MODIFY_PATH=1 sh
+        python3 -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --target "$home/uv" uv
+        find_uv && return 0
+    fi
+    export UV_INSTALL_DIR="$home/uv/bin" UV_NO_MODIFY_PATH=1
+    if command -v curl > /dev/null; then
+        curl -LsSf --connect-timeout 20 https://astral.sh/uv/install.sh | sh
     elif command -v wget > /dev/null; then
-        wget -qO- https://astral.sh/uv/install.sh | UV_INSTALL_DIR="$home/uv/bin" UV_NO_MODIFY_PATH=1 sh
-    else
-        echo "uv can't be fetched: this machine has neither pip nor curl nor wget"; return 79
-    fi && find_uv
+        wget -q -T 20 -t 2 -O - https://astral.sh/uv/install.sh | sh
+    fi
+    find_uv || {{
+        echo "uv could not be fetched, neither with pip nor with curl or wget: install it on this machine"; return 79
+    }}
 }}
 
 find_python() {{
-    for python in python{recipe.python} python3 /usr/bin/python3 /usr/local/bin/python3; do
-        "$python" -c 'import sys, venv; sys.exit("%d.%d" % sys.version_info[:2] != "{_minor(recipe.python)}")' \\
-            > /dev/null 2>&1 && return 0
+    for name in python{recipe.python} python3 /usr/bin/python3 /usr/local/bin/python3; do
+        python=$("$name" -c 'import sys
+version = "%d.%d.%d." % sys.version_info[:3]
+version.startswith("{recipe.python}.") or sys.exit(1)
+print(sys.executable)' 2> /dev/null) && return 0
     done
+    python=$("$uv" python find {recipe.python} 2> /dev/null) && return 0
+    export UV_PYTHON_INSTALL_DIR="$home/python"
     python={recipe.python}
-    find_uv && "$uv" python install -q "$python"
+    "$uv" python install -q "$python"
 }}
 
 make_environment() {{
-    find_uv && find_python || {{
-        echo "Python {recipe.python} is not on this machine, and uv could not install it"; return 80
+    find_python || {{
+        echo "Python {recipe.python} is not on this machine, which has $(python3 --version 2>&1), and uv could not" \\
+            "install it: install it there, or ask for another one with Image(python=...)"
+        return 80
     }}
     rm -rf "$environment"
     "$uv" venv -q --python "$python" "$environment"
 }}
 
 install_packages() {{
-    find_uv
-    cat > "$environment/requirements.txt" <<'END_OF_REQUIREMENTS'
-{requirements}
-END_OF_REQUIREMENTS
-    cat > "$environment/constraints.txt" <<'END_OF_CONSTRAINTS'
-{constraints}
-END_OF_CONSTRAINTS
+    {_file("requirements.txt", recipe.requirements)} &&
+    {_file("constraints.txt", recipe.constraints)} &&
     "$uv" pip install --python "$environment/bin/python" --requirement "$environment/requirements.txt" \\
-        --constraint "$environment/constraints.txt"
+        --constraint "$environment/constraints.txt" &&
+    touch "$environment/complete"
 }}
 
-if ! [ -e "$home/stamps/packages-{recipe.key}" ]; then
+# What is there but not complete is made again from nothing: which of its packages are whole, nobody knows.
+if ! [ -e "$environment/complete" ] || ! "$environment/bin/python" -c '' 2> /dev/null; then
     use_pip_settings
-    step uv uv get_uv
-    step python python-{recipe.key} make_environment
-    step packages packages-{recipe.key} install_packages
+    find_uv || step uv get_uv
+    find_uv
+    step python make_environment
+    step packages install_packages
 fi
 """
+
+
+def _file(name: str, lines: tuple[str, ...]) -> str:
+    """Return the command that writes `lines` into a file of the environment."""
+    # Not a here-document: a requirement could be spelt like the word that ends it.
+    words = " ".join(shlex.quote(line) for line in lines)
+    return f"printf '%s\\n' {words or chr(39) * 2} > \"$environment/{name}\""
 
 
 def _skyward(wheel: str) -> str:
     return f"""
 unpack_skyward() {{
-    "$environment/bin/python" -m zipfile -e "$home/wheels/{wheel}" "$home/skyward/{wheel}"
+    rm -rf "$home/skyward/{wheel}.part"
+    "$environment/bin/python" -m zipfile -e "$home/wheels/{wheel}" "$home/skyward/{wheel}.part" &&
+    mv "$home/skyward/{wheel}.part" "$home/skyward/{wheel}"
 }}
-step skyward {wheel} unpack_skyward
+[ -e "$home/skyward/{wheel}" ] || step skyward unpack_skyward
 """
-
-
-def _minor(python: str) -> str:
-    return ".".join(python.split(".")[:2])

@@ -95,7 +95,13 @@ class PoolError(SkywardError, RuntimeError):
 
 
 class BootstrapError(PoolError):
-    """A machine could not be prepared. Attributes: `machine`, `step`, `last_lines`."""
+    """A machine could not be prepared.
+
+    Attributes: `machine`, `step`, and of that step's command the exit `status` (None when there was none) and the
+    `last_lines` of what it said, at most 20.
+    """
+
+    status: int | None = None
 
 
 class PoolTimeoutError(PoolError, TimeoutError):

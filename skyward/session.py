@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from skyward.cluster.cluster import AgentCluster, SkyCluster
 from skyward.cluster.joined import JoinedCluster
 from skyward.cluster.local import local_cluster
 from skyward.cluster.machines import machine_cluster
+from skyward.cluster.record import Record
 from skyward.cluster.slot import LOG_TOPIC
 from skyward.console import Console
 from skyward.engine import Engine
@@ -32,6 +34,7 @@ from skyward.providers.base import Machine
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
 from skyward.providers.ssh import SSH
+from skyward.termination import unwind_on_termination
 
 if TYPE_CHECKING:
     from skyward.pool import ComputePool
@@ -46,7 +49,7 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._over = threading.Event()
         self._emitter: Any = None
-        self.machines: list[Machine] = []
+        self._record: Record | None = None
         self.cluster: SkyCluster
         self.client: Client
         self.engine: Engine
@@ -71,28 +74,20 @@ class Session:
             stack.callback(file.close)
             listeners.append(file)
         self._emitter = events.emitter(*listeners)
+        stack.callback(unwind_on_termination())
         share = _shared_folder(self.pool_id)
         stack.callback(shutil.rmtree, share, ignore_errors=True)
         started = time.monotonic()
         self.emit(events.InfraCreating())
 
-        provider = pool.provider
-        own: AgentCluster | None = None
-        match provider:
-            case Dask():
-                cluster: SkyCluster = joined.joined_cluster(provider, self.pool_id)
-            case SSH():
-                self.machines = provider.machines(spec.nodes)
-                cluster = own = machine_cluster(self.machines, provider.machines, spec, self.pool_id, self.emit)
-            case Local():
-                cluster = own = local_cluster(provider, spec, self.pool_id, share)
-        self.cluster = cluster
+        self.cluster = cluster = self._make_cluster(share)
+        own = cluster if isinstance(cluster, AgentCluster) else None
         stack.callback(cluster.stop)
         joblib = threading.Thread(target=_register_joblib, name="skyward-joblib", daemon=True)
         joblib.start()  # meanwhile, because it takes a while too
         cluster.start()
         # Machines of a pool's own let nobody in but through the scheduler's tunnel.
-        direct = not self.machines
+        direct = self._record is None
         self.client = client = _connect(cluster, direct)
         stack.callback(client.close)
         see_share = direct
@@ -122,9 +117,33 @@ class Session:
         engine.wait_ready()
         client.subscribe_topic(LOG_TOPIC, pool._receive_lines)
         joblib.join()
+        if self._record is not None:
+            self._record.running()
         self._watch(spec.timeout, spec.idle_timeout)
         self.emit(events.PoolStarted())
         console.ready(pool, str(cluster.dashboard_link), time.monotonic() - started)
+
+    def _make_cluster(self, share: Path) -> SkyCluster:
+        provider, spec = self.pool.provider, self.pool.spec
+        match provider:
+            case Dask():
+                return joined.joined_cluster(provider, self.pool_id)
+            case Local():
+                return local_cluster(provider, spec, self.pool_id, share)
+            case SSH():
+                machines = provider.machines(spec.nodes)
+                expires = time.time() + spec.timeout
+                self._record = record = Record(self.pool_id, provider.name, expires, machines)
+                self._stack.callback(record.close)
+
+                def more(count: int, taken: Sequence[str]) -> list[Machine]:
+                    found = provider.machines(count, taken)
+                    record.add(found)
+                    return found
+
+                cluster = machine_cluster(machines, more, spec, self.pool_id, self.emit)
+                record.left = cluster.left
+                return cluster
 
     def stop(self, reason: BaseException) -> None:
         self._over.set()

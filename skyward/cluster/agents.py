@@ -48,8 +48,11 @@ class Agent(Protocol):
     async def reach_scheduler(self, address: str) -> tuple[str, int]:
         """Return the host and port by which the caller reaches the scheduler that listens at `address` over there."""
 
-    async def stop(self) -> None:
-        """End all that it runs and remove its files. May be called twice, and before `start` has ended."""
+    async def stop(self) -> str | None:
+        """End all that it runs and remove its files; return what may be left, and why, or None when that is confirmed.
+
+        May be called twice, and before `start` has ended.
+        """
 
 
 class LocalAgent:
@@ -107,7 +110,7 @@ class LocalAgent:
     async def reach_scheduler(self, address: str) -> tuple[str, int]:
         return "127.0.0.1", int(address.rpartition(":")[2])
 
-    async def stop(self) -> None:
+    async def stop(self) -> str | None:
         self._stopping = True
         process = self._process
         if process is not None:
@@ -124,14 +127,16 @@ class LocalAgent:
                     process.stdin.close()
         for folder in (self._config.folder, *self._config.remove):
             shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _forget_after_fork(process: subprocess.Popen[bytes]) -> None:
     """Keep a forked child from holding the agent's standard input open, and the agent alive, after we are gone."""
 
     def close() -> None:
-        if process.stdin is not None:
+        if process.stdin is not None and not process.stdin.closed:
+            # Without flushing, which would write what is the parent's to write.
             with contextlib.suppress(OSError):
-                os.close(process.stdin.fileno())
+                getattr(process.stdin, "raw", process.stdin).close()
 
     os.register_at_fork(after_in_child=close)

@@ -16,7 +16,7 @@ from distributed.deploy.adaptive import Adaptive
 
 from skyward.cluster.agents import Agent
 from skyward.cluster.config import NodeSpec
-from skyward.errors import BootstrapError, PoolError
+from skyward.errors import BootstrapError, PoolError, PoolTimeoutError
 from skyward.wire import Slot
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ class AgentCluster(SkyCluster):
     new_agents
         Makes agents for further nodes, where each has a machine of its own, other than those in its second argument;
         may block. None: the first agent runs them all.
+    timeout_s
+        Seconds that the machines may take to become ready: those of the pool itself.
     """
 
     def __init__(
@@ -89,12 +91,14 @@ class AgentCluster(SkyCluster):
         slots_per_node: int,
         node_spec: Callable[[int], NodeSpec],
         new_agents: Callable[[Sequence[int], Sequence[str]], Sequence[Agent]] | None = None,
+        timeout_s: float,
     ) -> None:
         super().__init__(name, security)
         self._agents = list(agents)
         self._node_spec = node_spec
         self._new_agents = new_agents
         self._per_node = slots_per_node
+        self._timeout_s = timeout_s
         self._nodes = {node for agent in agents for node in agent.nodes}
         self._address: asyncio.Future[str] | None = None  # of the scheduler, as nodes reach it
         self._cores: dict[Agent, int] = {}
@@ -104,6 +108,7 @@ class AgentCluster(SkyCluster):
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.on_node_lost: Callable[[int, str, str], None] = lambda *_: None
+        self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self._growing = asyncio.Lock()
         self._tasks: set[asyncio.Future[None]] = set()
 
@@ -126,12 +131,19 @@ class AgentCluster(SkyCluster):
     async def _start(self) -> None:
         self._address = asyncio.get_running_loop().create_future()
         started = [asyncio.ensure_future(self._start_agent(agent)) for agent in self._agents]
+        limit = asyncio.timeout(self._timeout_s)
         try:
-            await asyncio.gather(*started)
-        except BaseException:
+            async with limit:
+                await asyncio.gather(*started)
+        except BaseException as exc:
             for task in started:
                 task.cancel()
             await asyncio.gather(*started, return_exceptions=True)
+            if limit.expired():
+                raise PoolTimeoutError(
+                    f"the pool's timeout of {self._timeout_s:g} s has passed before its machines were ready. "
+                    "Raise timeout="
+                ) from exc
             raise
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -208,8 +220,9 @@ class AgentCluster(SkyCluster):
         logger.warning("lost %s: %s", agent.machine, why)
         self._agents.remove(agent)
         self._cores.pop(agent, None)
+        slots = [slot for slot in self.slots() if slot.node in agent.nodes]
         self._nodes -= agent.nodes
-        for slot in [s for s in self.slots() if s.node in agent.nodes]:
+        for slot in slots:
             with contextlib.suppress(Exception):  # it may have been noticed meanwhile
                 # Not `expected`: the engine is to count and rerun what was there.
                 await self.scheduler_comm.unregister(address=slot.address, stimulus_id="machine-lost", close=False)
@@ -217,7 +230,7 @@ class AgentCluster(SkyCluster):
             self.on_node_lost(node, agent.instance_id(node), why)
         self.changed.set()
         self.on_change()
-        await agent.stop()
+        await self._stop_agent(agent)
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error
@@ -234,7 +247,15 @@ class AgentCluster(SkyCluster):
         with contextlib.suppress(Exception):  # the scheduler may be dead
             await asyncio.wait_for(super()._close(), 2)
         self.status = Status.closed
-        await asyncio.gather(*(agent.stop() for agent in self._agents), return_exceptions=True)
+        await asyncio.gather(*self._tasks, *map(self._stop_agent, self._agents), return_exceptions=True)
+
+    async def _stop_agent(self, agent: Agent) -> None:
+        left = "it failed"
+        try:
+            left = await agent.stop() or ""
+        finally:
+            if left:
+                self.left.append(left)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)
@@ -333,7 +354,7 @@ class AgentCluster(SkyCluster):
         for agent in list(self._agents):
             if agent.nodes and agent.nodes <= gone:
                 self._agents.remove(agent)
-                self._spawn(agent.stop())
+                self._spawn(self._stop_agent(agent))
             elif mine := agent.nodes & gone:
                 agent.nodes -= mine
                 agent.send({"do": "remove", "nodes": sorted(mine)})

@@ -53,6 +53,7 @@ def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) ->
         [LocalAgent(config, _environment(pool_id, site))],
         security=credentials.security(),
         slots_per_node=spec.concurrency,
+        timeout_s=spec.timeout,
         node_spec=make_node,
     )
 

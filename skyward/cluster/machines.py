@@ -56,6 +56,7 @@ def machine_cluster(
         [make_agent(n, m) for n, m in enumerate(machines)],
         security=credentials.security(),
         slots_per_node=spec.concurrency,
+        timeout_s=spec.timeout,
         node_spec=make_node,
         new_agents=new_agents,
     )

@@ -113,9 +113,20 @@ def _end(config: AgentConfig, *, alone: bool = False) -> None:
             with contextlib.suppress(OSError):
                 if subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0:
                     break
+    _kill_strays(config.pool_id)
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
+
+
+def _kill_strays(pool_id: str) -> None:
+    """Kill what tasks have started in sessions of their own: whatever descends from us has the pool's id with it."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
+            if process.pid != os.getpid() and process.environ().get("SKYWARD_POOL") == pool_id:
+                process.kill()
 
 
 def _end_after(seconds: float, config: AgentConfig) -> None:
@@ -173,6 +184,7 @@ class _Agent:
                 # Heard before anything is started: what takes long is then seen to be under way.
                 server = await asyncio.start_unix_server(self._serve, Path(self.config.folder) / SOCKET)
                 stack.push_async_callback(_close, server)
+                stack.callback(self._switchboard.close)
                 self._spawn(self._watch_heartbeat())
             else:
                 self._spawn(self._read_standard_input())

@@ -183,3 +183,9 @@ class Switchboard:
         if relay.closed.is_set():
             self._relays.pop(name, None)
             relay.close()
+
+    def close(self) -> None:
+        """Drop all streams."""
+        for relay in self._relays.values():
+            relay.close()
+        self._relays.clear()

@@ -19,7 +19,7 @@ from typing import Any
 import asyncssh
 
 from skyward import events
-from skyward.bootstrap import HOME, LAST_LINES, Progress, Recipe, read_progress, script
+from skyward.bootstrap import HOME, LAST_LINES, POOL, Progress, Recipe, read_progress, script
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.node import CONFIG, LOG, SOCKET
@@ -94,6 +94,7 @@ class RemoteAgent:
         self._unsent: list[dict[str, Any]] = []
         self._talking: asyncio.Task[None] | None = None
         self._seen = 0  # events of the agent that have been heard
+        self._step = ""
         self._started = False
         self._stopped = False
 
@@ -110,17 +111,24 @@ class RemoteAgent:
         self._emit(events.BootstrapStarting(instance_id=self.facts.id))
         self._progress("ssh")
         await self._link.connect()
+        self._started = True  # from here on there is something to clean up
+        try:
+            await self._start()
+        except (OSError, asyncssh.Error) as exc:
+            raise self._failed(self._step, 255, (str(exc) or type(exc).__name__,)) from exc
+        self._talking = asyncio.create_task(self._talk(heard))
+        self._emit(events.BootstrapCompleted(instance_id=self.facts.id))
+
+    async def _start(self) -> None:
         host = self.facts.private_ip or await self._own_address()
         await self._make_ready()
         if self._shipment.gpus:
             await self._check_gpus(self._shipment.gpus)
         self._progress("agent")
-        self._started = True  # from here on there is something to clean up
         await self._launch(replace(self._config, host=host))
-        self._talking = asyncio.create_task(self._talk(heard))
-        self._emit(events.BootstrapCompleted(instance_id=self.facts.id))
 
     def _progress(self, step: str) -> None:
+        self._step = step
         self._emit(events.BootstrapProgress(instance_id=self.facts.id, step=step))
 
     async def _own_address(self) -> str:
@@ -132,15 +140,15 @@ class RemoteAgent:
         return address
 
     async def _make_ready(self) -> None:
-        shipment = self._shipment
-        home, name = HOME, shipment.wheel.name
-        have = await self._link.run(f'test -e "{home}/wheels/{name}"')
-        try:
-            if have.status:
-                await self._link.write(f'"{home}/wheels/{name}"', shipment.wheel.data)
-            await self._link.write(f'"{home}/bootstrap.sh"', script(shipment.recipe, ttl_s=shipment.ttl_s).encode())
-        except OSError as exc:
-            raise self._failed("upload", 1, (str(exc),)) from exc
+        shipment, folder = self._shipment, self._config.folder
+        wheel = f'"{HOME}/wheels/{shipment.wheel.name}"'
+        # In the pool's own folder: it may hold an index's password, and other pools have scripts of their own.
+        bootstrap = f"{folder}/bootstrap.sh"
+        self._progress("upload")
+        have = await self._link.run(f"test -e {wheel}")
+        if have.status:
+            await self._link.write(wheel, shipment.wheel.data)
+        await self._link.write(bootstrap, script(shipment.recipe, ttl_s=shipment.ttl_s).encode())
         output: list[str] = []
 
         def hear(line: str) -> None:
@@ -149,7 +157,7 @@ class RemoteAgent:
             if progress is not None and progress.status is None and progress.step != "done":
                 self._progress(progress.step)
 
-        status = await self._link.lines(f'sh "{home}/bootstrap.sh"', hear)
+        status = await self._link.lines(f"{POOL}={self._config.pool_id} sh {bootstrap}", hear)
         if status:
             found = read_progress(output) or Progress("bootstrap", status, tuple(output[-LAST_LINES:]))
             raise self._failed(found.step, found.status or status, found.lines)
@@ -166,11 +174,16 @@ class RemoteAgent:
         await self._link.write(f"{folder}/{CONFIG}", config.to_json().encode())
         if self._shipment.include:
             files = await asyncio.to_thread(self._shipment.files)
-            await self._link.run(f"umask 077; mkdir -p {folder}/work && tar xzf - -C {folder}/work", input=files)
+            done = await self._link.run(
+                f"umask 077; mkdir -p {folder}/work && tar xzf - -C {folder}/work", input=files
+            )
+            if done.status:
+                raise self._failed("include", done.status, done.error.splitlines())
         # Detached from this login: the agent outlives a lost connection. The socket in its folder is the way to it.
         command = (
             f"umask 077; mkdir -p {folder}/work {folder}/tmp && cd {folder}/work || exit 1; "
-            f"SKYWARD_POOL={config.pool_id} TMPDIR={folder}/tmp PYTHONPATH={self._shipment.recipe.import_path} setsid {self._shipment.recipe.interpreter} -m skyward.cluster.node --serve {folder} "
+            f"SKYWARD_POOL={config.pool_id} TMPDIR={folder}/tmp PYTHONPATH={self._shipment.recipe.import_path} "
+            f"setsid {self._shipment.recipe.interpreter} -m skyward.cluster.node --serve {folder} "
             f"> {folder}/{LOG} 2>&1 < /dev/null &"
         )
         done = await self._link.run(command)
@@ -198,7 +211,8 @@ class RemoteAgent:
             f"{self.machine} could not be made ready: step {step!r} failed with status {status}; {said}",
             machine=self.machine,
             step=step,
-            last_lines=tuple(lines),
+            status=status,
+            last_lines=tuple(lines[-LAST_LINES:]),
         )
 
     # --- talk -----------------------------------------------------------------------------------------------
@@ -220,30 +234,38 @@ class RemoteAgent:
         lost_at: float | None = None
         why = ""
         while not self._stopped:
+            lost_at = lost_at or time.monotonic()
             try:
-                reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
-                writer.write(json.dumps({"seen": self._seen}).encode() + b"\n")
-                self._writer, lost_at = writer, None
-                self._flush()
-                beats = asyncio.create_task(self._beat())
-                try:
-                    while line := await reader.readline():
-                        self._seen += 1
-                        heard(json.loads(line))
-                finally:
-                    beats.cancel()
-                    self._writer = None
-                why = "it closed the connection"
+                async with asyncio.timeout(lost_at + UNREACHABLE_S - time.monotonic()):
+                    reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
             except NotListening:
                 heard({"event": "ended", "why": "the agent is not running any more"})
                 return
             except _TROUBLE as exc:
-                why = str(exc) or type(exc).__name__
-            lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > UNREACHABLE_S:
-                heard({"event": "ended", "why": f"out of reach for {UNREACHABLE_S:g} s: {why}"})
-                return
-            await asyncio.sleep(_AGAIN_S)
+                why = str(exc) or why
+                if time.monotonic() - lost_at >= UNREACHABLE_S:
+                    heard({"event": "ended", "why": f"out of reach for {UNREACHABLE_S:g} s: {why or 'no answer'}"})
+                    return
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            lost_at = None
+            await self._converse(heard, reader, writer)
+
+    async def _converse(self, heard: Heard, reader: Any, writer: Any) -> None:
+        """Hear the agent over one connection until that is lost."""
+        beats = asyncio.create_task(self._beat())
+        try:
+            writer.write(json.dumps({"seen": self._seen}).encode() + b"\n")
+            self._writer = writer
+            self._flush()
+            while line := await reader.readline():
+                self._seen += 1
+                heard(json.loads(line))
+        except _TROUBLE as exc:
+            logger.debug("lost the agent on %s: %s", self.machine, exc)
+        finally:
+            self._writer = None
+            beats.cancel()
 
     async def _beat(self) -> None:
         while True:
@@ -283,9 +305,9 @@ class RemoteAgent:
 
     # --- stop -----------------------------------------------------------------------------------------------
 
-    async def stop(self) -> None:
+    async def stop(self) -> str | None:
         if self._stopped:
-            return
+            return None
         self._stopped = True
         if self._talking is not None:
             self.send({"do": "stop"})
@@ -294,12 +316,14 @@ class RemoteAgent:
             if self._started:
                 await asyncio.wait_for(self._clean(), _STOP_S)
         except (TimeoutError, *_TROUBLE) as exc:
+            why = str(exc) or type(exc).__name__
             logger.warning(
-                "%s could not be cleaned (%s): what runs there ends by itself when it has not heard of us for %g s",
-                self.machine, exc or type(exc).__name__, HEARTBEAT_LOSS_S,
-            )  # fmt: skip
+                "%s could not be cleaned (%s); it does so itself after %g s", self.machine, why, HEARTBEAT_LOSS_S
+            )
+            return f"{self.machine}: {why}"
         finally:
             await self._link.close()
+        return None
 
     async def _clean(self) -> None:
         done = await self._link.run(clean_command(self._config.pool_id))

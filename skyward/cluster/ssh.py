@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,8 @@ CONNECT_TIMEOUT_S = 20.0
 _KEEPALIVE_S = 5
 _KEEPALIVES = 3
 _PUMP_BYTES = 1 << 18
+_SSH_FAILED = 255
+"""The status of ssh itself when it is SSH that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,26 @@ class Link:
 
     async def _connect(self) -> Any:
         login = self.login
+        key = None if login.key is None else await asyncio.to_thread(self._load_key, login.key)
+        try:
+            return await asyncssh.connect(login.host, **await self._options(key))
+        except asyncssh.HostKeyNotVerifiable as exc:
+            raise self._error(f"{exc}: the host key is not the one that is expected. {self._about_host_key()}") from exc
+        except asyncssh.PermissionDenied as exc:
+            tried = "the key that sky.SSH was given" if login.key else "the SSH agent's and the usual keys"
+            raise self._error(
+                f"{login} refused to let us in with {tried}. Try `ssh {login}`; give user= and key= to sky.SSH"
+            ) from exc
+        except (asyncssh.KeyImportError, asyncssh.ConfigParseError) as exc:
+            raise self._error(f"a key or ~/.ssh/config can't be used to log in to {login}: {exc}") from exc
+        except (OSError, asyncssh.Error) as exc:
+            raise self._error(
+                f"{login} does not answer over SSH: {_reason(exc)}. "
+                f"Check name, port and firewall, and that `ssh {login}` gets there"
+            ) from exc
+
+    async def _options(self, key: Any) -> dict[str, Any]:
+        login = self.login
         options: dict[str, Any] = {
             "keepalive_interval": _KEEPALIVE_S,
             "keepalive_count_max": _KEEPALIVES,
@@ -78,6 +99,8 @@ class Link:
             options["port"] = login.port
         if login.user is not None:
             options["username"] = login.user
+        if key is not None:
+            options["client_keys"] = [key]
         if login.host_key is not None:
             where = login.host if login.port in (None, 22) else f"[{login.host}]:{login.port}"
             options["known_hosts"] = asyncssh.import_known_hosts(f"{where} {login.host_key}\n")
@@ -85,38 +108,38 @@ class Link:
             options["agent_path"] = None
         elif login.known_hosts is not None:
             options["known_hosts"] = login.known_hosts
-        try:
-            if login.key is not None:
-                options["client_keys"] = [_load_key(login.key)]
-            return await asyncssh.connect(login.host, **options)
-        except asyncssh.HostKeyNotVerifiable as exc:
-            known = login.known_hosts or "~/.ssh/known_hosts"
-            raise self._error(
-                f"the host key of {login} is not the one that is expected: "
-                + (
-                    "somebody else may be answering in its place"
-                    if login.host_key
-                    else f"{known} has none or another one for it. When the key is right, log in once with "
-                    f"`ssh {login.host}` and accept it; when it changed, find out why first"
+        else:
+            chosen = await asyncssh.SSHClientConnectionOptions.construct(
+                **options | {"host": login.host, "client_keys": None}
+            )
+            if chosen.known_hosts is None:  # then asyncssh would take any host for the right one
+                raise self._error(
+                    f"UserKnownHostsFile for {login} in ~/.ssh/config is 'none', and nothing says which host key is "
+                    "the right one: give known_hosts= to sky.SSH"
                 )
-            ) from exc
-        except asyncssh.PermissionDenied as exc:
-            tried = "the key that sky.SSH was given" if login.key else "the SSH agent's and the usual keys"
+        return options
+
+    def _about_host_key(self) -> str:
+        if self.login.host_key:
+            return "Somebody else may be answering in its place"
+        known = self.login.known_hosts or "~/.ssh/known_hosts"
+        return (
+            f"{known} has none or another one for it. When the key is right, accept it: "
+            f"`ssh -o UserKnownHostsFile={known} {self.login.host}`. When it changed, find out why first"
+        )
+
+    def _load_key(self, key: str) -> Any:
+        name = "the private key" if "PRIVATE KEY" in key else f"the private key {key}"
+        try:
+            return asyncssh.import_private_key(key) if "PRIVATE KEY" in key else asyncssh.read_private_key(key)
+        except (OSError, ValueError) as exc:
             raise self._error(
-                f"{login} refused to let us in with {tried}. Try `ssh {login}`; give user= and key= to sky.SSH"
-            ) from exc
-        except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as exc:
-            raise self._error(
-                f"the private key for {login} can't be read: {exc}. A key with a passphrase has to be in the SSH agent"
-            ) from exc
-        except (OSError, TimeoutError, asyncssh.Error) as exc:
-            raise self._error(
-                f"{login} does not answer over SSH: {exc or type(exc).__name__}. "
-                "Check name, port and firewall, and that `ssh` gets there"
+                f"{name} for {self.login} can't be read: {_reason(exc)}. One with a passphrase has to be in the SSH "
+                "agent (`ssh-add`), and sky.SSH be given no key"
             ) from exc
 
     def _error(self, text: str) -> BootstrapError:
-        return BootstrapError(text, machine=str(self.login), step="ssh", last_lines=())
+        return BootstrapError(text, machine=str(self.login), step="ssh", status=_SSH_FAILED, last_lines=())
 
     def drop(self) -> None:
         """Cut the connection, as a lost network would: the next use makes another one."""
@@ -140,23 +163,32 @@ class Link:
     async def run(self, command: str, *, input: bytes = b"") -> Completed:  # noqa: A002 - as subprocess has it
         """Run a shell command, with `input` on its standard input, and return how it ended."""
         connection = await self.connect()
-        done = await connection.run(command, input=input, encoding=None)
-        status = done.exit_status if done.exit_status is not None else 255
+        given = {"input": input} if input else {"stdin": asyncssh.DEVNULL}  # asyncssh never ends an empty input
+        done = await connection.run(command, encoding=None, **given)
         output, error = (bytes(stream).decode(errors="replace") for stream in (done.stdout, done.stderr))
-        return Completed(status, output, error)
+        return Completed(self._status(done), output, error)
 
     async def lines(self, command: str, heard: Callable[[str], None]) -> int:
         """Run a shell command, hand on each line of its output, and return its status."""
         connection = await self.connect()
-        async with connection.create_process(command, stdin=asyncssh.DEVNULL, stderr=asyncssh.STDOUT) as process:
+        options: Any = {"stdin": asyncssh.DEVNULL, "stderr": asyncssh.STDOUT, "errors": "replace"}
+        async with connection.create_process(command, **options) as process:
             async for line in process.stdout:
                 heard(line.rstrip("\n"))
             await process.wait()
-            return process.exit_status if process.exit_status is not None else 255
+            return self._status(process)
+
+    def _status(self, ended: Any) -> int:
+        """Return the status as a shell has it, where a signal counts as 128 and its number."""
+        if ended.returncode is None:
+            raise ConnectionError(f"the connection to {self.login} was lost")
+        return int(ended.returncode) if ended.returncode >= 0 else 128 - int(ended.returncode)
 
     async def write(self, path: str, data: bytes) -> None:
-        """Write a file, readable by its owner only. `path` is as the shell sees it."""
-        done = await self.run(f'umask 077; mkdir -p "$(dirname {path})" && cat > {path}', input=data)
+        """Write a file, readable by its owner only, whole or not at all. `path` is as the shell sees it."""
+        part = f'{path}".$$"'
+        command = f'umask 077; mkdir -p "$(dirname {path})" && cat > {part} && mv {part} {path}'
+        done = await self.run(f"{command} || {{ rm -f {part}; exit 1; }}", input=data)
         if done.status:
             raise OSError(f"{path} can't be written on {self.login}: {done.error.strip()}")
 
@@ -215,5 +247,7 @@ async def _pump(source: Any, target: Any) -> None:
         target.close()
 
 
-def _load_key(key: str) -> Any:
-    return asyncssh.import_private_key(key) if "PRIVATE KEY" in key else asyncssh.read_private_key(os.fspath(key))
+def _reason(exc: BaseException) -> str:
+    if isinstance(exc, TimeoutError):
+        return f"no answer within {CONNECT_TIMEOUT_S:g} s"
+    return str(exc) or type(exc).__name__

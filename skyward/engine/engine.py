@@ -35,6 +35,8 @@ _CHUNK_CALLS = 20_000
 _CHUNK_BYTES = 16 << 20
 _ENDING_S = interrupts.GRACE_S + 10.0
 """Seconds after which a worker that was to end because of a cancelled call has ended, or goes on. By feel."""
+_VERDICT_S = 10.0
+"""Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
 
@@ -103,6 +105,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._broadcaster = Broadcaster(self)
         self._failure: BaseException | None = None
+        self._over: asyncio.Future[None] = self._loop.create_future()  # done when there is a failure
         self._read = threading.Event()
         self._callbacks = Callbacks(self.decoder)
         self._futures_group = Group(self, self._callbacks.put)
@@ -342,6 +345,9 @@ class Engine:
             result = asyncio.CancelledError()
         except Exception as exc:  # Dask's own errors: worker killed, scheduler lost, chunk unreadable over there
             result = exc
+        if not isinstance(result, Outcomes) and self.client.status != "running" and key in self._chunks:
+            # The scheduler is out of reach. Whoever runs it will say what has become of it: that is the better answer.
+            await asyncio.wait([self._over], timeout=_VERDICT_S)
         if self._chunks.pop(key, None) is None:
             return  # cancelled or failed meanwhile, and delivered then
         group.in_flight.pop(key, None)
@@ -460,6 +466,8 @@ class Engine:
     def _fail(self, reason: BaseException) -> None:
         if self._failure is None:
             self._failure = reason
+        if not self._over.done():
+            self._over.set_result(None)
         groups = {group for group, _ in self._chunks.values()} | set(self._ready)
         with self._dirty_lock:
             groups |= self._dirty

@@ -137,6 +137,6 @@ def _check_file(path: str | Path) -> str:
     found = Path(path).expanduser()
     if not found.is_file():
         raise ValueError("the path of a file that exists")
-    return str(found)
+    return str(found.absolute())
 
 

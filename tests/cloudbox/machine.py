@@ -16,6 +16,7 @@ import yaml
 from tests.cloudbox.network import Network, run
 
 _UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--uts", "--net", "--kill-child=KILL", "--propagation=private"]
+MTU = "1400"  # what passes through the networks that this is likely to run in
 _INIT = Path(__file__).with_name("init.sh")
 
 
@@ -85,7 +86,9 @@ class Machine:
         while Path(f"/proc/{pid}/ns/net").readlink() == mine:
             self._check_alive()
             time.sleep(0.001)
-        run("ip", "link", "add", self._cable, "mtu", "1400", "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        # The size of packets at both ends, or a full one is dropped without a word: 3 s for every TLS handshake.
+        ends = (self._cable, "mtu", MTU, "type", "veth", "peer", "name", "eth0", "mtu", MTU, "netns", str(pid))
+        run("ip", "link", "add", *ends)
         run("ip", "link", "set", self._cable, "master", self.network.name, "up")
         assert self._process.stdin is not None
         self._process.stdin.write(b"plugged in\n")

@@ -1,0 +1,34 @@
+"""SIGTERM and SIGHUP that end a pool's block as Ctrl-C does, so that what it has started is ended too."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def unwind_on_termination() -> Callable[[], None]:
+    """Raise `SystemExit` where the main thread is when such a signal comes; return what undoes this.
+
+    Does nothing outside the main thread, and for a signal that the program handles or ignores itself.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    ours = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _unwind)
+
+    def undo() -> None:
+        with contextlib.suppress(ValueError):  # a pool that ends by its time-out does so in another thread
+            for number in ours:
+                if signal.getsignal(number) is _unwind:
+                    signal.signal(number, signal.SIG_DFL)
+
+    return undo
+
+
+def _unwind(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)

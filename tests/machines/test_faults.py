@@ -1,0 +1,279 @@
+"""What happens to a pool and its calls when parts of it are killed or cut off."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import skyward as sky
+from skyward.cluster import remote, ssh
+from tests.cloudbox import Machine
+from tests.machines.conftest import IMAGE, Site
+
+Boot = Callable[[int], list[Machine]]
+AGENT = "skyward.cluster.nod[e]"  # as a pattern, which does not find its own command line
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let seconds be enough to give a machine up."""
+    monkeypatch.setattr(remote, "UNREACHABLE_S", 3.0)
+    monkeypatch.setattr(remote, "_STOP_S", 3.0)
+    monkeypatch.setattr(ssh, "_KEEPALIVE_S", 1)
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A journal of the test's own. Guardians that still try to reach a machine end with the test."""
+    folder = tmp_path / "data"
+    monkeypatch.setenv("SKYWARD_DATA_DIR", str(folder))
+    yield folder
+    for guardian in guardians(folder):
+        guardian.kill()
+
+
+def open_pool(site: Site, machines: list[Machine], **options: Any) -> sky.ComputePool:
+    return sky.ComputePool(site.provider(*machines), nodes=len(machines), image=IMAGE, display="quiet", **options)
+
+
+@sky.compute
+def slow(i: int) -> tuple[int, str]:
+    import pathlib
+    import socket
+
+    with pathlib.Path("/tmp/runs").open("a") as runs:
+        runs.write(f"{i}\n")
+    time.sleep(0.1)
+    return i, socket.gethostname()
+
+
+def runs(machine: Machine) -> list[str]:
+    return machine.run("cat /tmp/runs 2>/dev/null; true").split()
+
+
+def kill_agent(machine: Machine) -> None:
+    machine.run(f"pkill -KILL -f {AGENT}")
+
+
+def is_clean(machine: Machine) -> bool:
+    return not machine.processes() and not machine.run("ls -d /tmp/skyward-* 2>/dev/null; true")
+
+
+def guardians(data_folder: Path) -> list[psutil.Process]:
+    entries = [path.stem for path in data_folder.glob("pools/*.json")]
+    return [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if "skyward.cluster.guardian" in (p.info["cmdline"] or ()) and p.info["cmdline"][-1] in entries
+    ]
+
+
+# --- nodes --------------------------------------------------------------------------------------------------
+
+
+def cut_off(machine: Machine) -> None:
+    machine.unplug()
+
+
+def destroy(machine: Machine) -> None:
+    machine.destroy()
+
+
+@pytest.mark.usefixtures("impatient", "data_folder")
+@pytest.mark.parametrize("fault", [kill_agent, cut_off, destroy])
+def test_calls_of_a_lost_node_run_again_elsewhere(fault: Callable[[Machine], None], site: Site, boot: Boot) -> None:
+    machines = boot(2)
+    lost: list[sky.InstanceLost] = []
+
+    with open_pool(site, machines, concurrency=2) as pool:
+        pool.on(sky.InstanceLost, lost.append)
+        results = []
+        for i, _ in sky.gather((slow(i) for i in range(60)), stream=True) >> pool:
+            results.append(i)
+            if i == 10:
+                fault(machines[1])
+        survivors = {host for _, host in sky.gather(*(slow(i) for i in range(4))) >> pool}
+
+    assert results == list(range(60))
+    assert [(e.node, e.instance_id) for e in lost] == [(1, f"root@{machines[1].address}")]
+    assert survivors == {machines[0].name}
+    assert is_clean(machines[0])
+
+
+@pytest.mark.usefixtures("impatient", "data_folder")
+def test_a_lost_scheduler_is_told_at_once_and_everything_ends(site: Site, boot: Boot) -> None:
+    machines = boot(2)
+
+    with open_pool(site, machines) as pool:
+        killer = threading.Timer(1, kill_agent, machines[:1])
+        killer.start()
+        with pytest.raises(sky.PoolError, match=f"{machines[0].address}, and with it the Dask scheduler, ended"):
+            sky.gather(*(slow(i) for i in range(200))) >> pool
+
+    assert is_clean(machines[0])
+    assert is_clean(machines[1])
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_killed_worker_is_restarted_and_its_call_rerun(site: Site, boot: Boot) -> None:
+    (machine,) = boot(1)
+
+    @sky.compute
+    def die_once() -> str:
+        import pathlib
+
+        marker = pathlib.Path("died")
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "alive"
+
+    with open_pool(site, [machine]) as pool:
+        assert die_once() >> pool == "alive"
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_cut_connection_is_made_again_without_running_anything_twice(site: Site, boot: Boot) -> None:
+    (machine,) = boot(1)
+
+    with open_pool(site, [machine]) as pool:
+        (agent,) = pool.cluster._agents
+        results = []
+        for i, _ in sky.gather((slow(i) for i in range(30)), stream=True) >> pool:
+            results.append(i)
+            if i in (5, 15):
+                pool.cluster.loop.add_callback(agent.link.drop)
+
+    assert results == list(range(30))
+    assert sorted(map(int, runs(machine))) == results
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_network_that_comes_back_loses_nothing(
+    site: Site, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_KEEPALIVE_S", 1)
+    (machine,) = boot(1)
+
+    with open_pool(site, [machine]) as pool:
+        plug = threading.Timer(5, machine.plug)
+        results = []
+        for i, _ in sky.gather((slow(i) for i in range(40)), stream=True) >> pool:
+            results.append(i)
+            if i == 5:
+                machine.unplug()
+                plug.start()
+
+    assert results == list(range(40))
+    assert sorted(map(int, runs(machine))) == results
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_pool_grows_and_shrinks(site: Site, boot: Boot) -> None:
+    machines = boot(2)
+
+    with sky.ComputePool(site.provider(*machines), nodes=1, image=IMAGE, display="quiet") as pool:
+        assert pool.instance_count == 1
+        pool.scale(2)
+        wait_until(lambda: pool.instance_count == 2)
+        assert len(set(sky.compute(os.uname)() @ pool)) == 2
+        pool.scale(1)
+        wait_until(lambda: pool.instance_count == 1)
+        wait_until(lambda: is_clean(machines[1]))
+        pool.scale(2)
+        wait_until(lambda: pool.instance_count == 2)
+
+    assert all(map(is_clean, machines))
+
+
+# --- the caller ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(site: Site, boot: Boot, data_folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[Machine]]]:
+    """A process with a pool on two machines, in the middle of a call that runs for long."""
+    machines = boot(2)
+    hosts = [f"root@{m.address}" for m in machines]
+    script = f"""
+        import time
+        import skyward as sky
+        from skyward.cluster import remote
+        from skyward.spec import Image
+
+        remote.HEARTBEAT_LOSS_S = 8.0
+        provider = sky.SSH({hosts!r}, key={str(site.key)!r}, known_hosts={str(site.known_hosts)!r})
+
+        @sky.compute
+        def work():
+            import subprocess
+            subprocess.run(["setsid", "sleep", "1000"])
+
+        image = Image(pip={list(IMAGE.pip)!r})
+        with sky.ComputePool(provider, nodes=2, image=image, display="quiet") as pool:
+            pool.submit(work())
+            time.sleep(1)
+            print("up", flush=True)
+            time.sleep(1000)
+    """
+    environment = {**os.environ, "SKYWARD_DATA_DIR": str(data_folder)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    yield process, machines
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+Client = tuple[subprocess.Popen[str], list[Machine]]
+
+
+def test_a_killed_caller_is_cleaned_up_after_by_its_guardian(client: Client, data_folder: Path) -> None:
+    process, machines = client
+    assert not any(map(is_clean, machines))
+
+    process.kill()
+
+    wait_until(lambda: all(map(is_clean, machines)), timeout_s=7)  # before the agents do so themselves
+    wait_until(lambda: not list(data_folder.glob("pools/*")))
+
+
+def test_machines_clean_themselves_when_caller_and_guardian_are_gone(client: Client, data_folder: Path) -> None:
+    process, machines = client
+    (guardian,) = guardians(data_folder)
+
+    guardian.kill()
+    process.kill()
+
+    wait_until(lambda: all(map(is_clean, machines)))
+    assert len(list(data_folder.glob("pools/*.json"))) == 1  # `skyward ps` still shows it
+
+
+def test_a_terminated_caller_ends_its_pool_first(client: Client, data_folder: Path) -> None:
+    process, machines = client
+
+    process.terminate()
+
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert all(map(is_clean, machines))
+    assert not list(data_folder.glob("pools/*"))
