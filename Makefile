@@ -70,7 +70,7 @@ system-packages:
 	fi
 
 # Each stamp is written last: what was interrupted is done again.
-$(VENV)/.made-for: | system-packages
+$(VENV)/.made-for:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "skyward needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not: $$($(PYTHON) --version 2>&1)."; \
 	    found=$$(tools/find-python 3.13 || tools/find-python 3.12 || tools/find-python 3.11) && \
@@ -85,7 +85,7 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.made-for
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sklearn]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(VENV)/.made-for
+$(VENV)/.test: pyproject.toml $(VENV)/.made-for | system-packages
 	@echo "Installing skyward and what its tests need into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV
+from sklearn.svm import SVC
 
 import skyward as sky
 from tests.cloudbox import Machine
@@ -19,9 +26,103 @@ def machines(boot: Callable[[int], list[Machine]]) -> list[Machine]:
 
 @pytest.fixture(scope="module")
 def pool(site: Site, machines: list[Machine]) -> Iterator[sky.ComputePool]:
-    with sky.ComputePool(site.provider(*machines), nodes=3, concurrency=2, image=IMAGE, display="quiet") as pool:
+    provider = site.provider(*machines)
+    with sky.ComputePool(
+        provider, nodes=3, concurrency=2, image=IMAGE, env={"WHAT": "it's $HOME `x`"}, display="quiet"
+    ) as pool:
         yield pool
 
 
 def test_a_broadcast_reaches_every_machine(pool: sky.ComputePool, machines: list[Machine]) -> None:
     assert sky.compute(socket.gethostname)() @ pool == tuple(m.name for m in machines)
+    assert len(sky.compute(socket.gethostname)() @ pool.slots) == 6
+
+
+class RememberingSVC(SVC):  # type: ignore[misc]
+    """Notes on which machine it was fitted. Defined here, so it has to travel."""
+
+    def fit(self, X: Any, y: Any) -> RememberingSVC:
+        with Path("/tmp/fits").open("a") as fits:
+            fits.write("fit\n")
+        super().fit(X, y)
+        return self
+
+
+def test_a_grid_search_uses_all_machines_and_finds_what_a_serial_one_finds(
+    pool: sky.ComputePool, machines: list[Machine]
+) -> None:
+    X, y = load_digits(return_X_y=True)
+    grid = {"C": [0.5, 1, 5, 10], "gamma": [0.0005, 0.001, 0.002]}
+    serial = GridSearchCV(SVC(), grid, cv=3).fit(X, y)
+
+    with sky.integrations.sklearn_backend(pool):
+        parallel = GridSearchCV(RememberingSVC(), grid, cv=3, n_jobs=-1).fit(X, y)
+
+    assert parallel.best_params_ == serial.best_params_
+    np.testing.assert_array_equal(parallel.cv_results_["mean_test_score"], serial.cv_results_["mean_test_score"])
+    fits = [int(m.run("wc -l < /tmp/fits")) for m in machines]
+    assert sum(fits) == 36
+    assert min(fits) > 0
+
+
+def test_every_connection_is_encrypted(pool: sky.ComputePool) -> None:
+    workers = pool.client.scheduler_info(n_workers=-1)["workers"]
+
+    assert pool.cluster.scheduler_address.startswith("tls://127.0.0.1:")
+    assert all(address.startswith("tls://10.77.") for address in workers)
+    assert all(w["nanny"].startswith("tls://") for w in workers.values())
+
+
+def test_calls_see_where_they_are(pool: sky.ComputePool, machines: list[Machine]) -> None:
+    infos = sky.compute(sky.instance_info)() @ pool
+
+    assert [i.node for i in infos if i] == [0, 1, 2]
+    assert {i.head_addr for i in infos if i} == {machines[0].address}
+    assert [i.id for i in pool.instances] == [f"root@{m.address}" for m in machines]
+    assert sky.compute(lambda: sky.shard(list(range(6))))() @ pool == ([0, 3], [1, 4], [2, 5])
+
+
+def test_variables_arrive_as_they_are(pool: sky.ComputePool) -> None:
+    assert sky.compute(os.getenv)("WHAT") >> pool == "it's $HOME `x`"
+
+
+def test_large_arguments_and_results_travel(pool: sky.ComputePool) -> None:
+    array = np.arange(4_000_000, dtype=np.float64)
+
+    @sky.compute
+    def double(a: Any) -> Any:
+        return a * 2
+
+    results = sky.gather(*(double(array) for _ in range(4))) >> pool
+
+    for result in results:
+        np.testing.assert_array_equal(result, array * 2)
+
+
+def test_what_calls_print_comes_back_with_the_machines_name(
+    pool: sky.ComputePool, machines: list[Machine]
+) -> None:
+    lines: list[sky.LogLine] = []
+    pool.on(sky.LogLine, lines.append)
+
+    @sky.compute
+    def say() -> None:
+        print("hello from", socket.gethostname())
+
+    say() @ pool
+
+    said = {(line.node, line.instance_id, line.line) for line in lines}
+    assert said == {(i, f"root@{m.address}", f"hello from {m.name}") for i, m in enumerate(machines)}
+
+
+def test_an_exception_comes_back_with_the_machine_that_raised_it(
+    pool: sky.ComputePool, machines: list[Machine]
+) -> None:
+    @sky.compute
+    def fail() -> None:
+        raise KeyError("here")
+
+    with pytest.raises(KeyError, match="here") as info:
+        fail() >> pool
+
+    assert any(m.address in note or m.name in note for note in info.value.__notes__ for m in machines)
