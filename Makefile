@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-313 lint types clean system-packages
+.PHONY: help demo test test-fast test-313 soak lint types clean system-packages
 
 help: ## Show this list
 	@echo "Targets (PYTHON=$(PYTHON), PYTEST_WORKERS=$(PYTEST_WORKERS)):"
@@ -51,6 +51,9 @@ test-313: $(VENV)/.test
 	else \
 	    echo "Not tested on Python 3.13: none found that runs and can make virtual environments."; \
 	fi
+
+soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_RUNS=50, SOAK_SEED=1)
+	@$(BIN)/python -m pytest -m soak tests/soak -s -q
 
 lint: $(VENV)/.test types ## Check style, types and which module may import which
 	@$(BIN)/ruff check .

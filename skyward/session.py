@@ -114,6 +114,7 @@ class Session:
         if own is not None:
             own.demand = engine.demand
             own.on_node_lost = self._node_lost
+            own.on_metrics = self._metrics
         engine.wait_ready()
         client.subscribe_topic(LOG_TOPIC, pool._receive_lines)
         joblib.join()
@@ -157,6 +158,9 @@ class Session:
 
     def _node_lost(self, node: int, instance_id: str, why: str) -> None:
         self.emit(events.InstanceLost(instance_id=instance_id, node=node, reason=why))
+
+    def _metrics(self, node: int, instance_id: str, figures: dict[str, float]) -> None:
+        self.emit(events.Metrics(instance_id=instance_id, node=node, **figures))
 
     def _watch(self, timeout: float, idle_timeout: float | None) -> None:
         def watch() -> None:

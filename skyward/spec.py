@@ -100,6 +100,25 @@ class Image:
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
+    def bootstrap(self, ttl: int = 0) -> str:
+        """Return the shell script that makes a machine ready for this image: POSIX sh, to be run again at will.
+
+        A pool runs its own, which also pins versions to those that are installed at the caller's.
+
+        Parameters
+        ----------
+        ttl
+            Seconds after which the machine switches itself off, whatever happens; 0: never.
+        """
+        import sys
+
+        from skyward.bootstrap import image_recipe, script
+
+        problems = Problems()
+        problems.check("ttl", ttl, check_count(0))
+        problems.raise_if_any()
+        return script(image_recipe(self, f"{sys.version_info[0]}.{sys.version_info[1]}"), ttl_s=ttl)
+
     def __hash__(self) -> int:
         return hash(self.content_hash())
 

@@ -1,8 +1,12 @@
-"""SIGTERM and SIGHUP that end a pool's block as Ctrl-C does, so that what it has started is ended too."""
+"""SIGTERM and SIGHUP that end a pool's block as Ctrl-C does, so that what it has started is ended too.
+
+Only in the process that has the pool: one forked from it, as multiprocessing does, dies of them as usual.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -20,14 +24,18 @@ def unwind_on_termination() -> Callable[[], None]:
     ours = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     for number in ours:
         signal.signal(number, _unwind)
+    return _undo if ours else lambda: None
 
-    def undo() -> None:
-        with contextlib.suppress(ValueError):  # a pool that ends by its time-out does so in another thread
-            for number in ours:
-                if signal.getsignal(number) is _unwind:
-                    signal.signal(number, signal.SIG_DFL)
 
-    return undo
+def _undo() -> None:
+    with contextlib.suppress(ValueError):  # a pool that ends by its time-out does so in another thread
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _unwind:
+                signal.signal(number, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_undo)
 
 
 def _unwind(number: int, _frame: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -181,3 +182,20 @@ def test_what_this_machine_cant_be_made_into_is_refused(option: str, value: Any,
         sky.ComputePool(provider="local", **{option: value})
 
     assert info.value.option.partition(".")[0] == option
+
+
+def test_how_busy_the_machine_is_arrives_as_events(pool: sky.ComputePool) -> None:
+    arrived = threading.Event()
+    heard: list[sky.Metrics] = []
+
+    def hear(event: sky.Metrics) -> None:
+        heard.append(event)
+        arrived.set()
+
+    pool.on(sky.Metrics, hear)
+
+    assert arrived.wait(60)
+    assert heard[0].node == 0
+    assert heard[0].instance_id == pool.instances[0].id
+    assert 0 <= heard[0].cpu_percent <= 100
+    assert 0 < heard[0].memory_used_mb < heard[0].memory_total_mb

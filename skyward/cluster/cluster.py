@@ -108,6 +108,7 @@ class AgentCluster(SkyCluster):
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.on_node_lost: Callable[[int, str, str], None] = lambda *_: None
+        self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self._growing = asyncio.Lock()
         self._tasks: set[asyncio.Future[None]] = set()
@@ -183,6 +184,9 @@ class AgentCluster(SkyCluster):
         match event["event"]:
             case "ready":
                 self._cores[agent] = event["cores"]
+            case "metrics" if agent.nodes:
+                node = min(agent.nodes)
+                self.on_metrics(node, agent.instance_id(node), {k: v for k, v in event.items() if k != "event"})
             case "scheduler":
                 self._dashboard_port = event["dashboard"]
                 if self._address is not None and not self._address.done():

@@ -40,6 +40,8 @@ class AgentConfig:
         Seconds without a word from the caller after which the agent ends; 0: it ends with its standard input.
     power_off
         Whether the machine is to be switched off when the agent ends because nobody is left.
+    metrics
+        Whether it tells how busy the machine is.
     preload
         Modules that the parent of all workers imports, besides dask.
     """
@@ -56,6 +58,7 @@ class AgentConfig:
     environment: dict[str, str] = field(default_factory=dict, repr=False)
     heartbeat_s: float = 0.0
     power_off: bool = False
+    metrics: bool = False
     remove: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
 

@@ -39,6 +39,7 @@ def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) ->
         ca=credentials.ca,
         certificate=credentials.certificate,
         key=credentials.key,
+        metrics=spec.collect_metrics,
         nodes=tuple(make_node(n) for n in range(spec.nodes)),
         environment={
             **thread_environment(max(1, cores // spec.concurrency)),

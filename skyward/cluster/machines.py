@@ -43,6 +43,7 @@ def machine_cluster(
             ca=credentials.ca,
             certificate=credentials.certificate,
             key=credentials.key,
+            metrics=spec.collect_metrics,
             scheduler="" if node else None,
             environment={**spec.image.env, **(spec.env or {})},
         )

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from skyward.cluster import metrics
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.relay import Switchboard
 
@@ -151,7 +152,7 @@ class _Agent:
     def __init__(self, config: AgentConfig, events: int | None) -> None:
         self.config = config
         self._pipe = os.fdopen(events, "w", buffering=1) if events is not None else None
-        self._told: list[str] = []  # every event so far, for a caller that comes back
+        self._told: list[str] = []  # every event that is kept, for a caller that comes back
         self._writers: set[asyncio.StreamWriter] = set()
         self._switchboard = Switchboard()
         self._heard_at = time.monotonic()
@@ -163,13 +164,15 @@ class _Agent:
 
     # --- to and from the caller -----------------------------------------------------------------------------
 
-    def _tell(self, event: str, **facts: Any) -> None:
+    def _tell(self, event: str, *, keep: bool = True, **facts: Any) -> None:
+        """Tell the caller, and one that comes back later too if this is to be kept."""
         line = json.dumps({"event": event, **facts}) + "\n"
         if self._pipe is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._pipe.write(line)
             return
-        self._told.append(line)
+        if keep:
+            self._told.append(line)
         for writer in self._writers:
             writer.write(line.encode())
 
@@ -278,6 +281,8 @@ class _Agent:
             }
         )
         self._tell("ready", cores=int(os.environ["SKYWARD_NODE_CORES"]))
+        if config.metrics:
+            self._spawn(self._tell_metrics())
         self._security = Credentials(config.ca, config.certificate, config.key).security()
         if config.scheduler is None:
             await self._start_scheduler(stack)
@@ -286,6 +291,12 @@ class _Agent:
         stack.push_async_callback(self._kill_workers)
         for node in config.nodes:
             self._add(node)
+
+    async def _tell_metrics(self) -> None:
+        metrics.sample()
+        while True:
+            await asyncio.sleep(metrics.PERIOD_S)
+            self._tell("metrics", keep=False, **metrics.sample())
 
     async def _start_scheduler(self, stack: contextlib.AsyncExitStack) -> None:
         from distributed import Scheduler

@@ -70,7 +70,9 @@ class Shipment:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
             for path in self.include:
-                tar.add(path, arcname=Path(path).resolve().name if Path(path).is_absolute() else path)
+                target = Path(path).resolve()
+                inside = not Path(path).is_absolute() and ".." not in Path(path).parts
+                tar.add(target, arcname=path if inside else target.name)
         return archive.getvalue()
 
 
@@ -93,7 +95,7 @@ class RemoteAgent:
         self._writer: Any = None
         self._unsent: list[dict[str, Any]] = []
         self._talking: asyncio.Task[None] | None = None
-        self._seen = 0  # events of the agent that have been heard
+        self._seen = 0  # events that the agent keeps and that have been heard
         self._step = ""
         self._started = False
         self._stopped = False
@@ -175,7 +177,7 @@ class RemoteAgent:
         if self._shipment.include:
             files = await asyncio.to_thread(self._shipment.files)
             done = await self._link.run(
-                f"umask 077; mkdir -p {folder}/work && tar xzf - -C {folder}/work", input=files
+                f"umask 077; mkdir -p {folder}/work && tar xozf - -C {folder}/work", input=files
             )
             if done.status:
                 raise self._failed("include", done.status, done.error.splitlines())
@@ -259,8 +261,9 @@ class RemoteAgent:
             self._writer = writer
             self._flush()
             while line := await reader.readline():
-                self._seen += 1
-                heard(json.loads(line))
+                event = json.loads(line)
+                self._seen += event["event"] != "metrics"  # which the agent does not keep
+                heard(event)
         except _TROUBLE as exc:
             logger.debug("lost the agent on %s: %s", self.machine, exc)
         finally:

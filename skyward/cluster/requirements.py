@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 from skyward.bootstrap import Recipe
 from skyward.cluster.wheel import Wheel
 from skyward.spec import Image
+from skyward.validation import Problems
 
 _BOTH_SIDES = ("dask", "distributed", "cloudpickle", "tornado", "msgpack")
 """What has to be the same version on both sides for pickles and messages to be understood."""
@@ -20,20 +21,59 @@ _BOTH_SIDES = ("dask", "distributed", "cloudpickle", "tornado", "msgpack")
 def recipe(image: Image, wheel: Wheel) -> Recipe:
     """Return the environment for `image`: what is named without a version and installed here gets the version here.
 
-    So does everything that the requirements need in turn, as a constraint.
+    So does everything that the requirements need in turn, as a constraint. What is installed from a folder or a
+    repository is left to the index: its version need not be known there.
+
+    Raises
+    ------
+    SpecError
+        The image asks for another version of what has to be the same on both sides.
     """
+    asked = list(_without_skyward(image.pip))
+    _check_both_sides(asked)
     requirements = [*(f"{n}=={v}" for n in _BOTH_SIDES if (v := _version(n))), *wheel.requirements]
-    requirements += map(_pinned, image.pip)
-    names = [*wheel.requirements, *(r for r in image.pip if _parsed(r))]
+    requirements += map(_pinned, asked)
+    names = [*wheel.requirements, *(r for r in asked if _parsed(r))]
     constraints = sorted({f"{name}=={version}" for name, version in _closure(names)})
     return Recipe(
         python=image.python or ".".join(platform.python_version_tuple()[:2]),
         requirements=tuple(dict.fromkeys(requirements)),
-        constraints=tuple(_without_conflicts(constraints, image.pip)),
+        constraints=tuple(_without_conflicts(constraints, asked)),
         wheel=wheel.name,
         extra_index_url=image.pip_extra_index_url,
         apt=tuple(image.apt),
     )
+
+
+def _without_skyward(asked: Sequence[str]) -> Iterator[str]:
+    """Put what the extras of skyward need in the place of skyward itself, which travels as a wheel."""
+    for text in asked:
+        requirement = _parsed(text)
+        if requirement is None or canonicalize_name(requirement.name) != "skyward":
+            yield text
+            continue
+        for extra in requirement.extras:
+            for needed in map(Requirement, importlib.metadata.requires("skyward") or ()):
+                if needed.marker is not None and _applies(needed, extra) and not _applies(needed, ""):
+                    needed.marker = None
+                    yield from _without_skyward([str(needed)])
+
+
+def _check_both_sides(asked: Sequence[str]) -> None:
+    problems = Problems("Image")
+    for text in asked:
+        requirement = _parsed(text)
+        name = canonicalize_name(requirement.name) if requirement else ""
+        if requirement is None or name not in _BOTH_SIDES or not _applies(requirement, ""):
+            continue
+        here = _version(name)
+        if here is not None and not requirement.specifier.contains(here, prereleases=True):
+            problems.note("pip", text, f"{name}=={here}, as it is installed here: both sides need the same")
+    problems.raise_if_any()
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def _parsed(text: str) -> Requirement | None:
@@ -44,11 +84,15 @@ def _parsed(text: str) -> Requirement | None:
 
 
 def _version(name: str) -> str | None:
-    """Return the version that is installed here, without a local label such as ``+cpu``; None when there is none."""
+    """Return the version that is installed here, without a local label such as ``+cpu``.
+
+    None: there is none, or it comes from a folder or a repository.
+    """
     try:
-        return importlib.metadata.version(name).partition("+")[0]
+        found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    return None if found.read_text("direct_url.json") else found.version.partition("+")[0]
 
 
 def _pinned(text: str) -> str:
@@ -69,14 +113,14 @@ def _closure(requirements: list[str]) -> Iterator[tuple[str, str]]:
     todo = [(Requirement(text), "") for text in requirements]
     while todo:
         requirement, extra = todo.pop()
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+        if not _applies(requirement, extra):
             continue
         try:
             found = importlib.metadata.distribution(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if not requirement.url:
-            yield canonicalize_name(requirement.name), found.version.partition("+")[0]
+        if not requirement.url and (version := _version(requirement.name)):
+            yield canonicalize_name(requirement.name), version
         for wanted in ("", *requirement.extras):
             if (key := (canonicalize_name(requirement.name), wanted)) not in seen:
                 seen.add(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class SSH:
         Raises
         ------
         SpecError
-            An option asks for other machines, or for more of them.
+            An option asks for other machines, or for more of them, or a file to ship is not there.
         """
         problems = Problems()
         if spec.nodes > len(self.hosts):
@@ -82,6 +83,9 @@ class SSH:
             problems.note("machine", spec.machine, "None with sky.SSH: the hosts are what they are")
         if spec.volume:
             problems.note("volume", spec.volume, "() with sky.SSH: use paths of the hosts")
+        for path in spec.image.include:
+            if not os.access(path, os.R_OK):
+                problems.note("include", path, f"a file or folder that can be read in {Path.cwd()}")
         problems.raise_if_any()
 
     def machines(self, count: int, skip: Sequence[str] = ()) -> list[Machine]:
@@ -97,15 +101,11 @@ class SSH:
             raise NoMatchingInstanceError(
                 f"sky.SSH has {len(free)} more hosts and {count} are asked for: give it more hosts"
             )
-        return [
-            Machine(id=host, provider=self.name, login=self._login(host), lives_on=True) for host in free[:count]
-        ]
+        return [Machine(id=host, provider=self.name, login=self._login(host), lives_on=True) for host in free[:count]]
 
     def _login(self, text: str) -> Login:
         user, host, port = _split(text)
-        return Login(
-            host=host, port=port, user=user or self.user, key=self.key, known_hosts=self.known_hosts
-        )
+        return Login(host=host, port=port, user=user or self.user, key=self.key, known_hosts=self.known_hosts)
 
 
 def _split(text: str) -> tuple[str | None, str, int | None]:
@@ -118,12 +118,13 @@ def _split(text: str) -> tuple[str | None, str, int | None]:
 def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     if not hosts or not all(isinstance(h, str) for h in hosts):
         raise ValueError("at least one host, as 'user@host:port'")
-    seen: set[tuple[str, int | None]] = set()
+    seen: set[tuple[str, int]] = set()
     for text in hosts:
         _, host, port = _split(text)
-        if (host.lower(), port) in seen:
+        place = host.lower(), port or 22
+        if place in seen:
             raise ValueError(f"each host once, and {host} is there twice")
-        seen.add((host.lower(), port))
+        seen.add(place)
     return hosts
 
 
@@ -135,8 +136,6 @@ def _check_user(user: str) -> str:
 
 def _check_file(path: str | Path) -> str:
     found = Path(path).expanduser()
-    if not found.is_file():
-        raise ValueError("the path of a file that exists")
+    if not found.is_file() or not os.access(found, os.R_OK):
+        raise ValueError("the path of a file that exists and can be read")
     return str(found.absolute())
-
-

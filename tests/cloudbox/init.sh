@@ -42,7 +42,7 @@ umount -l /run/before
 hostname "$name"
 echo "$name" > /etc/hostname
 printf '127.0.0.1 localhost\n%s %s\n' "$address" "$name" > /etc/hosts
-# Of two questions sent at once, masquerading may lose one, which is asked again after 5 s.
+# Masquerading may lose one of two questions to the name server that are sent at once: ask again soon, not after 5 s.
 echo 'options timeout:1' >> /etc/resolv.conf
 rm -rf /etc/ssh/ssh_host_* /var/log/*
 for key in /run/seed/ssh_host_*_key; do

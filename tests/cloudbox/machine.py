@@ -48,6 +48,7 @@ class Machine:
         baked: Path | None = None,
     ) -> None:
         self.name, self.user = name, user
+        self._is_gone = False
         self.network = network
         self.address, self._number = network.take_address()
         self._folder = network.folder / name
@@ -158,6 +159,9 @@ class Machine:
 
     def destroy(self) -> None:
         """Switch it off at once and remove all that it was made of. May be called twice."""
+        if self._is_gone:
+            return  # its address may be another machine's by now
+        self._is_gone = True
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()

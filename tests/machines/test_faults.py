@@ -110,6 +110,7 @@ def test_calls_of_a_lost_node_run_again_elsewhere(fault: Callable[[Machine], Non
             results.append(i)
             if i == 10:
                 fault(machines[1])
+        wait_until(lambda: lost)
         survivors = {host for _, host in sky.gather(*(slow(i) for i in range(4))) >> pool}
 
     assert results == list(range(60))
