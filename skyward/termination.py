@@ -34,9 +34,26 @@ def _undo() -> None:
                 signal.signal(number, signal.SIG_DFL)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_undo)
-
-
 def _unwind(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
+
+
+# Python forgets the signals that come while a child is being made: they wait until the child has no handler any more.
+_mask = threading.local()
+
+
+def _hold() -> None:
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _let_go_in_child() -> None:
+    _undo()
+    _let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go_in_child)

@@ -49,8 +49,8 @@ for key in /run/seed/ssh_host_*_key; do
     [ -e "$key" ] && install -m 600 "$key" /etc/ssh/ || ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key
 done
 if [ "$user" != root ]; then
-    echo "$user:x:1000:1000::/home/$user:/bin/sh" >> /etc/passwd
-    echo "$user:x:1000:" >> /etc/group
+    echo "$user:x:4242:4242::/home/$user:/bin/sh" >> /etc/passwd
+    echo "$user:x:4242:" >> /etc/group
     echo "$user:*:19000:0:99999:7:::" >> /etc/shadow
     mkdir -p "/home/$user"
 fi
@@ -82,6 +82,7 @@ done
 
 read -r _
 ip link set lo up
+echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify
 ip address add "$address/24" dev eth0
 ip link set eth0 up
 ip route add default via "$gateway"

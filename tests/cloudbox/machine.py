@@ -96,17 +96,23 @@ class Machine:
         self._process.stdin.flush()
 
     def _wait_for_sshd(self) -> None:
-        import socket
-
         deadline = time.monotonic() + 30
+        carrier = Path(f"/sys/class/net/{self._cable}/carrier")
         while True:
             self._check_alive()
-            with contextlib.suppress(OSError), socket.create_connection((self.address, 22), timeout=1) as connection:
-                if connection.recv(4) == b"SSH-":
-                    return
+            # Who asks for its address before it is there asks again after a second.
+            if carrier.read_text() == "1\n" and self._answers():
+                return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name} has no sshd after 30 s:\n{self.console()}")
-            time.sleep(0.01)
+            time.sleep(0.005)
+
+    def _answers(self) -> bool:
+        import socket
+
+        with contextlib.suppress(OSError), socket.create_connection((self.address, 22), timeout=1) as connection:
+            return connection.recv(4) == b"SSH-"
+        return False
 
     def _check_alive(self) -> None:
         if self._process.poll() is not None:

@@ -43,6 +43,7 @@ class Network:
     def __init__(self) -> None:
         _STATE.mkdir(exist_ok=True)
         self._numbers: set[int] = set()
+        self._last = 1
         self._lock = threading.Lock()
         self._number, self._held = _take_number()
         self.name = f"skybox{self._number}"
@@ -75,7 +76,9 @@ class Network:
 
     def take_address(self) -> tuple[str, int]:
         with self._lock:
-            number = next(n for n in range(2, 255) if n not in self._numbers)
+            # The one that was free for longest: others may still have its last owner's host key and hardware address.
+            order = [*range(self._last + 1, 255), *range(2, self._last + 1)]
+            number = self._last = next(n for n in order if n not in self._numbers)
             self._numbers.add(number)
         return str(self.subnet[number]), number
 

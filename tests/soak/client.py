@@ -1,66 +1,85 @@
-"""The program whose parts the soak kills: a pool on machines, a stream of calls, every result written down at once.
+"""The program whose pool is damaged: sends a stream of small calls and writes down what comes of them.
 
-``python client.py FOLDER`` reads ``job.json`` there, appends to ``results`` and says in ``end`` how it ended.
+Run as ``python client.py CONFIG``, a file of JSON that the soak has written. What happens goes line by line into the
+file that it names, each line whole or, where the process is killed in between, missing.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import random
+import signal
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import skyward as sky
 from skyward.cluster import remote, ssh
+from skyward.spec import Image
+
+_LARGE_EVERY = 60
+_LARGE_BYTES = 3 << 20
 
 
 @sky.compute
-def work(i: int, data: Any = None) -> tuple[int, int]:
-    import random
-    import time
-
-    time.sleep(random.Random(i).uniform(0.005, 0.1))
-    return i, i * i if data is None else int(data.sum())
+def square(i: int, pause_s: float, data: Any = None) -> tuple[int, int, int]:
+    time.sleep(pause_s)
+    return i, i * i, 0 if data is None else int(data.sum())
 
 
-def expected(i: int) -> int:
-    return i * i if i % 25 else 300_000
-
-
-def calls(count: int) -> Any:
-    import numpy as np
-
-    data = np.ones(300_000)  # 2.4 MB
+def calls(count: int, rng: random.Random) -> Iterator[Any]:
     for i in range(count):
-        yield work(i) if i % 25 else work(i, data)
+        pause_s = rng.choice([0.002, 0.01, 0.03, 0.1])
+        if i % _LARGE_EVERY == 7:
+            yield square(i, pause_s, np.full(_LARGE_BYTES // 8, i, dtype=np.int64))
+        else:
+            yield square(i, pause_s)
 
 
-def main(folder: Path) -> None:
-    # A soak has not got the minutes that users give a network to come back.
-    remote.UNREACHABLE_S = 8.0
-    remote.HEARTBEAT_LOSS_S = 15.0
-    remote._STOP_S = 5.0
-    ssh._KEEPALIVE_S = 1
-    job = json.loads((folder / "job.json").read_text())
-    provider = sky.SSH(job["hosts"], key=job["key"], known_hosts=job["known_hosts"])
-    image = sky.Image(pip=job["pip"])
-    with (
-        (folder / "results").open("a", buffering=1) as results,
-        sky.ComputePool(provider, nodes=len(job["hosts"]), concurrency=2, image=image, display="quiet") as pool,
-    ):
-        (folder / "up").touch()
-        for result in sky.gather(calls(job["calls"]), stream=True) >> pool:
-            results.write(json.dumps(result) + "\n")
+def expected(i: int) -> tuple[int, int, int]:
+    """Return what call `i` has to give."""
+    return i, i * i, i * (_LARGE_BYTES // 8) if i % _LARGE_EVERY == 7 else 0
+
+
+def main(config: dict[str, Any]) -> None:
+    rng = random.Random(config["seed"])
+    remote.UNREACHABLE_S = config["unreachable_s"]
+    remote.HEARTBEAT_LOSS_S = config["heartbeat_loss_s"]
+    ssh._KEEPALIVE_S = config["keepalive_s"]
+    record = Path(config["record"]).open("a", buffering=1)  # noqa: SIM115 - both for as long as we live
+    stacks = Path(config["stacks"]).open("w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+
+    def say(**facts: Any) -> None:
+        record.write(json.dumps(facts) + "\n")
+
+    provider = sky.SSH(config["hosts"], key=config["key"], known_hosts=config["known_hosts"])
+    image = Image(pip=config["pip"])
+    pool = sky.ComputePool(provider, nodes=len(config["hosts"]), concurrency=2, image=image, display="quiet")
+    try:
+        say(phase="starting")
+        with pool:
+            say(phase="working")
+            stream = sky.gather(calls(config["calls"], rng), stream=True, ordered=rng.random() < 0.5) >> pool
+            for result in stream:
+                say(result=result)
+            say(phase="ending")
+        say(phase="done")
+    except BaseException as exc:
+        say(
+            error=type(exc).__name__,
+            clear=isinstance(exc, sky.SkywardError),
+            text=str(exc),
+            traceback=traceback.format_exc()[-8000:],
+        )
+        raise
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    try:
-        main(where)
-    except BaseException as exc:
-        text = f"{type(exc).__name__}: {exc}"
-        (where / "end").write_text(json.dumps({"clear": isinstance(exc, sky.SkywardError), "error": text}))
-        traceback.print_exc()
-        raise
-    (where / "end").write_text(json.dumps({"clear": True, "error": None}))
+    main(json.loads(Path(sys.argv[1]).read_text()))

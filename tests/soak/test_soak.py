@@ -1,240 +1,304 @@
-"""Random parts of a pool are killed at random moments, again and again: nothing may be left, lost or doubled.
+"""Pools on machines, damaged in one random place at a random moment; again and again.
 
-``make soak``. SOAK_RUNS is how often (50), SOAK_SEED where it begins, SOAK_REPORT a file for the table.
+SOAK_RUNS says how often (50), SOAK_SEED what happens: the same seed brings the same faults at the same moments. One run
+alone: ``SOAK_SEED=... pytest -m soak 'tests/soak/test_soak.py::test_a_damaged_pool_ends_well[7]'``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
-from tests.cloudbox import Machine, why_not
+from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
-from tests.soak.client import expected
+from tests.soak import client as client_program
+from tests.soak.faults import Fault, Plan, guardians, inject, plan
+from tests.soak.outcome import Outcome
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
-
-CALLS = 300
+RUNS = int(os.environ.get("SOAK_RUNS", "50"))
 NODES = 3
-_HUNG_S = 150.0
-_CLEAN_S = 60.0
-_BLIP_S = 4.0
-_CLIENT = Path(__file__).with_name("client.py")
+CALLS = 600
+
+# A run is to take seconds where a user would wait for minutes: 45, 120 and 5 are the library's own.
+UNREACHABLE_S = 15.0
+HEARTBEAT_LOSS_S = 30.0
+KEEPALIVE_S = 2
+
+START_S = 60.0
+"""Seconds in which a pool on machines that have its environment is up, on a host that has much else to do."""
+HANGS_S = 120.0
+"""Seconds after the fault in which a client has done its work or given up."""
+CLEAN_S = 30.0
+"""Seconds after a client's end in which its guardian has cleaned up, where the client itself could not."""
+HEADROOM_S = 15.0
+NOT_DONE = "not done: the client had ended"
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 
-@dataclass
-class Run:
-    """One run of the client, and what is done to it."""
+class Machines:
+    """Machines that are used again as long as nothing has happened to them."""
 
-    site: Site
-    machines: list[Machine]
-    folder: Path
-    random: random.Random
-    client: subprocess.Popen[bytes] = field(init=False)
-    was_up: bool = False
+    def __init__(self, boot: Callable[[int], list[Machine]]) -> None:
+        self._boot = boot
+        self._machines: list[Machine] = []
 
-    def start(self) -> None:
-        job = {
-            "hosts": [f"root@{m.address}" for m in self.machines],
-            "key": str(self.site.key),
-            "known_hosts": str(self.site.known_hosts),
+    def whole(self) -> list[Machine]:
+        """Return machines that are up, reachable and clean, in place of those that are not."""
+        kept = []
+        for machine in self._machines:
+            with contextlib.suppress(RuntimeError, OSError, IndexError):
+                if machine.is_running and not left_on(machine):
+                    machine.plug()
+                    kept.append(machine)
+                    continue
+            machine.destroy()
+        self._machines = [*kept, *self._boot(NODES - len(kept))]
+        return self._machines
+
+    def discard(self, machine: Machine) -> None:
+        machine.destroy()
+        self._machines.remove(machine)
+
+    def close(self) -> None:
+        for machine in self._machines:
+            machine.destroy()
+
+
+@pytest.fixture(scope="module")
+def machines(site: Site, baked: Path) -> Iterator[Machines]:
+    machines = Machines(lambda count: site.boot(count, baked=baked))
+    yield machines
+    machines.close()
+
+
+def left_on(machine: Machine) -> list[str]:
+    """Return the processes and files that a machine has of any pool."""
+    files = machine.run("ls -d /tmp/skyward-* /dev/shm/skyward-* 2>/dev/null; true").split()
+    return [f"{machine.name}: {what}" for what in (*machine.processes(), *files)]
+
+
+class Client:
+    """The client's process, and what it has written down."""
+
+    def __init__(self, site: Site, machines: list[Machine], folder: Path, seed: str) -> None:
+        self.data_folder = folder / "data"
+        self._record = folder / "record"
+        self._stacks = folder / "stacks"
+        self._output = folder / "output"
+        config = {
+            "hosts": [f"root@{m.address}" for m in machines],
+            "key": str(site.key),
+            "known_hosts": str(site.known_hosts),
             "pip": list(IMAGE.pip),
+            "record": str(self._record),
+            "stacks": str(self._stacks),
             "calls": CALLS,
+            "seed": seed,
+            "unreachable_s": UNREACHABLE_S,
+            "heartbeat_loss_s": HEARTBEAT_LOSS_S,
+            "keepalive_s": KEEPALIVE_S,
         }
-        (self.folder / "job.json").write_text(json.dumps(job))
-        with (self.folder / "output").open("wb") as output:
-            self.client = subprocess.Popen(
-                [sys.executable, str(_CLIENT), str(self.folder)],
+        (folder / "config").write_text(json.dumps(config))
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, client_program.__file__, str(folder / "config")],
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "SKYWARD_DATA_DIR": str(self.folder / "data")},
+                env={**os.environ, "SKYWARD_DATA_DIR": str(self.data_folder)},
+                start_new_session=True,
             )
 
-    @property
-    def head(self) -> Machine:
-        return self.machines[0]
+    def said(self) -> list[dict[str, Any]]:
+        """Return what it has written down until now."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = self._record.read_text().split("\n")[:-1]  # the last may be half written
+            return [json.loads(line) for line in lines]
+        return []
 
     @property
-    def other(self) -> Machine:
-        return self.random.choice(self.machines[1:])
+    def phase(self) -> str:
+        phases = [line["phase"] for line in self.said() if "phase" in line]
+        return phases[-1] if phases else "loading"
 
-    def guardians(self) -> list[psutil.Process]:
-        pools = [path.stem for path in (self.folder / "data").glob("pools/*.json")]
-        return [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if "skyward.cluster.guardian" in (p.info["cmdline"] or ()) and p.info["cmdline"][-1] in pools
-        ]
+    @property
+    def results(self) -> int:
+        return sum("result" in line for line in self.said())
 
-    def kill_guardians(self) -> None:
-        for guardian in self.guardians():
-            guardian.kill()
+    @property
+    def pools(self) -> set[str]:
+        """The ids of pools in its journal."""
+        return {path.stem for path in self.data_folder.glob("pools/*.json")}
 
-    def results(self) -> list[tuple[int, int]]:
-        path = self.folder / "results"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may have been cut short
-        return [tuple(json.loads(line)) for line in lines]
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
 
-    def end(self) -> tuple[bool, str | None]:
-        """Return whether it ended in a way that a user understands, and the error if any."""
-        path = self.folder / "end"
-        if not path.exists():
-            return False, f"killed ({self.client.returncode})"
-        said = json.loads(path.read_text())
-        return said["clear"], said["error"]
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
 
+    def stacks(self) -> str:
+        """Return what each of its threads is doing."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        return self._stacks.read_text()
 
-def kill_one(machine: Machine, pattern: str) -> None:
-    """Kill the oldest process whose command line has `pattern`; there may be none yet, or no longer."""
-    machine.run(f"pkill -KILL -o -f {pattern}", check=False)
-
-
-def kill_worker(run: Run) -> None:
-    # Forked from the forkserver, so the newest of its kind are workers.
-    run.random.choice(run.machines).run("pkill -KILL -n -f multiprocessing.forkserve[r]", check=False)
+    def close(self) -> None:
+        if not self.has_ended:
+            self.process.kill()
+        self.process.wait()
 
 
-def blip(run: Run, machine: Machine) -> None:
-    machine.unplug()
-    time.sleep(_BLIP_S)  # the fault itself, not a wait for something
-    machine.plug()
+def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
-def kill_both(run: Run) -> None:
-    run.kill_guardians()
-    run.client.kill()
-
-
-AGENT = "skyward.cluster.nod[e]"
-FAULTS: dict[str, Callable[[Run], None]] = {
-    "client killed": lambda run: run.client.kill(),
-    "client terminated": lambda run: run.client.terminate(),
-    "client interrupted": lambda run: run.client.send_signal(signal.SIGINT),
-    "guardian killed": Run.kill_guardians,
-    "client and guardian killed": kill_both,
-    "agent of node 0 killed": lambda run: kill_one(run.head, AGENT),
-    "agent of another node killed": lambda run: kill_one(run.other, AGENT),
-    "worker killed": kill_worker,
-    "node 0 destroyed": lambda run: run.head.destroy(),
-    "another node destroyed": lambda run: run.other.destroy(),
-    "node 0 cut off for good": lambda run: run.head.unplug(),
-    "another node cut off for good": lambda run: run.other.unplug(),
-    f"node 0 cut off for {_BLIP_S:g} s": lambda run: blip(run, run.head),
-    f"another node cut off for {_BLIP_S:g} s": lambda run: blip(run, run.other),
-}
-CLIENT_ENDS = {"client killed", "client terminated", "client interrupted", "client and guardian killed"}
-MAY_FAIL = {"agent of node 0 killed", "node 0 destroyed", "node 0 cut off for good"}
-
-
-def is_clean(machine: Machine) -> bool:
-    return not machine.processes() and not machine.run("ls -d /tmp/skyward-* 2>/dev/null; true")
-
-
-def seconds_until_clean(machines: list[Machine]) -> float:
-    began = time.monotonic()
-    while not all(map(is_clean, machines)):
-        if time.monotonic() - began > _CLEAN_S:
-            left = {m.name: (m.processes(), m.run("ls -d /tmp/skyward-*", check=False)) for m in machines}
-            raise AssertionError(f"not clean after {_CLEAN_S:g} s: {left}")
-        time.sleep(0.2)
-    return time.monotonic() - began
-
-
-def one_run(run: Run, fault: str, delay: float) -> tuple[str, float]:
-    """Return how the run ended, and the seconds until the machines that are left were clean."""
-    run.start()
-    try:
-        time.sleep(delay)
-        run.was_up = (run.folder / "up").exists()
-        FAULTS[fault](run)
-        try:
-            run.client.wait(_HUNG_S)
-        except subprocess.TimeoutExpired:
-            raise AssertionError("hung") from None
-    finally:
-        run.client.kill()
-        run.client.wait()
-    results = run.results()
-    indices = [i for i, _ in results]
-    assert len(set(indices)) == len(indices), "results doubled"
-    assert all(value == expected(i) for i, value in results), "results wrong"
-    clear, error = run.end()
-    if error is None:
-        assert indices == list(range(CALLS)), "results lost"
-        outcome = "survived"
-    elif fault in CLIENT_ENDS:
-        outcome = "ended"
+def wait_for_moment(client: Client, plan: Plan) -> None:
+    moment = plan.moment
+    phases = ("loading", "starting", "working", "ending", "done")
+    wait_until(lambda: client.has_ended or phases.index(client.phase) >= phases.index(moment.phase), 2 * START_S)
+    if moment.phase == "working":
+        wait_until(lambda: client.has_ended or client.results >= moment.amount, START_S)
     else:
-        assert clear, f"not a clear failure: {error}"
-        assert fault in MAY_FAIL or not run.was_up, f"should have survived: {error}"
-        outcome = "clear failure"
-    left = [m for m in run.machines if m.is_running]
-    return outcome, seconds_until_clean(left)
+        wait_until(lambda: client.has_ended, moment.amount)
 
 
-def test_random_parts_die_at_random_moments(site: Site, baked: Path, tmp_path: Path) -> None:
-    runs = int(os.environ.get("SOAK_RUNS", "50"))
-    seed = int(os.environ.get("SOAK_SEED", "1"))
-    dice = random.Random(seed)
-    faults = (list(FAULTS) * (runs // len(FAULTS) + 1))[:runs]
-    dice.shuffle(faults)
-    table: dict[str, Counter[str]] = {fault: Counter() for fault in FAULTS}
-    slowest = dict.fromkeys(FAULTS, 0.0)
-    failures = []
-    machines: list[Machine] = []
-    for number, fault in enumerate(faults):
-        sound = [m for m in machines if m.is_running]
-        machines = sound + site.boot(NODES - len(sound), baked=baked)
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        run = Run(site, machines, folder, dice)
-        delay = dice.uniform(0.1, 4.5)
-        try:
-            outcome, seconds = one_run(run, fault, delay)
-        except AssertionError as exc:
-            outcome, seconds = "FAILED", 0.0
-            failures.append(f"run {number}, {fault} after {delay:.2f} s: {exc}; see {folder}/output")
-        table[fault][outcome] += 1
-        slowest[fault] = max(slowest[fault], seconds)
-        print(f"{number:3} {fault:32} after {delay:.2f} s: {outcome}, clean in {seconds:.1f} s", flush=True)
-        run.kill_guardians()
-        if outcome == "FAILED" or "cut off" in fault or not all(m.is_running for m in machines):
-            for machine in machines:
-                machine.destroy()
-    report(table, slowest, runs, seed)
-    assert not failures, "\n".join(failures)
+def damage(plan: Plan, client: Client, machines: list[Machine]) -> str:
+    """Do what is planned, as soon as there is something to do it to; return what the client was at then."""
+    deadline = time.monotonic() + START_S
+    while not client.has_ended and time.monotonic() < deadline:
+        phase = client.phase
+        if inject(plan, client.process, machines, client.data_folder):
+            return phase
+        time.sleep(0.02)
+    return NOT_DONE
 
 
-def report(table: dict[str, Counter[str]], slowest: dict[str, float], runs: int, seed: int) -> None:
-    columns = ("survived", "clear failure", "ended", "FAILED")
-    lines = [
-        f"{runs} runs of {CALLS} calls on {NODES} machines with 2 slots each, seed {seed}.",
-        "",
-        f"| fault | runs | {' | '.join(columns)} | clean within |",
-        f"|---|---|{'---|' * len(columns)}---|",
-    ]
-    for fault, counts in table.items():
-        cells = " | ".join(str(counts[c]) for c in columns)
-        lines.append(f"| {fault} | {counts.total()} | {cells} | {slowest[fault]:.1f} s |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if path := os.environ.get("SOAK_REPORT"):
-        Path(path).write_text(text)
+def judge(outcome: Outcome, client: Client) -> None:
+    """Note how the client has ended, whether it may, and whether its results are right."""
+    fault = outcome.plan.fault
+    said = client.said()
+    results = [tuple(line["result"]) for line in said if "result" in line]
+    errors = [line for line in said if "error" in line]
+    counts = Counter(i for i, _, _ in results)
+    outcome.doubled = sum(n - 1 for n in counts.values())
+    outcome.wrong = sum(result != client_program.expected(result[0]) for result in results)
+    status = client.process.poll()
+    if status is None:
+        outcome.end = "hung"
+        outcome.problems.append(f"hangs, {client.results} results, phase {client.phase}:\n{client.stacks()}")
+    elif status == 0 and client.phase == "done":
+        outcome.end = "survived"
+        outcome.lost = CALLS - len(counts)
+    elif fault.of_client and outcome.phase != NOT_DONE:
+        outcome.end = "ended"
+        if errors and errors[-1]["error"] not in ("KeyboardInterrupt", "SystemExit"):
+            outcome.problems.append(f"was interrupted and raised {errors[-1]['traceback']}")
+    elif errors and errors[-1]["clear"]:
+        outcome.end = "clear failure"
+        outcome.said = f"{errors[-1]['error']}: {errors[-1]['text']}"
+    else:
+        outcome.end = "unclear failure"
+        outcome.problems.append(f"status {status}, {errors[-1]['traceback'] if errors else client.output[-8000:]}")
+    may_fail = fault.of_scheduler or (fault.of_node and outcome.phase in ("loading", "starting"))
+    if outcome.end == "clear failure" and not may_fail:
+        outcome.problems.append(f"should have survived: {errors[-1]['traceback']}")
+    if outcome.lost or outcome.doubled or outcome.wrong:
+        outcome.problems.append(f"{outcome.lost} results lost, {outcome.doubled} doubled, {outcome.wrong} wrong")
+    if "Traceback" in client.output and not errors:
+        outcome.problems.append(f"printed\n{client.output[-4000:]}")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _has_machines() -> None:
-    if reason := why_not():
-        pytest.skip(reason)
+def look_for_remains(outcome: Outcome, client: Client, machines: list[Machine], damaged_at: float) -> None:
+    """Wait until everything is clean, and note what is not within the time that it is promised."""
+    fault = outcome.plan.fault
+    began = time.monotonic()
+    happened = outcome.phase != NOT_DONE
+    lost = machines[outcome.plan.node] if fault.loses_machine and happened else None
+    alone = fault is Fault.CLIENT_AND_GUARDIAN_KILLED and happened
+    limit = (HEARTBEAT_LOSS_S + HEADROOM_S) if alone else CLEAN_S
+    reachable = [m for m in machines if m is not lost]
+    for machine in reachable:
+        if not wait_until(lambda m=machine: not left_on(m), began + limit - time.monotonic()):
+            outcome.left += left_on(machine)
+    outcome.clean_s = time.monotonic() - began
+    if lost is not None and fault.cuts_off:
+        # Nobody can reach it: it has to notice that by itself.
+        if not wait_until(lambda: not left_on(lost), damaged_at + HEARTBEAT_LOSS_S + HEADROOM_S - time.monotonic()):
+            outcome.left += left_on(lost)
+        outcome.clean_s = max(outcome.clean_s, time.monotonic() - damaged_at)
+        lost.plug()
+    if alone or lost is not None:
+        # Whoever could close the entry is gone, or waits for a machine: the command does it.
+        entries = client.pools
+        down = subprocess.run(
+            [sys.executable, "-m", "skyward.cli", "down", "--all", "--yes"],
+            env={**os.environ, "SKYWARD_DATA_DIR": str(client.data_folder)},
+            capture_output=True,
+            text=True,
+        )
+        gone = lost is not None and not fault.cuts_off and bool(entries)
+        if (down.returncode == 0) == gone:
+            outcome.problems.append(f"skyward down: status {down.returncode}, {down.stdout}{down.stderr}")
+        if gone:
+            if lost is not None and lost.address not in down.stderr:
+                outcome.problems.append(f"skyward down does not name the lost machine: {down.stdout}{down.stderr}")
+            return
+    if not wait_until(lambda: not list(client.data_folder.glob("pools/*")), CLEAN_S):
+        outcome.left += [f"journal: {path.name}" for path in client.data_folder.glob("pools/*")]
+    if lost is None and not wait_until(lambda: not guardians(client.data_folder), CLEAN_S):
+        outcome.left.append("a guardian")
+
+
+@pytest.mark.parametrize("number", range(RUNS))
+def test_a_damaged_pool_ends_well(
+    number: int, seed: str, site: Site, machines: Machines, outcomes: list[Outcome], tmp_path: Path
+) -> None:
+    run = plan(seed, number, nodes=NODES, calls=CALLS)
+    outcome = Outcome(run)
+    outcomes.append(outcome)
+    used = list(machines.whole())
+    began = time.monotonic()
+    client = Client(site, used, tmp_path, run.seed)
+
+    try:
+        wait_for_moment(client, run)
+        outcome.phase = damage(run, client, used)
+        damaged_at = time.monotonic()
+        pools = client.pools
+        wait_until(lambda: client.has_ended, HANGS_S)
+        outcome.seconds = time.monotonic() - began
+        judge(outcome, client)
+        if outcome.end == "hung":
+            client.close()
+        look_for_remains(outcome, client, used, damaged_at)
+    finally:
+        client.close()
+        for guardian in guardians(client.data_folder):
+            guardian.kill()
+        if run.fault.loses_machine:
+            machines.discard(used[run.node])
+    outcome.left += [f"here: {path}" for pool in pools for path in Path("/dev/shm").glob(f"skyward-{pool}-*")]
+    if outcome.left:
+        outcome.problems.append("left behind: " + "; ".join(outcome.left))
+
+    assert not outcome.problems, str(outcome)
