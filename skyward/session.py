@@ -192,8 +192,17 @@ def _connect(cluster: SkyCluster, direct: bool) -> Client:
         if not isinstance(cluster, JoinedCluster):
             # What has to be the same on both sides is pinned; Dask also tells of packages that nobody asked for there.
             warnings.simplefilter("ignore", VersionMismatchWarning)
-        # Not the default client: that is for the caller to choose.
-        return Client(cluster, set_as_default=False, direct_to_workers=direct)
+        client = Client.__new__(Client)
+        try:
+            # Not the default client: that is for the caller to choose.
+            client.__init__(cluster, set_as_default=False, direct_to_workers=direct)
+        except BaseException:
+            # Ctrl-C as a rule. Left to the garbage collector, it would wait for an event loop that has ended by then.
+            with contextlib.suppress(Exception):
+                client.close(timeout=2)
+            client.status = "closed"
+            raise
+        return client
 
 
 def _register_joblib() -> None:

@@ -208,6 +208,7 @@ class RemoteAgent:
         return done.status == 0
 
     def _failed(self, step: str, status: int, lines: Sequence[str]) -> BootstrapError:
+        lines = [line for line in lines if line.strip()]
         said = "\n  ".join(["its last lines:", *lines]) if lines else "it said nothing"
         return BootstrapError(
             f"{self.machine} could not be made ready: step {step!r} failed with status {status}; {said}",

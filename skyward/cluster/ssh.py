@@ -110,7 +110,7 @@ class Link:
             options["known_hosts"] = login.known_hosts
         else:
             chosen = await asyncssh.SSHClientConnectionOptions.construct(
-                **options | {"host": login.host, "client_keys": None}
+                **options | {"host": login.host, "client_keys": None, "config": ()}
             )
             if chosen.known_hosts is None:  # then asyncssh would take any host for the right one
                 raise self._error(
@@ -172,11 +172,14 @@ class Link:
         """Run a shell command, hand on each line of its output, and return its status."""
         connection = await self.connect()
         options: Any = {"stdin": asyncssh.DEVNULL, "stderr": asyncssh.STDOUT, "errors": "replace"}
-        async with connection.create_process(command, **options) as process:
+        process = await connection.create_process(command, **options)
+        try:
             async for line in process.stdout:
                 heard(line.rstrip("\n"))
             await process.wait()
             return self._status(process)
+        finally:
+            process.close()  # without waiting for it: whoever is cancelled would wait for the command's own end
 
     def _status(self, ended: Any) -> int:
         """Return the status as a shell has it, where a signal counts as 128 and its number."""
