@@ -187,8 +187,11 @@ class Session:
         threading.Thread(target=watch, name="skyward-timeout", daemon=True).start()
 
 
+_filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
+
+
 def _connect(cluster: SkyCluster, direct: bool) -> Client:
-    with warnings.catch_warnings():
+    with _filtering, warnings.catch_warnings():
         if not isinstance(cluster, JoinedCluster):
             # What has to be the same on both sides is pinned; Dask also tells of packages that nobody asked for there.
             warnings.simplefilter("ignore", VersionMismatchWarning)

@@ -1,0 +1,314 @@
+"""Machines are made ready: what is installed, what is skipped, what is repaired, and what is said when it can't be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import skyward as sky
+from skyward.spec import Image
+from tests.cloudbox import Machine
+from tests.machines.conftest import IMAGE, Site
+
+BARE = Image()
+CACHE = "/root/.cache/skyward"
+
+
+@pytest.fixture(autouse=True)
+def _own_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKYWARD_DATA_DIR", str(tmp_path / "data"))
+
+
+class Steps:
+    """Notes the steps of each machine; `at` is called with every one."""
+
+    def __init__(self, at: Callable[[str], None] = lambda _: None) -> None:
+        self.seen: list[str] = []
+        self._at = at
+
+    @property
+    def installed(self) -> list[str]:
+        """What was made, but for skyward itself: the baked environment may have one of other code."""
+        return [step for step in self.seen if step not in ("ssh", "upload", "skyward", "agent")]
+
+    def __call__(self, event: Any) -> None:
+        if isinstance(event, sky.BootstrapProgress):
+            self.seen.append(event.step)
+            self._at(event.step)
+
+
+def open_pool(
+    site: Site, *machines: Machine, image: Image = IMAGE, steps: Any = None, **options: Any
+) -> sky.ComputePool:
+    return sky.ComputePool(
+        site.provider(*machines), nodes=len(machines), image=image, display="quiet", on_event=steps, **options
+    )
+
+
+def fail_to_start(site: Site, *machines: Machine, image: Image = IMAGE, steps: Any = None) -> sky.BootstrapError:
+    """Enter a pool that can't start; check that every machine is left clean."""
+    with pytest.raises(sky.BootstrapError) as caught, open_pool(site, *machines, image=image, steps=steps):
+        pass
+    error = caught.value
+    assert error.step in str(error)
+    assert error.machine in str(error)
+    assert len(error.last_lines) <= 20
+    for machine in machines:
+        assert machine.processes() == []
+        assert machine.run("ls -d /tmp/skyward-* 2> /dev/null || true") == ""
+    return error
+
+
+@sky.compute
+def version_of(package: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(package)
+
+
+@sky.compute
+def who() -> tuple[str, str]:
+    import getpass
+    import sys
+
+    return getpass.getuser(), sys.prefix
+
+
+@pytest.fixture(scope="module")
+def cold(site: Site) -> Iterator[Machine]:
+    """A machine that nothing was installed on, for a user who isn't root."""
+    (machine,) = site.boot(user="ada")
+    yield machine
+    machine.destroy()
+
+
+@pytest.fixture(scope="module")
+def warm(site: Site, baked: Path) -> Iterator[Machine]:
+    (machine,) = site.boot(baked=baked)
+    yield machine
+    machine.destroy()
+
+
+@pytest.fixture
+def fresh(site: Site) -> Iterator[Callable[..., Machine]]:
+    """Boots a machine that nothing was installed on, for one test."""
+    booted: list[Machine] = []
+
+    def boot(**options: Any) -> Machine:
+        booted.extend(site.boot(**options))
+        return booted[-1]
+
+    yield boot
+    for machine in booted:
+        machine.destroy()
+
+
+# --- what is installed, and what is skipped -----------------------------------------------------------------
+
+
+def test_a_cold_machine_is_made_ready_once_for_a_user_without_rights(site: Site, cold: Machine) -> None:
+    cold.run("mkdir -p /home/ada/.cache/uv; echo mine | tee /home/ada/notes /home/ada/.cache/uv/mine")
+    cold.run("chown -R ada /home/ada; sleep 1000 > /dev/null 2>&1 &")
+    first, second = Steps(), Steps()
+
+    with open_pool(site, cold, image=BARE, steps=first) as pool:
+        user, prefix = who() >> pool
+    with open_pool(site, cold, image=BARE, steps=second) as pool:
+        again = who() >> pool
+
+    assert first.seen == ["ssh", "upload", "uv", "python", "packages", "skyward", "agent"]
+    assert second.seen == ["ssh", "upload", "agent"]
+    assert user == "ada"
+    assert again == (user, prefix)
+    assert prefix.startswith("/home/ada/.cache/skyward/envs/")
+    # All else is as it was.
+    assert [p.split() for p in cold.processes()] == [["sleep", "1000"]]
+    assert cold.run("ls -A /home/ada /home/ada/.cache /home/ada/.cache/uv /tmp").split() == [
+        "/home/ada:", ".cache", ".ssh", "notes", "/home/ada/.cache:", "skyward", "uv", "/home/ada/.cache/uv:", "mine",
+        "/tmp:",
+    ]  # fmt: skip
+    assert cold.run("find / -xdev -newer /home/ada/notes -user ada -not -path '/proc/*' 2> /dev/null || true") == ""
+
+
+def test_another_image_has_an_environment_of_its_own_and_shares_uv(site: Site, warm: Machine) -> None:
+    steps = Steps()
+
+    with open_pool(site, warm, image=Image(pip=["cowsay"], env={"A": "b"}), steps=steps) as pool:
+        version = version_of("cowsay") >> pool
+
+    assert steps.installed == ["python", "packages"]
+    assert version
+    assert len(warm.run(f"ls {CACHE}/envs").split()) == 2
+    with pytest.raises(ImportError):
+        import cowsay  # noqa: F401
+
+
+def test_an_environment_that_was_damaged_is_made_again(site: Site, fresh: Callable[..., Machine], baked: Path) -> None:
+    machine = fresh(baked=baked)
+    machine.run(f"rm {CACHE}/envs/*/bin/python {CACHE}/uv/bin/uv; rm -r {CACHE}/skyward/*")
+    steps = Steps()
+
+    with open_pool(site, machine, steps=steps) as pool:
+        assert version_of("numpy") >> pool
+
+    assert steps.seen == ["ssh", "upload", "uv", "python", "packages", "skyward", "agent"]
+
+
+def test_debian_packages_are_installed_once(site: Site, warm: Machine) -> None:
+    first, second = Steps(), Steps()
+    image = Image(pip=IMAGE.pip, apt=["dns-root-data"])
+    assert not Path("/usr/share/dns/root.hints").exists()
+
+    with open_pool(site, warm, image=image, steps=first) as pool:
+        assert "ROOT-SERVERS" in sky.compute(Path.read_text)(Path("/usr/share/dns/root.hints")) >> pool
+    with open_pool(site, warm, image=image, steps=second):
+        pass
+
+    assert (first.installed, second.installed) == (["apt"], [])
+
+
+@pytest.mark.filterwarnings("ignore:Mismatched versions")  # each pool silences it, for one thread at a time
+def test_two_pools_that_start_at_once_share_what_is_made(
+    site: Site, fresh: Callable[..., Machine], baked: Path
+) -> None:
+    machine = fresh(baked=baked)
+    steps = [Steps(), Steps()]
+
+    def start(number: int) -> tuple[str, str]:
+        with open_pool(site, machine, image=BARE, steps=steps[number]) as pool:
+            return who() >> pool
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(start, range(2))
+
+    assert first == second
+    assert sorted(s.seen.count("packages") for s in steps) == [0, 1]
+    assert sum(s.seen.count("wait") for s in steps) == 1
+    assert machine.processes() == []
+
+
+def kill_script(machine: Machine) -> None:
+    machine.run("pkill -KILL -f bootstrap.s[h]; pkill -KILL -x uv; true")
+
+
+def cut_connection(machine: Machine) -> None:
+    machine.run("pkill -KILL -f 'sshd: root@notty'; true")
+
+
+@pytest.mark.parametrize("fault", [kill_script, cut_connection])
+def test_an_interrupted_start_is_repaired_by_the_next(
+    fault: Callable[[Machine], None], site: Site, fresh: Callable[..., Machine], baked: Path
+) -> None:
+    machine = fresh(baked=baked)
+    machine.run(f"rm -rf {CACHE}/uv-cache {CACHE}/skyward/*")
+
+    def interrupt(step: str) -> None:
+        if step == "packages":
+            fault(machine)
+
+    error = fail_to_start(site, machine, image=BARE, steps=Steps(interrupt))
+    steps = Steps()
+    with open_pool(site, machine, image=BARE, steps=steps) as pool:
+        assert version_of("distributed") >> pool == __import__("distributed").__version__
+
+    assert error.step == "packages"
+    assert error.status
+    assert steps.seen == ["ssh", "upload", "python", "packages", "skyward", "agent"]
+
+
+@pytest.mark.parametrize("mark", ["", "SKYWARD_POOL=some "], ids=["alone", "in-a-pool"])
+def test_an_images_own_script_works_alone_and_ends_the_machine_in_time(
+    mark: str, fresh: Callable[..., Machine], baked: Path
+) -> None:
+    machine = fresh(baked=baked)
+    machine.run(f"cat > /root/script.sh <<'END'\n{Image(pip=['cowsay']).bootstrap(ttl=3)}\nEND")
+
+    output = machine.run(f"HOME=/root {mark}sh /root/script.sh").splitlines()
+    again = machine.run(f"HOME=/root {mark}sh /root/script.sh").splitlines()
+    machine.run(f"{output[-1]} -c 'import cowsay'")
+    machine.run("! grep -lsaF SKYWARD_POOL= /proc/[0-9]*/environ")  # what ends a pool does not end this
+
+    assert [line for line in output if line.startswith("::")] == [
+        f"::skyward step {s}" for s in ("python", "packages", "done")
+    ]
+    assert again == ["::skyward step done", output[-1]]
+    deadline = time.monotonic() + 20
+    while machine.is_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# --- what is said when it can't be --------------------------------------------------------------------------
+
+
+def test_a_package_that_does_not_exist_is_named(site: Site, warm: Machine) -> None:
+    error = fail_to_start(site, warm, image=Image(pip=["skyward-no-such-package"]))
+
+    assert (error.step, error.status, error.machine) == ("packages", 1, f"root@{warm.address}")
+    assert "skyward-no-such-package was not found" in "\n".join(error.last_lines)
+
+
+def test_a_debian_package_that_does_not_exist_is_named(site: Site, warm: Machine) -> None:
+    error = fail_to_start(site, warm, image=Image(pip=IMAGE.pip, apt=["skyward-no-such-package"]))
+
+    assert (error.step, error.status) == ("apt", 100)
+    assert "Unable to locate package skyward-no-such-package" in "\n".join(error.last_lines)
+
+
+def test_debian_packages_need_rights(site: Site, cold: Machine) -> None:
+    cold.run("pkill sleep; true")
+
+    error = fail_to_start(site, cold, image=Image(apt=["hello"]))
+
+    assert (error.step, error.status) == ("apt", 77)
+    assert error.last_lines == ("this needs root: user ada is not root and has no sudo without a password",)
+
+
+def test_a_python_that_is_not_to_be_had_is_named(site: Site, warm: Machine) -> None:
+    warm.run("mkdir -p /etc/uv; echo 'python-downloads = \"never\"' > /etc/uv/uv.toml")
+
+    error = fail_to_start(site, warm, image=Image(python="3.9"))
+
+    assert (error.step, error.status) == ("python", 80)
+    assert "Python 3.9 is not on this machine, which has Python 3.11" in error.last_lines[-1]
+    assert "Image(python=...)" in error.last_lines[-1]
+
+
+def test_a_machine_with_an_old_python_and_no_way_to_a_new_one_is_told_so(
+    site: Site, fresh: Callable[..., Machine]
+) -> None:
+    machine = fresh()
+    machine.run("rm -f /usr/bin/python3* /usr/bin/curl /usr/bin/wget")
+    machine.run("printf '#!/bin/sh\\necho Python 3.6.9; exit 1\\n' > /usr/bin/python3; chmod +x /usr/bin/python3")
+
+    error = fail_to_start(site, machine)
+
+    assert (error.step, error.status) == ("uv", 79)
+    assert "install it on this machine" in error.last_lines[-1]
+
+
+def test_a_full_disk_is_named(site: Site, fresh: Callable[..., Machine]) -> None:
+    error = fail_to_start(site, fresh(disk="64m"))
+
+    assert error.step == "packages"
+    assert error.status
+    assert [line for line in error.last_lines if "No space left" in line or "is full" in line]
+
+
+def test_the_others_stop_their_work_when_one_machine_fails(site: Site, fresh: Callable[..., Machine]) -> None:
+    good, bad = fresh(), fresh()
+    bad.run("printf '#!/bin/sh\\nsleep 1000\\n' > /usr/bin/uv; chmod +x /usr/bin/uv")  # never gets further
+
+    def fail_when_the_other_is_at_work(event: Any) -> None:
+        if isinstance(event, sky.BootstrapProgress) and event.step == "packages":
+            bad.run("pkill -KILL -f bootstrap.s[h]")
+
+    error = fail_to_start(site, good, bad, image=BARE, steps=fail_when_the_other_is_at_work)
+
+    assert (error.machine, error.status) == (f"root@{bad.address}", 128 + 9)
+    assert good.run(f"ls {CACHE}/envs/*/complete 2> /dev/null || true") == ""
