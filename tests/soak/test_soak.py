@@ -42,6 +42,7 @@ HANGS_S = 120.0
 CLEAN_S = 30.0
 """Seconds after a client's end in which its guardian has cleaned up, where the client itself could not."""
 HEADROOM_S = 15.0
+NOISE = ("Exception in callback", "never retrieved", "Task was destroyed", "Exception ignored", "never awaited")
 NOT_DONE = "not done: the client had ended"
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
@@ -224,8 +225,8 @@ def judge(outcome: Outcome, client: Client) -> None:
         outcome.problems.append(f"should have survived: {errors[-1]['traceback']}")
     if outcome.lost or outcome.doubled or outcome.wrong:
         outcome.problems.append(f"{outcome.lost} results lost, {outcome.doubled} doubled, {outcome.wrong} wrong")
-    if "Traceback" in client.output and not errors:
-        outcome.problems.append(f"printed\n{client.output[-4000:]}")
+    if any(noise in client.output for noise in NOISE) or ("Traceback" in client.output and not errors):
+        outcome.problems.append(f"printed\n{client.output[-6000:]}")
 
 
 def look_for_remains(outcome: Outcome, client: Client, machines: list[Machine], damaged_at: float) -> None:
