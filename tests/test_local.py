@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import threading
 import urllib.request
 import zipfile
@@ -17,6 +18,7 @@ from skyward.cluster.overlay import missing
 
 
 def test_workers_are_named_after_node_and_slot_and_have_resources(pool: sky.ComputePool) -> None:
+    pool.client.wait_for_workers(4, timeout=60)  # another test may have cost one, which is being restarted
     workers = pool.client.scheduler_info(n_workers=-1)["workers"].values()
 
     found = {w["name"]: w["resources"] for w in workers}
@@ -199,3 +201,14 @@ def test_how_busy_the_machine_is_arrives_as_events(pool: sky.ComputePool) -> Non
     assert heard[0].instance_id == pool.instances[0].id
     assert 0 <= heard[0].cpu_percent <= 100
     assert 0 < heard[0].memory_used_mb < heard[0].memory_total_mb
+
+
+def test_a_pool_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+    with sky.ComputePool("local", display="quiet") as pool:
+        assert sky.compute(tempfile.gettempdir)() >> pool == str(tmp_path)
+        assert list(tmp_path.iterdir())
+
+    assert not list(tmp_path.iterdir())

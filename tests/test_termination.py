@@ -5,10 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from skyward.termination import unwind_on_termination
+
+
+@pytest.fixture(autouse=True)
+def _nobody_listens() -> Iterator[None]:
+    """As in a fresh process: another test's pool may be active in this one."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_forked_process_dies_of_sigterm_as_usual() -> None:

@@ -56,7 +56,7 @@ def main() -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(_environment(config))
-    _start_forkserver(config.preload)
+    _start_forkserver(config)
     try:
         asyncio.run(_run(config, events))
     except BaseException:
@@ -138,13 +138,15 @@ def _end_after(seconds: float, config: AgentConfig) -> None:
     threading.Thread(target=end, name="dead-man", daemon=True).start()
 
 
-def _start_forkserver(preload: tuple[str, ...]) -> None:
+def _start_forkserver(config: AgentConfig) -> None:
     """Start the warm parent of all workers now, so that its imports run beside ours."""
     import multiprocessing
     from multiprocessing import forkserver
 
+    # Its socket would lie in a folder of its own, which nobody removes when we are killed.
+    multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distributed.nanny", "distributed.worker", "skyward.cluster.slot", *preload])
+    context.set_forkserver_preload(["distributed.nanny", "distributed.worker", "skyward.cluster.slot", *config.preload])
     forkserver.ensure_running()
 
 
@@ -265,6 +267,7 @@ class _Agent:
         config = self.config
         dask.config.set(
             {
+                "temporary-directory": config.folder,
                 "distributed.worker.multiprocessing-method": "forkserver",
                 # Tasks may start processes of their own, as torch's DataLoader does; daemons may not.
                 "distributed.worker.daemon": False,
