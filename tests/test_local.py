@@ -203,12 +203,13 @@ def test_how_busy_the_machine_is_arrives_as_events(pool: sky.ComputePool) -> Non
     assert 0 < heard[0].memory_used_mb < heard[0].memory_total_mb
 
 
-def test_a_pool_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+def test_a_pool_leaves_no_files_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short name, as temporary folders have
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
 
-    with sky.ComputePool("local", display="quiet") as pool:
-        assert sky.compute(tempfile.gettempdir)() >> pool == str(tmp_path)
-        assert list(tmp_path.iterdir())
+        with sky.ComputePool("local", display="quiet") as pool:
+            assert sky.compute(tempfile.gettempdir)() >> pool == folder
+            assert list(Path(folder).iterdir())
 
-    assert not list(tmp_path.iterdir())
+        assert not list(Path(folder).iterdir())

@@ -38,6 +38,8 @@ LOG = "agent.log"
 _ATTEMPTS = 3
 """How often a worker process may fail to come up at first. By feel: more than one is a rare race, not a fault."""
 _AGAIN_S = 1.0
+_SHORT = 80
+"""Length of a folder's path from which on a socket in it would have too long a name: unix(7) allows 108, macOS 104."""
 
 
 def main() -> None:
@@ -143,8 +145,9 @@ def _start_forkserver(config: AgentConfig) -> None:
     import multiprocessing
     from multiprocessing import forkserver
 
-    # Its socket would lie in a folder of its own, which nobody removes when we are killed.
-    multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
+    if len(config.folder) < _SHORT:
+        # Its socket would lie in a folder of its own, which nobody removes when we are killed.
+        multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distributed.nanny", "distributed.worker", "skyward.cluster.slot", *config.preload])
     forkserver.ensure_running()

@@ -32,18 +32,11 @@ def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
     return request.config.stash.setdefault(_outcomes, [])
 
 
-def pytest_report_header() -> str:
-    return f"soak: SOAK_SEED={SEED}"
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     outcomes = config.stash.get(_outcomes, [])
     if not outcomes:
         return
     terminalreporter.section(f"soak, SOAK_SEED={SEED}")
-    for outcome in outcomes:
-        terminalreporter.line(str(outcome))
-    terminalreporter.line("")
     terminalreporter.line(table(outcomes))
     if path := os.environ.get("SOAK_REPORT"):
         Path(path).write_text(f"{table(outcomes)}\n")

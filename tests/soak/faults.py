@@ -109,7 +109,7 @@ def plan(seed: str, number: int, *, nodes: int, calls: int) -> Plan:
     elif chance < 0.9:
         moment = Moment("working", rng.randrange(calls))
     else:
-        moment = Moment("ending", rng.uniform(0, 0.5))
+        moment = Moment("ending", rng.uniform(0, 0.15))
     if "FIRST" in fault.name:
         node = 0
     elif fault in (Fault.WORKER_KILLED, Fault.WORKERS_PARENT_KILLED):
