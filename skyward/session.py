@@ -75,8 +75,10 @@ class Session:
             listeners.append(file)
         self._emitter = events.emitter(*listeners)
         stack.callback(unwind_on_termination())
-        share = _shared_folder(self.pool_id)
-        stack.callback(shutil.rmtree, share, ignore_errors=True)
+        share = None
+        if not isinstance(pool.provider, SSH):  # whose machines see no folder of this one
+            share = _shared_folder(self.pool_id)
+            stack.callback(shutil.rmtree, share, ignore_errors=True)
         started = time.monotonic()
         self.emit(events.InfraCreating())
 
@@ -93,6 +95,7 @@ class Session:
         see_share = direct
         if isinstance(cluster, JoinedCluster):
             stack.callback(joined.forget, client, cluster)
+            assert share is not None
             see_share = joined.prepare(client, cluster, share, spec.image.pip)
         accelerator = spec.accelerator
         self.engine = engine = Engine(
@@ -124,12 +127,13 @@ class Session:
         self.emit(events.PoolStarted())
         console.ready(pool, str(cluster.dashboard_link), time.monotonic() - started)
 
-    def _make_cluster(self, share: Path) -> SkyCluster:
+    def _make_cluster(self, share: Path | None) -> SkyCluster:
         provider, spec = self.pool.provider, self.pool.spec
         match provider:
             case Dask():
                 return joined.joined_cluster(provider, self.pool_id)
             case Local():
+                assert share is not None
                 return local_cluster(provider, spec, self.pool_id, share)
             case SSH():
                 machines = provider.machines(spec.nodes)

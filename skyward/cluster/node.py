@@ -116,19 +116,24 @@ def _end(config: AgentConfig, *, alone: bool = False) -> None:
             with contextlib.suppress(OSError):
                 if subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0:
                     break
-    _kill_strays(config.pool_id)
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
+    _kill_all(config.pool_id)
     os._exit(1)
 
 
-def _kill_strays(pool_id: str) -> None:
-    """Kill what tasks have started in sessions of their own: whatever descends from us has the pool's id with it."""
+def _kill_all(pool_id: str) -> None:
+    """Kill what descends from us: it has the pool's id with it, or is of our process group, which we lead.
+
+    Only multiprocessing's tracker may live: it ends when all others have, and removes their semaphores first.
+    """
     import psutil
 
+    ours = os.getpgrp() if os.getpgrp() == os.getpid() else None
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
-            if process.pid != os.getpid() and process.environ().get("SKYWARD_POOL") == pool_id:
+            if process.pid == os.getpid():
+                continue
+            descends = os.getpgid(process.pid) == ours or process.environ().get("SKYWARD_POOL") == pool_id
+            if descends and "resource_tracker" not in " ".join(process.cmdline()):
                 process.kill()
 
 
@@ -160,6 +165,7 @@ class _Agent:
         self._told: list[str] = []  # every event that is kept, for a caller that comes back
         self._writers: set[asyncio.StreamWriter] = set()
         self._switchboard = Switchboard()
+        self._taken = 0  # commands that a caller who comes back need not give again
         self._heard_at = time.monotonic()
         self._stopped = asyncio.Event()
         self._scheduler: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -225,12 +231,17 @@ class _Agent:
                 await self._switchboard.serve(hello, reader, writer)
             if "seen" not in hello:
                 return
-            writer.write("".join(self._told[hello["seen"] :]).encode())
+            for other in self._writers:
+                other.transport.abort()  # stuck, or there would not be another: nothing more is to come from it
+            have = json.dumps({"commands": self._taken}) + "\n"
+            writer.write((have + "".join(self._told[hello["seen"] :])).encode())
             self._writers.add(writer)
             try:
                 while line := await reader.readline():
                     self._heard_at = time.monotonic()
-                    await self._do(json.loads(line))
+                    command = json.loads(line)
+                    self._taken += command["do"] != "beat"
+                    await self._do(command)
             finally:
                 self._writers.discard(writer)
 

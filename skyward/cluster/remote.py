@@ -93,7 +93,8 @@ class RemoteAgent:
         self._emit = emit
         self._link = Link(machine.login)
         self._writer: Any = None
-        self._unsent: list[dict[str, Any]] = []
+        self._commands: list[dict[str, Any]] = []  # all that were given, for an agent that has not got them
+        self._carrying: set[asyncio.Task[None]] = set()
         self._talking: asyncio.Task[None] | None = None
         self._seen = 0  # events that the agent keeps and that have been heard
         self._step = ""
@@ -221,16 +222,13 @@ class RemoteAgent:
     # --- talk -----------------------------------------------------------------------------------------------
 
     def send(self, command: dict[str, Any]) -> None:
-        self._unsent.append(command)
-        self._flush()
+        self._commands.append(command)
+        self._write(command)
 
-    def _flush(self) -> None:
-        if self._writer is None or self._writer.is_closing():
-            return
-        with contextlib.suppress(OSError, asyncssh.Error):
-            for command in self._unsent:
+    def _write(self, command: dict[str, Any]) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            with contextlib.suppress(OSError, asyncssh.Error):  # given again over the next connection
                 self._writer.write(json.dumps(command).encode() + b"\n")
-            self._unsent.clear()
 
     async def _talk(self, heard: Heard) -> None:
         """Hear the agent and let it hear us, over one connection after another, until it is out of reach for long."""
@@ -259,8 +257,10 @@ class RemoteAgent:
         beats = asyncio.create_task(self._beat())
         try:
             writer.write(json.dumps({"seen": self._seen}).encode() + b"\n")
+            have = json.loads(await reader.readline() or '{"commands": 0}')["commands"]
             self._writer = writer
-            self._flush()
+            for command in self._commands[have:]:
+                self._write(command)
             while line := await reader.readline():
                 event = json.loads(line)
                 self._seen += event["event"] != "metrics"  # which the agent does not keep
@@ -273,7 +273,7 @@ class RemoteAgent:
 
     async def _beat(self) -> None:
         while True:
-            self.send({"do": "beat"})
+            self._write({"do": "beat"})
             await asyncio.sleep(_BEAT_S)
 
     async def reach(self, port: int) -> tuple[str, int]:
@@ -282,8 +282,11 @@ class RemoteAgent:
     async def reach_scheduler(self, address: str) -> tuple[str, int]:
         target = address.rpartition("://")[2]
 
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._carry(Relay(reader, writer), target)
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            # Not a coroutine: asyncio complains about those that are cancelled at the end.
+            task = asyncio.create_task(self._carry(Relay(reader, writer), target))
+            self._carrying.add(task)
+            task.add_done_callback(self._carrying.discard)
 
         return "127.0.0.1", await self._link.listen(accept)
 
@@ -326,6 +329,9 @@ class RemoteAgent:
             )
             return f"{self.machine}: {why}"
         finally:
+            for task in self._carrying:
+                task.cancel()
+            await asyncio.gather(*self._carrying, return_exceptions=True)
             await self._link.close()
         return None
 
@@ -344,6 +350,9 @@ def clean_command(pool_id: str) -> str:
     return (
         f"for try in 1 2 3 4 5 6 7 8 9 10; do "
         f"found=$(grep -lsaF {mark} /proc/[0-9]*/environ | tr -dc '0-9\\n'); "
-        f'[ -z "$found" ] && break; kill -9 $found 2> /dev/null; sleep 0.05; done; '
+        f'[ -z "$found" ] && break; '
+        # multiprocessing's tracker ends by itself when all others have, and only then removes their semaphores.
+        f"for pid in $found; do [ $try -gt 6 ] || ! grep -qsaF resource_tracker /proc/$pid/cmdline && "
+        f"kill -9 $pid 2> /dev/null; done; sleep 0.05; done; "
         f'rm -rf {pool_folder(pool_id)}; [ -z "$found" ] || {{ echo "still running: "$found >&2; exit 1; }}'
     )

@@ -394,6 +394,15 @@ class Engine:
             group.deliver([(item, self._failure) for item in items])
             return
         if type(cause).__name__ != "KilledWorker":
+            large = {ref.digest for item in items for ref in (*item.buffers, *item.function.buffers)}
+            if self._transport.lose(large) and all(item.losses < self.retries for item in items):
+                # The worker that held a large argument may be lost, and with it the task that needed it.
+                logger.debug("%s runs again with new copies of its large arguments: %s", batch_label(items), cause)
+                for item in items:
+                    self._suspects += item.losses == 0
+                    item.losses += 1
+                self._requeue(group, items)
+                return
             # Not a death: the chunk could not be read over there, or the scheduler dropped it.
             error = not_run(cause)
             group.deliver([(item, error) for item in items])

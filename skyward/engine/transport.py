@@ -44,6 +44,11 @@ class Transport:
         (future,) = await self.client._scatter([self._store.data(digest)], hash=False)
         return future
 
+    def lose(self, digests: set[str]) -> bool:
+        """Forget the copies of large buffers on the cluster, and tell whether there were any; new ones are made."""
+        lost = [digest for digest in digests if self._scattered.pop(digest, None) is not None]
+        return bool(lost)
+
     async def run(self, key: str, arguments: Sequence[Any], **where: Any) -> Outcomes:
         """Run a chunk as the Dask task `key`; what Dask itself raises is passed on.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,16 @@ class Site:
 def _can_boot() -> None:
     if reason := why_not():
         pytest.skip(reason)
+    here = "{}.{}".format(*sys.version_info)
+    there = subprocess.run(["/usr/bin/python3", "-V"], capture_output=True, text=True).stdout.split()[-1]
+    if not there.startswith(f"{here}."):
+        pytest.skip(f"machines in a box have this host's Python {there}, and no way to get {here}, which runs the tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

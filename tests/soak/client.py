@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import skyward as sky
-from skyward.cluster import remote, ssh
+from skyward.cluster import cluster, remote, ssh
 from skyward.spec import Image
 
 _LARGE_EVERY = 60
@@ -51,6 +51,7 @@ def main(config: dict[str, Any]) -> None:
     rng = random.Random(config["seed"])
     remote.UNREACHABLE_S = config["unreachable_s"]
     remote.HEARTBEAT_LOSS_S = config["heartbeat_loss_s"]
+    cluster.START_TIMEOUT_S = config["start_timeout_s"]
     ssh._KEEPALIVE_S = config["keepalive_s"]
     record = Path(config["record"]).open("a", buffering=1)  # noqa: SIM115 - both for as long as we live
     stacks = Path(config["stacks"]).open("w")  # noqa: SIM115

@@ -30,9 +30,10 @@ RUNS = int(os.environ.get("SOAK_RUNS", "50"))
 NODES = 3
 CALLS = 600
 
-# A run is to take seconds where a user would wait for minutes: 45, 120 and 5 are the library's own.
+# A run is to take seconds where a user would wait for minutes: 45, 120, 120 and 5 are the library's own.
 UNREACHABLE_S = 15.0
 HEARTBEAT_LOSS_S = 30.0
+START_TIMEOUT_S = 60.0
 KEEPALIVE_S = 2
 
 START_S = 60.0
@@ -60,7 +61,7 @@ class Machines:
         kept = []
         for machine in self._machines:
             with contextlib.suppress(RuntimeError, OSError, IndexError):
-                if machine.is_running and not left_on(machine):
+                if machine.is_running and not left_on(machine) and not litter_on(machine):
                     machine.plug()
                     kept.append(machine)
                     continue
@@ -90,6 +91,11 @@ def left_on(machine: Machine) -> list[str]:
     return [f"{machine.name}: {what}" for what in (*machine.processes(), *files)]
 
 
+def litter_on(machine: Machine) -> list[str]:
+    """Return what lies about in a machine's folders for what is temporary, which nothing but a pool has written to."""
+    return [f"{machine.name}: {path}" for path in machine.run("find /tmp /dev/shm -mindepth 1 -maxdepth 1").split()]
+
+
 class Client:
     """The client's process, and what it has written down."""
 
@@ -109,6 +115,7 @@ class Client:
             "seed": seed,
             "unreachable_s": UNREACHABLE_S,
             "heartbeat_loss_s": HEARTBEAT_LOSS_S,
+            "start_timeout_s": START_TIMEOUT_S,
             "keepalive_s": KEEPALIVE_S,
         }
         (folder / "config").write_text(json.dumps(config))
@@ -267,6 +274,7 @@ def look_for_remains(outcome: Outcome, client: Client, machines: list[Machine], 
             continue
         if not wait_until(lambda m=machine: not left_on(m), began + limit - time.monotonic()):
             outcome.left += left_on(machine)
+        outcome.left += [what for what in litter_on(machine) if what not in outcome.left]
     outcome.clean_s = time.monotonic() - began
     if cut_off is not None and lost is not None:
         if wait_until(cut_off.look, cut_off.left_s) and cut_off.clean_s is not None:
