@@ -70,7 +70,7 @@ def _can_boot() -> None:
     here = "{}.{}".format(*sys.version_info)
     there = subprocess.run(["/usr/bin/python3", "-V"], capture_output=True, text=True).stdout.split()[-1]
     if not there.startswith(f"{here}."):
-        pytest.skip(f"machines in a box have this host's Python {there}, and no way to get {here}, which runs the tests")
+        pytest.skip(f"machines in a box have this host's Python {there}, and no way to get {here}, which is needed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
