@@ -52,7 +52,7 @@ test-313: $(VENV)/.test
 	    echo "Not tested on Python 3.13: none found that runs and can make virtual environments."; \
 	fi
 
-soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_RUNS=50, SOAK_SEED=1)
+soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_RUNS=50, SOAK_SEED for the same again)
 	@$(BIN)/python -m pytest -m soak tests/soak -s -q
 
 lint: $(VENV)/.test types ## Check style, types and which module may import which

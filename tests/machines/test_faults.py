@@ -188,6 +188,52 @@ def test_a_network_that_comes_back_loses_nothing(
 
 
 @pytest.mark.usefixtures("data_folder")
+def test_a_command_that_is_lost_with_the_connection_is_given_again(
+    site: Site, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_KEEPALIVE_S", 1)
+    machines = boot(2)
+    send = remote.RemoteAgent.send
+
+    def cut_and_send(agent: remote.RemoteAgent, command: dict[str, Any]) -> None:
+        if command["do"] == "join":
+            machines[1].unplug()
+            threading.Timer(5, machines[1].plug).start()
+        send(agent, command)
+
+    monkeypatch.setattr(remote.RemoteAgent, "send", cut_and_send)
+
+    with open_pool(site, machines) as pool:
+        assert pool.instance_count == 2
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_large_argument_is_sent_again_when_the_worker_that_had_it_is_lost(site: Site, boot: Boot) -> None:
+    import numpy as np
+
+    machines = boot(2)
+    array = np.ones(400_000)
+    total = sky.compute(lambda a: int(a.sum()))
+
+    with open_pool(site, machines) as pool:
+        assert total(array) >> pool == 400_000
+        for machine, pid in zip(machines, sky.compute(os.getpid)() @ pool, strict=True):
+            machine.run(f"kill -KILL {pid}")  # one of them has the copy that the others take theirs from
+            assert total(array) >> pool == 400_000
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_pool_leaves_nothing_in_shared_memory(site: Site, boot: Boot) -> None:
+    machines = boot(1)
+
+    with open_pool(site, machines, concurrency=2) as pool:
+        assert slow(1) >> pool
+        assert not list(Path("/dev/shm").glob(f"skyward-{pool.cluster.name}-*"))
+
+    wait_until(lambda: machines[0].run("ls /dev/shm") == "", timeout_s=10)
+
+
+@pytest.mark.usefixtures("data_folder")
 def test_a_pool_grows_and_shrinks(site: Site, boot: Boot) -> None:
     machines = boot(2)
 
