@@ -126,8 +126,10 @@ class Relay:
             self._room.set()
 
     def close(self) -> None:
-        """Drop the local connection and what has not been confirmed."""
+        """Drop the local connection, the carrier and what has not been confirmed."""
         self._reading.cancel()
+        if self._carrier is not None:
+            _abort(self._carrier)
         self._writer.close()
         self.closed.set()
 
