@@ -21,6 +21,9 @@ HOME = "${SKYWARD_HOME:-$HOME/.cache/skyward}"
 POOL = "SKYWARD_POOL"
 """Environment variable that marks the processes of a pool, for whoever has to end them."""
 
+POWER_OFF = "poweroff || sudo -n poweroff || shutdown -P now || sudo -n shutdown -P now"
+"""Shell command that switches a machine off, whoever of its users runs it."""
+
 _SAY = "::skyward"
 LAST_LINES = 20
 
@@ -172,7 +175,7 @@ def _dead_man(ttl_s: int) -> str:
 if ! [ -e /tmp/.skyward-dead-man ]; then
     : > /tmp/.skyward-dead-man
     ( trap '' HUP; exec env -u {POOL} sh -c '
-        sleep {int(ttl_s)}; poweroff || sudo -n poweroff || shutdown -P now || sudo -n shutdown -P now
+        sleep {int(ttl_s)}; {POWER_OFF}
     ' ) > /dev/null 2>&1 < /dev/null 9>&- &
 fi
 """

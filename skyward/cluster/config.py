@@ -42,8 +42,6 @@ class AgentConfig:
         Whether the machine is to be switched off when the agent ends because nobody is left.
     metrics
         Whether it tells how busy the machine is.
-    preload
-        Modules that the parent of all workers imports, besides dask.
     """
 
     pool_id: str
@@ -60,7 +58,6 @@ class AgentConfig:
     power_off: bool = False
     metrics: bool = False
     remove: tuple[str, ...] = ()
-    preload: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -69,5 +66,5 @@ class AgentConfig:
     def from_json(text: str) -> AgentConfig:
         raw = json.loads(text)
         nodes = tuple(NodeSpec.from_dict(n) for n in raw.pop("nodes"))
-        raw["remove"], raw["preload"] = tuple(raw["remove"]), tuple(raw["preload"])
+        raw["remove"] = tuple(raw["remove"])
         return AgentConfig(nodes=nodes, **raw)

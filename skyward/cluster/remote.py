@@ -19,7 +19,7 @@ from typing import Any
 import asyncssh
 
 from skyward import events
-from skyward.bootstrap import HOME, LAST_LINES, POOL, Progress, Recipe, read_progress, script
+from skyward.bootstrap import HOME, LAST_LINES, POOL, POWER_OFF, Progress, Recipe, read_progress, script
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.node import CONFIG, LOG, SOCKET
@@ -38,6 +38,8 @@ UNREACHABLE_S = 45.0
 _BEAT_S = 5.0
 _AGAIN_S = 0.2
 _STOP_S = 15.0
+_BEAT = "beat"
+_LOOKS = 4  # times that a watch on a machine looks for a beat in vain before it ends what is there
 _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
 
@@ -124,11 +126,23 @@ class RemoteAgent:
 
     async def _start(self) -> None:
         host = self.facts.private_ip or await self._own_address()
-        await self._make_ready()
-        if self._shipment.gpus:
-            await self._check_gpus(self._shipment.gpus)
-        self._progress("agent")
-        await self._launch(replace(self._config, host=host))
+        beats = asyncio.create_task(self._beat_watch())
+        try:
+            await self._make_ready()
+            if self._shipment.gpus:
+                await self._check_gpus(self._shipment.gpus)
+            self._progress("agent")
+            await self._launch(replace(self._config, host=host))
+        finally:
+            beats.cancel()
+
+    async def _beat_watch(self) -> None:
+        """Tell the watch on the machine that we are here, as long as there is no agent to be told."""
+        beat = f"{self._config.folder}/{_BEAT}"
+        while True:
+            await asyncio.sleep(min(_BEAT_S, HEARTBEAT_LOSS_S / 8))
+            with contextlib.suppress(*_TROUBLE):  # whatever else is under way fails too, and says why
+                await self._link.run(f": > {beat}")
 
     def _progress(self, step: str) -> None:
         self._step = step
@@ -148,7 +162,8 @@ class RemoteAgent:
         # In the pool's own folder: it may hold an index's password, and other pools have scripts of their own.
         bootstrap = f"{folder}/bootstrap.sh"
         self._progress("upload")
-        have = await self._link.run(f"test -e {wheel}")
+        watch = watch_command(self._config.pool_id, HEARTBEAT_LOSS_S, power_off=self._config.power_off)
+        have = await self._link.run(f"{watch}; test -e {wheel}")
         if have.status:
             await self._link.write(wheel, shipment.wheel.data)
         await self._link.write(bootstrap, script(shipment.recipe, ttl_s=shipment.ttl_s).encode())
@@ -339,6 +354,25 @@ class RemoteAgent:
         done = await self._link.run(clean_command(self._config.pool_id))
         if done.status:
             raise OSError(done.error.strip() or f"status {done.status}")
+
+
+def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:
+    """Return the shell command that starts a watch on a machine: without beats for so long, it ends all of the pool.
+
+    It does so until there is an agent, who has a heartbeat of its own.
+    """
+    folder = pool_folder(pool_id)
+    end = clean_command(pool_id) + (f"; {POWER_OFF}" if power_off else "")
+    watch = (
+        f"missed=0; while [ $missed -lt {_LOOKS} ]; do sleep {patience_s / _LOOKS:g}; "
+        f"[ -d {folder} ] && ! [ -S {folder}/{SOCKET} ] || exit 0; "
+        f"if rm {folder}/{_BEAT} 2> /dev/null; then missed=0; else missed=$((missed + 1)); fi; done; "
+        f"exec env -u {POOL} sh -c {shlex.quote(end)}"  # unmarked, or it would end itself first
+    )
+    return (
+        f"umask 077; mkdir -p {folder} && "
+        f"{{ {POOL}={pool_id} setsid sh -c {shlex.quote(watch)} > /dev/null 2>&1 < /dev/null & }}"
+    )
 
 
 def clean_command(pool_id: str) -> str:

@@ -151,7 +151,7 @@ class Machine:
     def processes(self) -> list[str]:
         """Return the command lines of what runs inside, without the machine's own first processes."""
         own = ("sh /", "cat", "sshd:", "/usr/sbin/sshd", "ps ", "sh -c ps")
-        lines = [line.strip() for line in self.run("ps -eo args").splitlines()[1:]]
+        lines = [line.strip() for line in self.run("ps -ww -eo args").splitlines()[1:]]
         return [line for line in lines if not line.startswith(own)]
 
     # --- what happens to machines ---------------------------------------------------------------------------

@@ -234,6 +234,27 @@ def test_a_pool_leaves_nothing_in_shared_memory(site: Site, boot: Boot) -> None:
 
 
 @pytest.mark.usefixtures("data_folder")
+def test_a_machine_cut_off_before_its_agent_runs_cleans_itself(
+    site: Site, boot: Boot, impatient: None, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "HEARTBEAT_LOSS_S", 4.0)
+    (machine,) = boot(1)
+    # As another pool that is just being prepared there: ours waits, and is not further than that.
+    machine.run("setsid flock /root/.cache/skyward/lock sleep 600 > /dev/null 2>&1 & sleep 0.1")
+    pool = open_pool(site, [machine])
+
+    def cut_off(event: sky.BootstrapProgress) -> None:
+        if event.step == "wait":
+            machine.unplug()
+
+    pool.on(sky.BootstrapProgress, cut_off)
+    with pytest.raises(sky.BootstrapError, match="'wait'"), pool:
+        pass
+
+    wait_until(lambda: "skyward-" not in machine.run("ls /tmp"))
+    assert not [line for line in machine.processes() if "skyward" in line and "flock" not in line]
+
+
 def test_a_pool_grows_and_shrinks(site: Site, boot: Boot) -> None:
     machines = boot(2)
 
