@@ -1,8 +1,19 @@
-"""What every provider of machines speaks of: a machine, and the way to log in to it."""
+"""What every provider of machines speaks of: what is needed, offered and lent, and the way to log in to it."""
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from skyward.accelerators import Accelerator
+from skyward.bootstrap import POWER_OFF
+from skyward.spec import InstanceSpec, PoolSpec, S3Volume
+from skyward.validation import Problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +31,8 @@ class Login:
         before, and `known_hosts` decides.
     known_hosts
         Path of a file of known hosts; None: the user's own.
+    proxy_command
+        Program and arguments whose standard input and output lead to the machine's sshd. Empty: a TCP connection.
     """
 
     host: str
@@ -28,6 +41,7 @@ class Login:
     key: str | None = field(default=None, repr=False)
     host_key: str | None = None
     known_hosts: str | None = None
+    proxy_command: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         user = f"{self.user}@" if self.user else ""
@@ -45,6 +59,12 @@ class Machine:
         Address under which the pool's other machines reach it; None: the one that it is logged in to by.
     lives_on
         Whether it was there before the pool and stays after it: then it is cleaned rather than destroyed.
+    price, price_on_demand
+        USD per hour, as agreed at the launch, and what it would cost as no spot machine; None: not known.
+    launched
+        When its cost began, in seconds since the epoch.
+    pool_id, owner, expires
+        As its tags say, for machines that were found by them.
     """
 
     id: str
@@ -54,5 +74,198 @@ class Machine:
     public_ip: str | None = None
     instance_type: str | None = None
     region: str | None = None
+    zone: str | None = None
     spot: bool = False
     lives_on: bool = False
+    price: float | None = None
+    price_on_demand: float | None = None
+    launched: float | None = None
+    pool_id: str | None = None
+    owner: str | None = None
+    expires: float | None = None
+
+
+# --- what is asked for and offered --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What each machine has to be at least. `machine` is an exact type; then the rest has to fit it."""
+
+    cpu: int = 1
+    memory_mb: int = 1
+    accelerator: Accelerator | None = None
+    architecture: str | None = None
+    machine: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A type of machine in one region of a provider.
+
+    Attributes
+    ----------
+    provider
+        Name of the provider, such as ``"aws"``.
+    instance
+        The type with its prices in this region; a price of None: not known, or not offered so.
+    available, available_spot
+        Whether there are any at present; None: known only when it is tried.
+    prices
+        Where the prices are from: ``"live"``, or words for whoever reads them, such as ``"table of this release"``.
+    """
+
+    provider: str
+    instance: InstanceSpec
+    region: str
+    zones: tuple[str, ...] = ()
+    architecture: str = "x86_64"
+    available: bool | None = None
+    available_spot: bool | None = None
+    prices: str = "live"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Birth:
+    """What a machine is told when it boots: the keys it is recognised by and lets in, and when to end itself.
+
+    `host_key` is private (OpenSSH's PEM), `host_key_public` and `authorized_key` are lines as OpenSSH writes them.
+    """
+
+    host_key: str = field(repr=False)
+    host_key_public: str
+    authorized_key: str
+    ttl_s: int
+
+    def cloud_config(self) -> str:
+        """Return it for cloud-init; root may log in. JSON is YAML."""
+        facts = {
+            "disable_root": False,
+            "ssh_deletekeys": True,
+            "ssh_keys": {"ed25519_private": self.host_key, "ed25519_public": self.host_key_public},
+            "ssh_authorized_keys": [self.authorized_key],
+            "runcmd": [["sh", "-c", self._dead_man()]],
+        }
+        return "#cloud-config\n" + json.dumps(facts)
+
+    def script(self) -> str:
+        """Return it as a shell script, for clouds that run one at boot, after a first start of sshd."""
+        place = "/etc/ssh/ssh_host_ed25519_key"
+        return "\n".join(
+            [
+                "#!/bin/sh",
+                self._dead_man(),
+                "umask 077",
+                f"printf '%s\\n' {shlex.quote(self.host_key.rstrip())} > {place}",
+                f"printf '%s\\n' {shlex.quote(self.host_key_public.rstrip())} > {place}.pub",
+                "mkdir -p /root/.ssh",
+                f"printf '%s\\n' {shlex.quote(self.authorized_key.rstrip())} >> /root/.ssh/authorized_keys",
+                "systemctl reload ssh 2> /dev/null || systemctl reload sshd 2> /dev/null || pkill -HUP -o sshd",
+                "",
+            ]
+        )
+
+    def _dead_man(self) -> str:
+        # First of all that runs there: from here on the machine ends even if nobody is left to end it.
+        return (
+            f"(trap '' HUP; exec setsid sh -c 'sleep {int(self.ttl_s)}; {POWER_OFF}') "
+            "> /dev/null 2>&1 < /dev/null &"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOrder:
+    """What to launch of an offer.
+
+    Attributes
+    ----------
+    token
+        The same token never launches twice: a launch whose answer was lost is asked for again with it. 8 to 32
+        lower-case letters and digits.
+    max_price
+        USD per hour that no machine may exceed; None: no limit.
+    login
+        How the machines will be logged in to; `host` is for the provider to fill in.
+    owner
+        ``user@host`` of the caller, for the tags.
+    expires
+        By when the pool's own timers have ended it, in seconds since the epoch; for the tags.
+    disk_gib
+        Size of the disk; the provider may give more.
+    """
+
+    pool_id: str
+    token: str
+    count: int
+    spot: bool
+    birth: Birth
+    login: Login
+    owner: str
+    expires: float
+    max_price: float | None = None
+    disk_gib: int = 64
+    accelerator: Accelerator | None = None
+    volumes: tuple[S3Volume, ...] = ()
+
+
+class Cloud(Protocol):
+    """A provider whose machines are launched for a pool and destroyed after it.
+
+    Frozen, without secrets: credentials come from where the cloud's own tools look for them. All methods but `check`
+    block, may be called from several threads, and raise `ProviderError` and its subclasses, with the SDK's own error
+    as cause.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return what makes an equal one: keyword arguments, fit for JSON."""
+
+    def check(self, spec: PoolSpec) -> None:
+        """Refuse options that this cloud can't meet, without asking it.
+
+        Raises
+        ------
+        SpecError
+            With option, value and what would be accepted.
+        """
+
+    def offers(self, need: Need) -> Sequence[Offer]:
+        """Return what there is in the regions that this is limited to.
+
+        `need` lets it ask for less; nothing that meets it is left out, and what does not meet it may be there too.
+        """
+
+    def launch(self, offer: Offer, order: LaunchOrder) -> Sequence[Machine]:
+        """Start machines, all or none, side by side; return when they have addresses, before they have booted.
+
+        Raises
+        ------
+        CapacityError, QuotaError
+            There are not so many. What came up is destroyed.
+        """
+
+    def machines(self, pool_id: str | None = None) -> Sequence[Machine]:
+        """Return the machines of a pool, or of all pools, found by their tags in every region."""
+
+    def terminate(self, machines: Sequence[Machine]) -> None:
+        """Destroy machines; return when the cloud confirms that they cost nothing any more."""
+
+    def end(self, pool_id: str, regions: Sequence[str]) -> None:
+        """Destroy all of a pool in `regions`: machines, found by their tags, then keys, groups and disks.
+
+        Safe to call again, and beside another call. Only what bears the pool's id is touched.
+
+        Raises
+        ------
+        ProviderError
+            Something may be left; the message says what.
+        """
+
+
+def check_files(spec: PoolSpec, problems: Problems) -> None:
+    """Note the files of ``image.include`` that are not there."""
+    for path in spec.image.include:
+        if not os.access(path, os.R_OK):
+            problems.note("include", path, f"a file or folder that can be read in {Path.cwd()}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skyward.errors import NoMatchingInstanceError
-from skyward.providers.base import Login, Machine
+from skyward.providers.base import Login, Machine, check_files
 from skyward.spec import PoolSpec
 from skyward.validation import Problems
 
@@ -83,9 +83,7 @@ class SSH:
             problems.note("machine", spec.machine, "None with sky.SSH: the hosts are what they are")
         if spec.volume:
             problems.note("volume", spec.volume, "() with sky.SSH: use paths of the hosts")
-        for path in spec.image.include:
-            if not os.access(path, os.R_OK):
-                problems.note("include", path, f"a file or folder that can be read in {Path.cwd()}")
+        check_files(spec, problems)
         problems.raise_if_any()
 
     def machines(self, count: int, skip: Sequence[str] = ()) -> list[Machine]:
