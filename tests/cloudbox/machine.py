@@ -35,6 +35,8 @@ class Machine:
     baked
         A folder with environments that root's ``~/.cache/skyward`` shows, as a baked image would have them. It is not
         changed.
+    place
+        An address that was taken on the network for it before; None: the next one.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class Machine:
         user: str = "root",
         disk: str = "4g",
         baked: Path | None = None,
+        place: tuple[str, int] | None = None,
     ) -> None:
         self.name, self.user = name, user
         self._is_gone = False
         self.network = network
-        self.address, self._number = network.take_address()
+        self.address, self._number = place or network.take_address()
         self._folder = network.folder / name
         self._cable = f"{network.name}-{self._number}"
         seed = self._folder / "seed"
@@ -162,6 +165,10 @@ class Machine:
 
     def plug(self) -> None:
         run("ip", "link", "set", self._cable, "up")
+
+    def wait(self) -> None:
+        """Return when it is off, whoever has switched it off."""
+        self._process.wait()
 
     def destroy(self) -> None:
         """Switch it off at once and remove all that it was made of. May be called twice."""

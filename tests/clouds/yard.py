@@ -1,0 +1,82 @@
+"""Where emulated clouds boot their machines: each a machine in a box, or only an address where that is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cloudbox import Machine, Network
+
+
+class Yard:
+    """Boots machines in the background, as clouds do, and notices those that switch themselves off.
+
+    Parameters
+    ----------
+    baked
+        As `Machine` takes it: environments that every machine has from the start.
+    boots
+        False: machines are addresses without anything behind them, for tests of API calls alone.
+    """
+
+    def __init__(self, *, baked: Path | None = None, boots: bool = True) -> None:
+        self.baked = baked
+        self.boots = boots
+        self.boot_delay_s = 0.0
+        """Seconds that the next machines take before they begin to boot."""
+        self.network = Network() if boots else None
+        self.machines: dict[str, Machine] = {}
+        """By the cloud's id: those that have booted and are not destroyed."""
+        self._gone: set[str] = set()
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def boot(self, id: str, user_data: str, when_off: Callable[[], None] = lambda: None) -> str:
+        """Begin to boot a machine and return its address. `when_off` is called if it switches itself off."""
+        with self._lock:
+            self._count += 1
+            number = self._count
+        if self.network is None:
+            return f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+        place = self.network.take_address()
+        arguments = (id, user_data, place, self.boot_delay_s, when_off)
+        threading.Thread(target=self._boot, args=arguments, name=f"boot-{id}", daemon=True).start()
+        return place[0]
+
+    def _boot(
+        self, id: str, user_data: str, place: tuple[str, int], delay_s: float, when_off: Callable[[], None]
+    ) -> None:
+        assert self.network is not None
+        threading.Event().wait(delay_s)
+        if id in self._gone:
+            self.network.free_address(place[1])
+            return
+        machine = Machine(self.network, id, user_data, baked=self.baked, place=place)
+        with self._lock:
+            if id in self._gone:  # ended while it booted
+                machine.destroy()
+                return
+            self.machines[id] = machine
+        machine.wait()
+        with self._lock:
+            by_itself = self.machines.pop(id, None) is not None
+        machine.destroy()
+        if by_itself:
+            when_off()
+
+    def destroy(self, id: str) -> None:
+        """Switch a machine off at once; its address is free again. May be called twice, and while it boots."""
+        with self._lock:
+            self._gone.add(id)
+            machine = self.machines.pop(id, None)
+        if machine is not None:
+            machine.destroy()
+
+    def close(self) -> None:
+        for id in list(self.machines):
+            self.destroy(id)
+        if self.network is not None:
+            with contextlib.suppress(OSError):
+                self.network.close()
