@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
 # System packages to install first, where make runs as root and apt is there: for tests on machines in a box.
-APT_PACKAGES ?= iproute2 nftables openssh-client openssh-server procps
+APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rclone
 
 VENV := .venv
 VENV313 := .venv313

@@ -84,10 +84,16 @@ if TYPE_CHECKING:
     from skyward.events import use_callback as use_callback
     from skyward.executor import Executor as Executor
     from skyward.multipool import MultiPool as MultiPool
+    from skyward.plan import select_available as select_available
+    from skyward.plan import select_cheapest as select_cheapest
+    from skyward.plan import select_first as select_first
     from skyward.pool import ComputePool as ComputePool
+    from skyward.providers.aws import AWS as AWS
     from skyward.providers.dask import Dask as Dask
+    from skyward.providers.digitalocean import DigitalOcean as DigitalOcean
     from skyward.providers.local import Local as Local
     from skyward.providers.ssh import SSH as SSH
+    from skyward.providers.verda import Verda as Verda
     from skyward.runtime import InstanceInfo as InstanceInfo
     from skyward.runtime import current_accelerator as current_accelerator
     from skyward.runtime import instance_info as instance_info
@@ -172,9 +178,15 @@ _HOME = {
     "Executor": "skyward.executor",
     "ComputePool": "skyward.pool",
     "MultiPool": "skyward.multipool",
+    "select_available": "skyward.plan",
+    "select_cheapest": "skyward.plan",
+    "select_first": "skyward.plan",
+    "AWS": "skyward.providers.aws",
     "Dask": "skyward.providers.dask",
+    "DigitalOcean": "skyward.providers.digitalocean",
     "Local": "skyward.providers.local",
     "SSH": "skyward.providers.ssh",
+    "Verda": "skyward.providers.verda",
     "InstanceInfo": "skyward.runtime",
     "current_accelerator": "skyward.runtime",
     "instance_info": "skyward.runtime",
@@ -192,6 +204,7 @@ _HOME = {
 """Where each name comes from; a submodule comes from `skyward` itself."""
 
 __all__ = [  # noqa: RUF022 - as `sorted` has it
+    "AWS",
     "Accelerator",
     "AllProvidersFailedError",
     "Allocation",
@@ -210,6 +223,7 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "CostUpdate",
     "CredentialsError",
     "Dask",
+    "DigitalOcean",
     "DistributedSampler",
     "Error",
     "Executor",
@@ -259,6 +273,7 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "TaskPoolInitCompleted",
     "TaskProgress",
     "Trainium",
+    "Verda",
     "VersionMismatchError",
     "Volume",
     "WorkerDiedError",
@@ -274,6 +289,9 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "is_trainium",
     "lazy",
     "pool",
+    "select_available",
+    "select_cheapest",
+    "select_first",
     "select_instance",
     "select_instances",
     "shard",

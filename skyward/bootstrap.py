@@ -115,11 +115,11 @@ def script(recipe: Recipe, *, ttl_s: int = 0) -> str:
         Seconds after which the machine switches itself off, whatever happens; 0: never, for a machine that was there
         before.
     """
-    steps = [_START]
+    steps = [opening("bootstrap.log")]
     if ttl_s:
         steps.append(_dead_man(ttl_s))
     if recipe.apt:
-        steps.append(_apt(recipe.apt))
+        steps.append(debian_packages(recipe.apt, asked_by="Image.apt"))
     steps.append(_environment(recipe))
     if recipe.wheel:
         steps.append(_skyward(recipe.wheel))
@@ -131,13 +131,18 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-_START = f"""#!/bin/sh
+def opening(log: str) -> str:
+    """Return how every script begins: what says and fails as `read_progress` understands it, and the machine's lock.
+
+    Steps write into `log`, a file name in the logs of the skyward folder.
+    """
+    return f"""#!/bin/sh
 set -u
 umask 077
 home="{HOME}"
 PATH="$PATH:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:$HOME/.local/bin"
 mkdir -p "$home/envs" "$home/stamps" "$home/logs" "$home/skyward" || exit 1
-log="$home/logs/bootstrap.log"
+log="$home/logs/{log}"
 
 say() {{ printf '{_SAY} %s\\n' "$*"; }}
 fail() {{
@@ -181,7 +186,8 @@ fi
 """
 
 
-def _apt(packages: tuple[str, ...]) -> str:
+def debian_packages(packages: Sequence[str], *, asked_by: str) -> str:
+    """Return the step that installs packages, where they are not installed; `asked_by` is named where it can't."""
     names = sorted(set(packages))
     asked = " ".join(shlex.quote(n) for n in names)
     stamp = f"apt-{_digest(*names)}"
@@ -196,7 +202,7 @@ apt() {{
     as_root env -u {POOL} DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@" 9>&-
 }}
 install_apt() {{
-    command -v apt-get > /dev/null || {{ echo "Image.apt needs apt-get, which this machine lacks"; return 78; }}
+    command -v apt-get > /dev/null || {{ echo "{asked_by} needs apt-get, which this machine lacks"; return 78; }}
     apt update && apt install -y --no-install-recommends -- {asked}
 }}
 if ! [ -e "$home/stamps/{stamp}" ]; then

@@ -79,7 +79,12 @@ class ProviderError(SkywardError):
 
 
 class CredentialsError(ProviderError):
-    """Credentials are missing, wrong or expired; the message says where they were looked for."""
+    """Credentials are missing, wrong or expired; the message says where they were looked for.
+
+    Attribute: `missing`, whether there were none at all.
+    """
+
+    missing: bool = False
 
 
 class CapacityError(ProviderError):

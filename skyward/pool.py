@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
-from skyward.errors import NoActivePoolError, PoolError
+from skyward.errors import NoActivePoolError, PoolError, SpecError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from skyward.accelerators import Accelerator
     from skyward.cluster.cluster import SkyCluster
     from skyward.engine import Call, Engine
+    from skyward.plan import Plan
     from skyward.providers import ProviderLike
     from skyward.session import Session
     from skyward.spec import Allocation, Image, Instance, LogConfig, Volume
@@ -166,11 +167,13 @@ class ComputePool:
             retries=retries,
         )
         self.provider = resolve(provider)
-        self.provider.check(self.spec)
+        for one in self.provider if isinstance(self.provider, tuple) else (self.provider,):
+            one.check(self.spec)
         self._handlers: list[events.Callback] = []
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._ended: BaseException | None = None
+        self._last_cost = 0.0
         self._logs: dict[int, deque[str]] = {}
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -203,6 +206,7 @@ class ComputePool:
             if self._session is not None:
                 raise PoolError("this pool is active already; make a second ComputePool to have another one")
             self._ended = None
+            self._last_cost = 0.0
             self._logs = {}
             from skyward.session import Session
 
@@ -220,7 +224,10 @@ class ComputePool:
             if session is None:
                 return
             self._ended = reason
-            session.stop(reason or PoolError("the pool is closed"))
+            try:
+                session.stop(reason or PoolError("the pool is closed"))
+            finally:
+                self._last_cost = session.cost()
 
     def _active(self) -> Session:
         session = self._session
@@ -336,19 +343,54 @@ class ComputePool:
             return ()
         from skyward.spec import Instance
 
-        hosts = {slot.node: slot.address for slot in reversed(session.cluster.slots())}
-        return tuple(
-            Instance(
-                id=session.cluster.instance_id(node),
-                provider=self.provider.name,
-                spot=False,
+        cluster = session.cluster
+        hosts = {slot.node: slot.address for slot in reversed(cluster.slots())}
+
+        def instance(node: int) -> Instance:
+            machine = cluster.machine(node)
+            facts = ("instance_type", "region", "zone", "price", "price_on_demand", "launched")
+            return Instance(
+                id=cluster.instance_id(node),
+                provider=machine.provider if machine else self.provider.name,  # type: ignore[union-attr]  # no cloud
+                spot=machine.spot if machine else False,
                 private_ip=hosts[node].rpartition("://")[2].rpartition(":")[0],
-                public_ip=None,
+                public_ip=machine.public_ip if machine else None,
                 node=node,
-                metadata={},
+                metadata={f: v for f in facts if (v := getattr(machine, f, None)) is not None},
             )
-            for node in sorted(hosts)
-        )
+
+        return tuple(map(instance, sorted(hosts)))
+
+    def plan(self) -> Plan:
+        """Return what would be launched and at which price, launching nothing. Shown as a table.
+
+        Raises
+        ------
+        SpecError
+            The provider is no cloud: its machines are there already.
+        NoAvailableProviderError
+            No cloud offers what is needed; the message has the nearest.
+        CredentialsError, ProviderError, AllProvidersFailedError
+            The clouds could not be asked.
+        """
+        from skyward.plan import make_plan
+
+        if not isinstance(self.provider, tuple):
+            accepted = "sky.AWS(), sky.DigitalOcean(), sky.Verda() or several of them, for a pool with a plan"
+            raise SpecError(
+                f"provider={self.provider!r}: accepted is {accepted}",
+                option="provider", value=self.provider, accepted=accepted,
+            )  # fmt: skip
+        return make_plan(self.provider, self.spec)
+
+    @property
+    def cost(self) -> float:
+        """What the pool's machines have cost since it was entered, in USD; 0 where they are no cloud's.
+
+        Counted from prices that were known at the launch; disks, addresses and traffic are not in it.
+        """
+        session = self._session
+        return session.cost() if session is not None else self._last_cost
 
     def scale(self, nodes: int) -> None:
         """Grow or shrink to `nodes` nodes. Returns at once; calls on a removed node are run again elsewhere."""
@@ -376,10 +418,9 @@ class ComputePool:
 
     def __repr__(self) -> str:
         state = "active" if self.is_active else "not active"
-        spec = self.spec
-        return (
-            f"<ComputePool {state}: {spec.nodes} nodes × {spec.concurrency} slots on {self.provider.name}>"
-        )
+        spec, provider = self.spec, self.provider
+        where = " or ".join(p.name for p in provider) if isinstance(provider, tuple) else provider.name
+        return f"<ComputePool {state}: {spec.nodes} nodes × {spec.concurrency} slots on {where}>"
 
     def _repr_html_(self) -> str:
         session = self._session

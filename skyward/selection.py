@@ -35,7 +35,7 @@ def select_instances(
     prefer_spot
         Compare spot prices, and on-demand prices where there is no spot price.
     """
-    return _matching(instances, _need(cpu, memory_mb, accelerator, accelerator_count), prefer_spot)
+    return _matching(instances, wanted(cpu, memory_mb, accelerator, accelerator_count), prefer_spot)
 
 
 def select_instance(
@@ -54,18 +54,20 @@ def select_instance(
         There is none; the message has the nearest ones.
     """
     offers = list(instances)
-    need = _need(cpu, memory_mb, accelerator, accelerator_count)
+    need = wanted(cpu, memory_mb, accelerator, accelerator_count)
     found = _matching(offers, need, prefer_spot)
     if found:
         return found[0]
-    raise NoMatchingInstanceError(f"no instance type has {need}. {_nearest(offers, need, prefer_spot)}")
+    raise NoMatchingInstanceError(f"no instance type has {need}. {nearest(offers, need, prefer_spot)}")
 
 
 # --- what is needed -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Need:
+class Wanted:
+    """What a type has to have at least, and the one accelerator that it has to have."""
+
     cpu: int
     memory_mb: int
     accelerator: Accelerator | None
@@ -90,16 +92,17 @@ class _Need:
         return f"{text}, {count} {self.accelerator.name}"
 
 
-def _need(
+def wanted(
     cpu: int,
     memory_mb: int,
     accelerator: str | Accelerator | None,
-    accelerator_count: int | Callable[[int], bool],
-) -> _Need:
-    wanted = Accelerator.parse(accelerator) if accelerator is not None else None
+    accelerator_count: int | Callable[[int], bool] = 1,
+) -> Wanted:
+    """Return what is wanted; for the arguments see `select_instances`."""
+    model = Accelerator.parse(accelerator) if accelerator is not None else None
     cpu, memory_mb = max(1, cpu), max(1, memory_mb)
     if callable(accelerator_count):
-        return _Need(cpu, memory_mb, wanted, None, accelerator_count)
+        return Wanted(cpu, memory_mb, model, None, accelerator_count)
     if isinstance(accelerator_count, bool) or not isinstance(accelerator_count, int) or accelerator_count < 1:
         accepted = "a whole number from 1, or a function of the number"
         raise SpecError(
@@ -108,8 +111,8 @@ def _need(
             value=accelerator_count,
             accepted=accepted,
         )
-    exact = wanted.count if wanted is not None and wanted.count != 1 else accelerator_count
-    return _Need(cpu, memory_mb, wanted, exact, lambda n: n == exact)
+    exact = model.count if model is not None and model.count != 1 else accelerator_count
+    return Wanted(cpu, memory_mb, model, exact, lambda n: n == exact)
 
 
 def _memory_mb(instance: InstanceSpec) -> int:
@@ -141,7 +144,7 @@ def _distance(instance: InstanceSpec, wanted: Accelerator) -> int:
 # --- prices and offers --------------------------------------------------------------------------------------
 
 
-def _matching(instances: Iterable[InstanceSpec], need: _Need, prefer_spot: bool) -> list[InstanceSpec]:
+def _matching(instances: Iterable[InstanceSpec], need: Wanted, prefer_spot: bool) -> list[InstanceSpec]:
     found = [i for i in instances if need.is_met(i)]
     return sorted(found, key=lambda i: (_price(i, prefer_spot), i.vcpu, i.memory_gb, i.name))
 
@@ -151,18 +154,19 @@ def _price(instance: InstanceSpec, prefer_spot: bool) -> float:
     return next((p for p in prices if p is not None), math.inf)
 
 
-def _nearest(offers: list[InstanceSpec], need: _Need, prefer_spot: bool) -> str:
+def nearest(offers: list[InstanceSpec], need: Wanted, prefer_spot: bool) -> str:
+    """Return, in words, what comes nearest to `need` where nothing meets it."""
     if not offers:
         return "There are no types to choose from."
     ranked = sorted(offers, key=lambda i: (need.lack(i), _price(i, prefer_spot), i.name))
     if need.lack(ranked[0])[0] == _OTHER:
         names = sorted({i.accelerator for i in offers if i.accelerator})
         return f"There are these accelerators: {', '.join(names) or 'none'}."
-    nearest: dict[str, InstanceSpec] = {}  # a type may be offered in several regions
+    types: dict[str, InstanceSpec] = {}  # a type may be offered in several regions
     for i in ranked:
         if need.lack(i)[0] < _OTHER:
-            nearest.setdefault(i.name, i)
-    shown = [_shown(i, prefer_spot) for i in list(nearest.values())[:_SHOWN]]
+            types.setdefault(i.name, i)
+    shown = [_shown(i, prefer_spot) for i in list(types.values())[:_SHOWN]]
     return f"Nearest: {'; '.join(shown)}."
 
 

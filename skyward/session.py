@@ -28,16 +28,22 @@ from skyward.cluster.record import Record
 from skyward.cluster.slot import LOG_TOPIC
 from skyward.console import Console
 from skyward.engine import Engine
-from skyward.errors import PoolTimeoutError
+from skyward.errors import PoolBudgetError, PoolTimeoutError
 from skyward.logfile import LogFile
-from skyward.providers.base import Machine
+from skyward.plan import make_plan
+from skyward.providers.base import Cloud, Machine
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
 from skyward.providers.ssh import SSH
+from skyward.provision import Provisioner
 from skyward.termination import unwind_on_termination
 
 if TYPE_CHECKING:
     from skyward.pool import ComputePool
+
+
+_LOOK_AT_COST_S = 1.0
+_TELL_COST_S = 30.0
 
 
 class Session:
@@ -50,6 +56,8 @@ class Session:
         self._over = threading.Event()
         self._emitter: Any = None
         self._record: Record | None = None
+        self._provisioner: Provisioner | None = None
+        self._expires = time.time() + pool.spec.timeout
         self.cluster: SkyCluster
         self.client: Client
         self.engine: Engine
@@ -76,7 +84,7 @@ class Session:
         self._emitter = events.emitter(*listeners)
         stack.callback(unwind_on_termination())
         share = None
-        if not isinstance(pool.provider, SSH):  # whose machines see no folder of this one
+        if isinstance(pool.provider, (Local, Dask)):  # other machines see no folder of this one
             share = _shared_folder(self.pool_id)
             stack.callback(shutil.rmtree, share, ignore_errors=True)
         started = time.monotonic()
@@ -117,13 +125,14 @@ class Session:
         if own is not None:
             own.demand = engine.demand
             own.on_node_lost = self._node_lost
+            own.on_node_replaced = self._node_replaced
             own.on_metrics = self._metrics
         engine.wait_ready()
         client.subscribe_topic(LOG_TOPIC, pool._receive_lines)
         joblib.join()
         if self._record is not None:
             self._record.running()
-        self._watch(spec.timeout, spec.idle_timeout)
+        self._watch(started + spec.timeout, spec.idle_timeout)
         self.emit(events.PoolStarted())
         console.ready(pool, str(cluster.dashboard_link), time.monotonic() - started)
 
@@ -137,18 +146,36 @@ class Session:
                 return local_cluster(provider, spec, self.pool_id, share)
             case SSH():
                 machines = provider.machines(spec.nodes)
-                expires = time.time() + spec.timeout
-                self._record = record = Record(self.pool_id, provider.name, expires, machines)
+                self._record = record = Record(self.pool_id, provider.name, self._expires, machines)
                 self._stack.callback(record.close)
-
-                def more(count: int, taken: Sequence[str]) -> list[Machine]:
-                    found = provider.machines(count, taken)
-                    record.add(found)
-                    return found
-
-                cluster = machine_cluster(machines, more, spec, self.pool_id, self.emit)
+                cluster = machine_cluster(machines, _Hosts(provider, record), spec, self.pool_id, self.emit)
                 record.left = cluster.left
                 return cluster
+            case tuple():
+                return self._launch_cluster(provider)
+
+    def _launch_cluster(self, clouds: tuple[Cloud, ...]) -> AgentCluster:
+        spec = self.pool.spec
+        plan = make_plan(clouds, spec)
+        names = " or ".join(dict.fromkeys(cloud.name for cloud in clouds))
+        self._record = record = Record(self.pool_id, names, self._expires)
+        self._provisioner = provisioner = Provisioner(plan, spec, self.pool_id, record, self.emit, self._expires)
+
+        def end() -> None:
+            try:
+                record.left = provisioner.end()
+                self.emit(provisioner.final_cost())
+            except BaseException:  # Ctrl-C, a second time: the guardian does it
+                record.left = ["not confirmed"]
+                raise
+            finally:
+                record.close()
+
+        self._stack.callback(end)
+        self._watch_cost(provisioner)
+        machines = provisioner.launch()
+        self.emit(events.ProvisioningCompleted())
+        return machine_cluster(machines, provisioner, spec, self.pool_id, self.emit)
 
     def stop(self, reason: BaseException) -> None:
         self._over.set()
@@ -163,12 +190,16 @@ class Session:
     def _node_lost(self, node: int, instance_id: str, why: str) -> None:
         self.emit(events.InstanceLost(instance_id=instance_id, node=node, reason=why))
 
+    def _node_replaced(self, node: int, instance_id: str, replaced_id: str) -> None:
+        self.emit(events.InstanceReplaced(instance_id=instance_id, node=node, replaced_id=replaced_id))
+
     def _metrics(self, node: int, instance_id: str, figures: dict[str, float]) -> None:
         self.emit(events.Metrics(instance_id=instance_id, node=node, **figures))
 
-    def _watch(self, timeout: float, idle_timeout: float | None) -> None:
+    def _watch(self, deadline: float, idle_timeout: float | None) -> None:
+        timeout = self.pool.spec.timeout
+
         def watch() -> None:
-            deadline = time.monotonic() + timeout
             while True:
                 limit = deadline
                 if idle_timeout is not None:
@@ -180,15 +211,64 @@ class Session:
                     continue
                 what = "timeout" if limit == deadline else "idle_timeout"
                 seconds = timeout if limit == deadline else idle_timeout
-                reason = PoolTimeoutError(
-                    f"the pool's {what} of {seconds:g} s has passed: its machines were destroyed and calls that had "
-                    f"not finished are lost. Raise {what}=, or enter the pool again."
+                self._end_pool(
+                    PoolTimeoutError(
+                        f"the pool's {what} of {seconds:g} s has passed: its machines were destroyed and calls that "
+                        f"had not finished are lost. Raise {what}=, or enter the pool again."
+                    )
                 )
-                if self.pool._session is self:
-                    self.pool._stop(reason)
                 return
 
         threading.Thread(target=watch, name="skyward-timeout", daemon=True).start()
+
+    def _end_pool(self, reason: BaseException) -> None:
+        if self.pool._session is self:
+            self.pool._stop(reason)
+
+    def cost(self) -> float:
+        """Return what the pool has cost so far, in USD."""
+        return self._provisioner.cost().accumulated_cost if self._provisioner is not None else 0.0
+
+    def _watch_cost(self, provisioner: Provisioner) -> None:
+        """Tell of the cost now and then, and end the pool when it has cost what it may."""
+        most = self.pool.spec.max_cost
+
+        def watch() -> None:
+            tell_at = time.monotonic() + _TELL_COST_S
+            while not self._over.wait(_LOOK_AT_COST_S):
+                cost = provisioner.cost()
+                if time.monotonic() >= tell_at:
+                    self.emit(cost)
+                    tell_at = time.monotonic() + _TELL_COST_S
+                if most is not None and cost.accumulated_cost >= most and hasattr(self, "engine"):
+                    self._end_pool(
+                        PoolBudgetError(
+                            f"the pool has cost {cost.accumulated_cost:.4f} USD, and max_cost is {most:g}: its "
+                            "machines were destroyed and calls that had not finished are lost. Raise max_cost="
+                        )
+                    )
+                    return
+
+        threading.Thread(target=watch, name="skyward-cost", daemon=True).start()
+
+
+class _Hosts:
+    """Hosts that are there already, as where a cluster's machines come from."""
+
+    def __init__(self, provider: SSH, record: Record) -> None:
+        self._provider = provider
+        self._record = record
+
+    def more(self, count: int, taken: Sequence[str]) -> list[Machine]:
+        found = self._provider.machines(count, taken)
+        self._record.add(found)
+        return found
+
+    def exists(self, machine: Machine) -> bool:  # noqa: ARG002 - nobody can be asked
+        return True
+
+    def discard(self, machine: Machine) -> None:
+        """Leave it: it is the user's."""
 
 
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time

@@ -169,15 +169,30 @@ def _is_plain(text: str) -> bool:
     return text.isprintable() and not text.startswith("-") and not any(c in text for c in "'\"\\$`;&|<>*?()[]{}!#~")
 
 
+# Where a machine's own files are: a volume over them, or inside of what the system makes by itself, ends the machine.
+_SYSTEM_FOLDERS = (
+    "bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "usr", "var"
+)  # fmt: skip
+_TAKEN_FOLDERS = ("/home", "/root", "/tmp")
+
+
 def _check_mount_path(value: Any) -> str:
     path = check_text(value).rstrip("/")
-    if not path.startswith("/") or not _is_plain(path) or any(part in ("", ".", "..") for part in path[1:].split("/")):
+    parts = path[1:].split("/")
+    if not path.startswith("/") or not _is_plain(path) or any(part in ("", ".", "..") for part in parts):
         raise ValueError("an absolute path such as '/data', without quotes or shell characters")
+    if parts[0] in _SYSTEM_FOLDERS or path in _TAKEN_FOLDERS:
+        raise ValueError("a folder of its own such as '/data', not one that the system needs")
     return path
 
 
+def _parts(prefix: str) -> list[str]:
+    inner = prefix.strip("/")
+    return inner.split("/") if inner else []
+
+
 def _check_prefix(value: Any) -> str:
-    if not isinstance(value, str) or not _is_plain(value):
+    if not isinstance(value, str) or not _is_plain(value) or any(p in ("", ".", "..") for p in _parts(value)):
         raise ValueError("a text such as 'datasets/2024/', without quotes or shell characters")
     return value
 

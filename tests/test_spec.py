@@ -310,6 +310,8 @@ def test_no_requirement_takes_long_to_refuse(piece: str) -> None:
         ("/data", "Upper_Case"),
         ("/data", "bucket", "x'; rm -rf /"),
         ("/data", "bucket", "x\n"),
+        ("/data", "bucket", "x/../y"),
+        ("/data", "bucket", "x//y"),
         ("/data", "bucket", "--option"),
         ("/data", "bucket", 5),
         ("/data", "bucket", "", "yes"),
@@ -319,6 +321,19 @@ def test_no_requirement_takes_long_to_refuse(piece: str) -> None:
 def test_a_volume_needs_a_place_and_a_bucket(arguments: Any) -> None:
     with pytest.raises(sky.SpecError, match="S3Volume"):
         sky.S3Volume(*arguments)
+
+
+@pytest.mark.parametrize("path", ["/", "//", "/usr", "/etc/", "/bin", "/proc/x", "/var/lib", "/home", "/root/", "/tmp"])
+def test_a_volume_is_not_mounted_over_what_the_system_needs(path: str) -> None:
+    with pytest.raises(sky.SpecError, match="such as '/data'") as caught:
+        sky.S3Volume(path, "bucket")
+
+    assert (caught.value.option, caught.value.value) == ("mount_path", path)
+
+
+@pytest.mark.parametrize("path", ["/data", "/mnt/data", "/home/ada/data", "/root/data", "/tmp/data", "/srv", "/users"])
+def test_a_volume_may_be_mounted_anywhere_else(path: str) -> None:
+    assert sky.S3Volume(path, "bucket").mount_path == path
 
 
 def test_a_volume_is_taken_as_written() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from skyward.cluster.config import AgentConfig
+from skyward.providers.base import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,10 @@ class Agent(Protocol):
 
     nodes: set[int]
     machine: str  # its name in messages
+
+    @property
+    def facts(self) -> Machine | None:
+        """What is known of its machine; None for this host."""
 
     def instance_id(self, node: int) -> str:
         """Return the name of the machine that `node` is on."""
@@ -59,6 +64,7 @@ class LocalAgent:
     """An agent on this host, which ends with us: it plays all nodes of the pool."""
 
     machine = "local"
+    facts: Machine | None = None
 
     def __init__(self, config: AgentConfig, environment: dict[str, str]) -> None:
         self.nodes = {n.node for n in config.nodes}

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -17,12 +18,18 @@ from distributed.deploy.adaptive import Adaptive
 from skyward.cluster.agents import Agent
 from skyward.cluster.config import NodeSpec
 from skyward.errors import BootstrapError, PoolError, PoolTimeoutError
+from skyward.providers.base import Machine
 from skyward.wire import Slot
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 """Seconds that workers have to come up once their machines are ready. By feel: far more than a loaded laptop needs."""
+_EVACUATION_MARGIN_S = 15.0
+"""Seconds before a machine is taken away by which its work has been moved. By feel."""
+_LOOK_S = 2.0
+_REPLACEMENT_PAUSES_S = (0.0, 15.0, 60.0, 120.0, 300.0)
+"""Pauses before attempts to find a replacement for a lost machine. By feel: capacity comes back in minutes."""
 
 
 class SkyCluster(Cluster):  # type: ignore[misc]
@@ -44,6 +51,10 @@ class SkyCluster(Cluster):  # type: ignore[misc]
     def instance_id(self, node: int) -> str:
         """Return the name of the machine that is node `node`."""
         return f"{self.name}-{node}"
+
+    def machine(self, node: int) -> Machine | None:  # noqa: ARG002 - where there are several, it says which
+        """Return what is known of the machine that is node `node`; None for this host, and for somebody else's."""
+        return None
 
     def slots(self) -> list[Slot]:
         """Return the slots that are there now, by node and then by number."""
@@ -78,6 +89,9 @@ class AgentCluster(SkyCluster):
     new_agents
         Makes agents for further nodes, where each has a machine of its own, other than those in its second argument;
         may block. None: the first agent runs them all.
+    discard
+        Destroys a machine that is not used any more; may block. Then one that is lost is replaced. None: machines stay
+        when the cluster has left them, and those that are lost are not replaced.
     timeout_s
         Seconds that the machines may take to become ready: those of the pool itself.
     """
@@ -91,12 +105,14 @@ class AgentCluster(SkyCluster):
         slots_per_node: int,
         node_spec: Callable[[int], NodeSpec],
         new_agents: Callable[[Sequence[int], Sequence[str]], Sequence[Agent]] | None = None,
+        discard: Callable[[Machine], None] | None = None,
         timeout_s: float,
     ) -> None:
         super().__init__(name, security)
         self._agents = list(agents)
         self._node_spec = node_spec
         self._new_agents = new_agents
+        self._discard = discard
         self._per_node = slots_per_node
         self._timeout_s = timeout_s
         self._nodes = {node for agent in agents for node in agent.nodes}
@@ -108,6 +124,7 @@ class AgentCluster(SkyCluster):
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.on_node_lost: Callable[[int, str, str], None] = lambda *_: None
+        self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
         self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self._growing = asyncio.Lock()
@@ -201,10 +218,14 @@ class AgentCluster(SkyCluster):
                         last_lines=lines,
                     )
                 )
+            case "notice" if agent is not self._agents[0]:
+                self._spawn(self._evacuate(agent, event["seconds"]))
+            case "notice":
+                logger.warning("%s, with the scheduler on it, will be taken away by its provider", agent.machine)
             case "ended" if not self._stopping:
-                self._agent_ended(agent, event["why"])
+                self._agent_ended(agent, event["why"], gone=event.get("gone", False))
 
-    def _agent_ended(self, agent: Agent, why: str) -> None:
+    def _agent_ended(self, agent: Agent, why: str, *, gone: bool) -> None:
         if agent is self._agents[0]:
             self._fail(
                 PoolError(
@@ -215,26 +236,98 @@ class AgentCluster(SkyCluster):
         elif self.status != Status.running:
             self._fail(PoolError(f"the agent of pool {self.name} on {agent.machine} ended while starting ({why})"))
         else:
-            self._spawn(self._drop(agent, why))
+            self._spawn(self._drop(agent, why, gone=gone))
 
-    async def _drop(self, agent: Agent, why: str) -> None:
-        """Go on without a node that is lost: its calls are run again elsewhere."""
+    async def _drop(self, agent: Agent, why: str, *, gone: bool = False) -> None:
+        """Go on without a node that is lost: its calls are run again elsewhere, on its replacement if there is one.
+
+        `gone`: its provider has taken it away, which does not count against a call's `retries`.
+        """
         if agent not in self._agents:
             return
         logger.warning("lost %s: %s", agent.machine, why)
         self._agents.remove(agent)
         self._cores.pop(agent, None)
-        slots = [slot for slot in self.slots() if slot.node in agent.nodes]
+        was_counted = agent.nodes <= self._nodes
         self._nodes -= agent.nodes
-        for slot in slots:
+        for address in self._addresses(agent):
             with contextlib.suppress(Exception):  # it may have been noticed meanwhile
-                # Not `expected`: the engine is to count and rerun what was there.
-                await self.scheduler_comm.unregister(address=slot.address, stimulus_id="machine-lost", close=False)
+                # What is not `expected` the engine counts, and runs again.
+                await self.scheduler_comm.unregister(
+                    address=address, stimulus_id="machine-lost", expected=gone, close=False
+                )
         for node in agent.nodes:
             self.on_node_lost(node, agent.instance_id(node), why)
         self.changed.set()
         self.on_change()
-        await self._stop_agent(agent)
+        if was_counted:
+            self._replace(agent)
+        await self._remove_agent(agent)
+
+    async def _evacuate(self, agent: Agent, seconds: float) -> None:
+        """Take the work off a machine that its provider will take away in so many seconds.
+
+        It gets nothing new, what it holds is moved away, what it runs may end; the rest is run again elsewhere.
+        """
+        if agent not in self._agents or not agent.nodes <= self._nodes:
+            return
+        deadline = time.monotonic() + max(0.0, seconds - _EVACUATION_MARGIN_S)
+        logger.warning("%s will be taken away in %.0f s: its work is moved", agent.machine, seconds)
+        self._nodes -= agent.nodes
+        self.on_change()
+        self._replace(agent)
+        addresses = self._addresses(agent)
+        with contextlib.suppress(Exception):  # it may be gone already, or a worker on its way out
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                await self.scheduler_comm.retire_workers(
+                    workers=addresses, close_workers=False, remove=False, stimulus_id="machine-leaves"
+                )
+                while await self._is_busy(addresses):
+                    await asyncio.sleep(_LOOK_S)
+        await self._drop(agent, "its provider gave notice and takes it away", gone=True)
+
+    async def _is_busy(self, addresses: Sequence[str]) -> bool:
+        """Tell whether workers run something, as they said within the last second or two."""
+        workers = (await self.scheduler_comm.identity(n_workers=-1))["workers"]
+        return any(workers[a]["metrics"].get("executing", 0) for a in addresses if a in workers)
+
+    def _addresses(self, agent: Agent) -> list[str]:
+        workers = self.scheduler_info["workers"].items()
+        return [address for address, w in workers if int(str(w["name"]).partition("-")[0]) in agent.nodes]
+
+    def _replace(self, agent: Agent) -> None:
+        if self._discard is not None and not self._stopping:
+            self._spawn(self._find_replacement(agent))
+
+    async def _find_replacement(self, lost: Agent) -> None:
+        """Find another machine for a node that is lost; the pool goes on meanwhile with what it has."""
+        assert self._new_agents is not None
+        (lost_id,) = (lost.instance_id(node) for node in lost.nodes)
+        for pause in _REPLACEMENT_PAUSES_S:
+            await asyncio.sleep(pause)
+            async with self._growing:
+                taken_nodes = self._nodes | {n for agent in [*self._agents, lost] for n in agent.nodes}
+                node = next(i for i in range(len(taken_nodes) + 1) if i not in taken_nodes)
+                try:
+                    (agent,) = await asyncio.to_thread(self._new_agents, [node], [])
+                except Exception as exc:  # as in _grow
+                    logger.warning("no replacement for %s at present: %s", lost.machine, exc)
+                    continue
+                self._agents.append(agent)
+            try:
+                await self._start_agent(agent)
+            except Exception as exc:  # it may be lost too, before it is ready
+                logger.warning("%s, a replacement for %s, can't be made ready: %s", agent.machine, lost.machine, exc)
+                self._agents.remove(agent)
+                await self._remove_agent(agent)
+                continue
+            self._nodes.add(node)
+            self.on_node_replaced(node, agent.instance_id(node), lost_id)
+            return
+
+    async def _give_back(self, agent: Agent) -> None:
+        if self._discard is not None and agent.facts is not None and not self._stopping:
+            await asyncio.to_thread(self._discard, agent.facts)
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error
@@ -261,6 +354,10 @@ class AgentCluster(SkyCluster):
             if left:
                 self.left.append(left)
 
+    async def _remove_agent(self, agent: Agent) -> None:
+        await self._stop_agent(agent)
+        await self._give_back(agent)
+
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
@@ -276,6 +373,9 @@ class AgentCluster(SkyCluster):
     def instance_id(self, node: int) -> str:
         found = [agent.instance_id(node) for agent in self._agents if node in agent.nodes]
         return found[0] if found else super().instance_id(node)
+
+    def machine(self, node: int) -> Machine | None:
+        return next((agent.facts for agent in self._agents if node in agent.nodes), None)
 
     @property
     def cores_per_slot(self) -> int:
@@ -358,7 +458,7 @@ class AgentCluster(SkyCluster):
         for agent in list(self._agents):
             if agent.nodes and agent.nodes <= gone:
                 self._agents.remove(agent)
-                self._spawn(self._stop_agent(agent))
+                self._spawn(self._remove_agent(agent))
             elif mine := agent.nodes & gone:
                 agent.nodes -= mine
                 agent.send({"do": "remove", "nodes": sorted(mine)})

@@ -42,6 +42,8 @@ class AgentConfig:
         Whether the machine is to be switched off when the agent ends because nobody is left.
     metrics
         Whether it tells how busy the machine is.
+    notice
+        Cloud whose notices of taking the machine away it is to watch for, such as ``"aws"``; empty: none.
     """
 
     pool_id: str
@@ -58,6 +60,7 @@ class AgentConfig:
     power_off: bool = False
     metrics: bool = False
     remove: tuple[str, ...] = ()
+    notice: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -31,6 +31,8 @@ LOG = "guardian.log"
 _LOOK_S = 30.0  # `select` does not count the time that a computer sleeps
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _PAUSE_S = 60.0
+_SETTLE_S = 60.0
+"""Seconds after which a launch that was under way when the owner died has made its machines. By feel."""
 _DISMISSED_WITHIN_S = 2.0
 _DONE = b"done\n"
 
@@ -157,6 +159,8 @@ def main() -> int:
 def _end(entry: Entry, owner: _Owner) -> int:
     from skyward.cluster.release import release
 
+    # A cloud may still be at work on what the owner has asked for last.
+    settled = not entry.places or entry.state == "stopping"
     for pause in _pauses():
         latest = _latest(entry)
         if latest is None:
@@ -168,11 +172,15 @@ def _end(entry: Entry, owner: _Owner) -> int:
         except Exception:  # whatever it is, network or code, the next try may do better; there is nobody to tell
             logger.exception("failed")
             left = ["see above"]
-        if not left:
+        if not left and settled:
             journal.close(entry.pool_id)
             logger.info("ended")
             return 0
-        logger.info("may still run on %s", "; ".join(left))
+        if not left:
+            logger.info("ended; looking again in %g s", _SETTLE_S)
+            settled, pause = True, _SETTLE_S
+        else:
+            logger.info("may still run on %s", "; ".join(left))
         if time.time() > entry.expires + GIVE_UP_S:
             logger.info("given up; it stays in `skyward ps`")
             return 1

@@ -7,6 +7,7 @@ A process that is killed leaves its entry behind, and whoever finds it can end t
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import json
 import logging
 import os
@@ -14,8 +15,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -39,6 +40,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where machines of a pool may be: a region of a cloud, and what makes a provider that reaches it."""
+
+    provider: str
+    region: str
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """What the journal knows of one pool.
 
@@ -47,9 +57,14 @@ class Entry:
     created, expires
         Seconds since the epoch. By `expires` the pool's own timers have ended it.
     pid, pid_started, host
-        The process that owns the pool. Its start tells it from a later one with the same number.
+        The process that owns the pool. Its start tells it from a later one with the same number. No `pid`: nobody
+        knows, because it was not the journal that told of the pool but a cloud.
+    owner
+        Who has started it, as ``user@host``.
     machines
-        All that may exist. Private keys are paths here, never the keys themselves.
+        All that are known. Private keys are paths here, never the keys themselves.
+    places
+        Where clouds were asked for machines: there may be some that are not known.
     """
 
     pool_id: str
@@ -59,13 +74,15 @@ class Entry:
     pid: int
     pid_started: float
     host: str
+    owner: str = ""
     state: State = "launching"
     machines: tuple[Machine, ...] = ()
+    places: tuple[Place, ...] = ()
 
     @property
     def owner_alive(self) -> bool | None:
         """Whether the process that owns the pool still runs; None where that can't be seen: it is on another host."""
-        if self.host != socket.gethostname():
+        if self.host != socket.gethostname() or not self.pid:
             return None
         started = _start_of(self.pid)
         return started is not None and abs(started - self.pid_started) < _SAME_START_S
@@ -73,6 +90,11 @@ class Entry:
     @property
     def is_expired(self) -> bool:
         return time.time() >= self.expires
+
+
+def this_owner() -> str:
+    """Return who starts machines here, as ``user@host``."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def data_folder() -> Path:
@@ -91,7 +113,7 @@ def open_entry(pool_id: str, *, provider: str, expires: float, machines: Sequenc
     pid = os.getpid()
     entry = Entry(
         pool_id=pool_id, provider=provider, created=time.time(), expires=expires, pid=pid,
-        pid_started=_start_of(pid) or 0.0, host=socket.gethostname(), machines=tuple(machines),
+        pid_started=_start_of(pid) or 0.0, host=socket.gethostname(), owner=this_owner(), machines=tuple(machines),
     )  # fmt: skip
     return update(entry)
 
@@ -101,7 +123,7 @@ def update(
     *,
     state: State | None = None,
     machines: Sequence[Machine] | None = None,
-    expires: float | None = None,
+    places: Sequence[Place] | None = None,
 ) -> Entry:
     """Write `entry` with what has changed, and return it so. Only the pool's owner does.
 
@@ -110,8 +132,12 @@ def update(
     PoolError
         The journal can't be written.
     """
-    changed = {"state": state, "machines": None if machines is None else tuple(machines), "expires": expires}
-    entry = replace(entry, **{name: value for name, value in changed.items() if value is not None})  # type: ignore[arg-type]
+    entry = replace(
+        entry,
+        state=state or entry.state,
+        machines=entry.machines if machines is None else tuple(machines),
+        places=entry.places if places is None else tuple(places),
+    )
     path = _path(entry.pool_id)
     with _writing:
         try:
@@ -216,7 +242,8 @@ def _from_json(text: str, pool_id: str) -> Entry:
         machines = tuple(
             _known(Machine, {**machine, "login": _known(Login, machine["login"])}) for machine in data["machines"]
         )
-        entry = _known(Entry, {**data, "machines": machines})
+        places = tuple(_known(Place, place) for place in data.get("places", ()))
+        entry = _known(Entry, {**data, "machines": machines, "places": places})
         right = entry.pool_id == pool_id and entry.state in get_args(State)
         for number in (entry.created, entry.expires, entry.pid, entry.pid_started):
             right &= isinstance(number, (int, float))
@@ -230,7 +257,8 @@ def _from_json(text: str, pool_id: str) -> Entry:
 def _known(kind: type[T], data: dict[str, Any]) -> T:
     """Make a `kind` of the fields that it has: a later version may have written more."""
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type] # all are dataclasses
-    return kind(**{name: value for name, value in data.items() if name in names})
+    lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}  # as JSON has tuples
+    return kind(**{name: value for name, value in {**data, **lists}.items() if name in names})
 
 
 def _start_of(pid: int) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.config import AgentConfig, NodeSpec
@@ -13,23 +13,34 @@ from skyward.cluster.security import make_credentials
 from skyward.cluster.slots import node_spec
 from skyward.cluster.wheel import own_wheel
 from skyward.providers.base import Machine
-from skyward.spec import PoolSpec
+from skyward.spec import PoolSpec, S3Volume
+
+
+class Source(Protocol):
+    """Where a cluster's machines come from. May be called from several threads; blocks."""
+
+    def more(self, count: int, taken: Sequence[str]) -> Sequence[Machine]:
+        """Return machines for further nodes, other than those with the ids given."""
+
+    def exists(self, machine: Machine) -> bool:
+        """Tell whether a machine that is out of reach is still there."""
+
+    def discard(self, machine: Machine) -> None:
+        """Take back a machine that is not used any more."""
 
 
 def machine_cluster(
-    machines: Sequence[Machine],
-    more: Callable[[int, Sequence[str]], Sequence[Machine]],
-    spec: PoolSpec,
-    pool_id: str,
-    emit: Callable[[Any], None],
+    machines: Sequence[Machine], source: Source, spec: PoolSpec, pool_id: str, emit: Callable[[Any], None]
 ) -> AgentCluster:
     """Return the cluster, not yet started; node i is on ``machines[i]``.
 
-    `more` finds machines for so many further nodes, other than those with the ids given; it may block.
+    Machines that do not live on after the pool are replaced when they are lost.
     """
+    lives_on = machines[0].lives_on
     wheel = own_wheel()
     gpus = spec.accelerator.count if spec.accelerator else 0
-    shipment = Shipment(recipe(spec.image, wheel), wheel, tuple(spec.image.include), gpus=gpus)
+    volumes = tuple(v for v in spec.volume if isinstance(v, S3Volume))
+    shipment = Shipment(recipe(spec.image, wheel), wheel, tuple(spec.image.include), volumes, gpus=gpus)
     credentials = make_credentials(pool_id, lifetime_s=spec.timeout)
 
     def make_node(node: int) -> NodeSpec:
@@ -47,10 +58,11 @@ def machine_cluster(
             scheduler="" if node else None,
             environment={**spec.image.env, **(spec.env or {})},
         )
-        return RemoteAgent(machine, make_node(node), config, shipment, emit)
+        exists = None if lives_on else source.exists
+        return RemoteAgent(machine, make_node(node), config, shipment, emit, exists)
 
     def new_agents(nodes: Sequence[int], taken: Sequence[str]) -> list[RemoteAgent]:
-        return [make_agent(n, m) for n, m in zip(nodes, more(len(nodes), taken), strict=True)]
+        return [make_agent(n, m) for n, m in zip(nodes, source.more(len(nodes), taken), strict=True)]
 
     return AgentCluster(
         pool_id,
@@ -60,4 +72,5 @@ def machine_cluster(
         timeout_s=spec.timeout,
         node_spec=make_node,
         new_agents=new_agents,
+        discard=None if lives_on else source.discard,
     )

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from skyward.cluster import metrics
+from skyward.cluster import metrics, notice
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.relay import Switchboard
 
@@ -300,6 +300,8 @@ class _Agent:
         self._tell("ready", cores=int(os.environ["SKYWARD_NODE_CORES"]))
         if config.metrics:
             self._spawn(self._tell_metrics())
+        if config.notice:
+            self._spawn(self._watch_notice(config.notice))
         self._security = Credentials(config.ca, config.certificate, config.key).security()
         if config.scheduler is None:
             await self._start_scheduler(stack)
@@ -314,6 +316,11 @@ class _Agent:
         while True:
             await asyncio.sleep(metrics.PERIOD_S)
             self._tell("metrics", keep=False, **metrics.sample())
+
+    async def _watch_notice(self, cloud: str) -> None:
+        while (seconds := await asyncio.to_thread(notice.seconds_left, cloud)) is None:
+            await asyncio.sleep(notice.PERIOD_S)
+        self._tell("notice", seconds=seconds)
 
     async def _start_scheduler(self, stack: contextlib.AsyncExitStack) -> None:
         from distributed import Scheduler

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from skyward.cluster import journal
 from skyward.cluster.guardian import Guardian
+from skyward.cluster.journal import Place
 from skyward.providers.base import Machine
 
 
@@ -20,8 +22,9 @@ class Record:
         The journal can't be written.
     """
 
-    def __init__(self, pool_id: str, provider: str, expires: float, machines: Sequence[Machine]) -> None:
+    def __init__(self, pool_id: str, provider: str, expires: float, machines: Sequence[Machine] = ()) -> None:
         self.left: Sequence[str] = ()
+        self._lock = threading.Lock()
         self._entry = journal.open_entry(pool_id, provider=provider, expires=expires, machines=machines)
         try:
             self._guardian = Guardian.start(pool_id)
@@ -31,11 +34,23 @@ class Record:
 
     def add(self, machines: Sequence[Machine]) -> None:
         """Note further machines, before anything is started on them."""
-        self._entry = journal.update(self._entry, machines=[*self._entry.machines, *machines])
+        with self._lock:
+            self._entry = journal.update(self._entry, machines=[*self._entry.machines, *machines])
+
+    def add_place(self, place: Place) -> None:
+        """Note where a cloud is about to be asked for machines."""
+        with self._lock:
+            if place not in self._entry.places:
+                self._entry = journal.update(self._entry, places=[*self._entry.places, place])
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return self._entry.places
 
     def running(self) -> None:
         """Note that the pool takes calls."""
-        self._entry = journal.update(self._entry, state="running")
+        with self._lock:
+            self._entry = journal.update(self._entry, state="running")
 
     def close(self) -> None:
         """Close the entry and dismiss the guardian, or leave the rest to it."""

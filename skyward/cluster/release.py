@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import asyncssh
 
-from skyward.cluster.journal import Entry
+from skyward import providers
+from skyward.cluster.journal import Entry, Place
 from skyward.cluster.remote import clean_command
 from skyward.cluster.ssh import Link
-from skyward.errors import SkywardError
-from skyward.providers.base import Machine
+from skyward.errors import ProviderError, SkywardError
+from skyward.providers.base import Cloud, Machine
 
 MACHINE_S = 20.0
 """Seconds that one machine may take. By feel: a log-in takes one or two, cleaning less."""
@@ -24,25 +25,51 @@ MACHINE_S = 20.0
 def release(entry: Entry) -> list[str]:
     """End a pool on all its machines at once, and return a line for each that could not be confirmed.
 
-    Blocks for up to `MACHINE_S`; not to be called in the thread of an event loop.
+    Blocks: up to `MACHINE_S` for hosts that stay, as long as a cloud takes to confirm for others. Not to be called in
+    the thread of an event loop.
 
     Raises
     ------
     SkywardError
         The entry is of a provider that this version does not know.
     """
-    end = _BY_PROVIDER.get(entry.provider)
-    if end is None:
-        known = ", ".join(_BY_PROVIDER)
-        raise SkywardError(
-            f"pool {entry.pool_id} is on {entry.provider!r}, which this skyward can't end: it knows {known}. "
-            "Use the version that started it"
-        )
-    return asyncio.run(end(entry))
+    hosts = [machine for machine in entry.machines if machine.lives_on]
+    cleaned = asyncio.run(_clean_hosts(entry.pool_id, hosts)) if hosts else []
+    return cleaned + end_places(entry.pool_id, entry.places)
 
 
-async def _clean_hosts(entry: Entry) -> list[str]:
-    results = await asyncio.gather(*(_clean_host(entry.pool_id, machine) for machine in entry.machines))
+def end_places(pool_id: str, places: Sequence[Place]) -> list[str]:
+    """Destroy all of a pool in clouds, side by side, and return a line for each place where that is not confirmed.
+
+    Raises
+    ------
+    SkywardError
+        A place is of a provider that this version does not know.
+    """
+    clouds: list[tuple[Cloud, list[str]]] = []
+    for place in places:
+        cloud = providers.make(place.provider, place.settings)
+        known = next((regions for other, regions in clouds if other == cloud), None)
+        if known is None:
+            clouds.append((cloud, [place.region]))
+        elif place.region not in known:
+            known.append(place.region)
+    if not clouds:
+        return []
+    with ThreadPoolExecutor(len(clouds), thread_name_prefix="skyward-end") as threads:
+        return [line for line in threads.map(lambda pair: _end(pool_id, *pair), clouds) if line is not None]
+
+
+def _end(pool_id: str, cloud: Cloud, regions: Sequence[str]) -> str | None:
+    try:
+        cloud.end(pool_id, regions)
+    except ProviderError as exc:
+        return f"{cloud.name} {', '.join(regions)}: {exc}"
+    return None
+
+
+async def _clean_hosts(pool_id: str, hosts: Sequence[Machine]) -> list[str]:
+    results = await asyncio.gather(*(_clean_host(pool_id, machine) for machine in hosts))
     return [line for line in results if line is not None]
 
 
@@ -63,7 +90,3 @@ async def _clean_host(pool_id: str, machine: Machine) -> str | None:
         with contextlib.suppress(OSError):
             await link.close()
     return f"{machine.id}: {why}"
-
-
-# A provider whose machines are destroyed finds them by tag, in addition to those on record, and terminates them.
-_BY_PROVIDER: dict[str, Callable[[Entry], Coroutine[Any, Any, list[str]]]] = {"ssh": _clean_hosts}

@@ -24,20 +24,29 @@ from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.node import CONFIG, LOG, SOCKET
 from skyward.cluster.relay import Relay, StreamEnded, meet_as_caller
-from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
 from skyward.cluster.wheel import Wheel
 from skyward.errors import BootstrapError
 from skyward.providers.base import Machine
+from skyward.spec import S3Volume
+from skyward.volumes import mount_script, unmount_script
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_LOSS_S = 120.0
 """Seconds without a word from the caller after which an agent ends everything on its machine."""
+BOOT_S = 300.0
+"""Seconds that a machine that was launched may take until it lets us in. By feel: slow ones take two minutes."""
 UNREACHABLE_S = 45.0
 """Seconds that a machine may be out of reach before the pool goes on without it. By feel: a router restarts in less."""
 _BEAT_S = 5.0
 _AGAIN_S = 0.2
+_ASK_S = 5.0
+"""Seconds that a machine is out of reach before its cloud is asked whether it is still there, and between questions."""
 _STOP_S = 15.0
+_FIRST_LOGIN_S = 3.0
+_FLUSH_S = 120.0
+"""Seconds that what was written to volumes may take to arrive in their buckets, at the end. By feel."""
 _BEAT = "beat"
 _LOOKS = 4  # times that a watch on a machine looks for a beat in vain before it ends what is there
 _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
@@ -58,6 +67,7 @@ class Shipment:
     recipe: Recipe
     wheel: Wheel
     include: tuple[str, ...] = ()
+    volumes: tuple[S3Volume, ...] = ()
     ttl_s: int = 0
     gpus: int = 0
 
@@ -79,18 +89,28 @@ class Shipment:
 
 
 class RemoteAgent:
-    """The agent on one machine, for one node."""
+    """The agent on one machine, for one node.
+
+    `exists` asks, blocking, whether a machine that is out of reach is still there. None: nobody knows.
+    """
 
     def __init__(
-        self, machine: Machine, node: NodeSpec, config: AgentConfig, shipment: Shipment, emit: Callable[[Any], None]
+        self,
+        machine: Machine,
+        node: NodeSpec,
+        config: AgentConfig,
+        shipment: Shipment,
+        emit: Callable[[Any], None],
+        exists: Callable[[Machine], bool] | None = None,
     ) -> None:
         self.nodes = {node.node}
         self.machine = str(machine.login)
-        self.facts = machine
+        self.facts: Machine = machine
         self._config = replace(
             config, nodes=(node,), folder=pool_folder(config.pool_id), heartbeat_s=HEARTBEAT_LOSS_S,
-            power_off=not machine.lives_on,
+            power_off=not machine.lives_on, notice="aws" if machine.spot and machine.provider == "aws" else "",
         )  # fmt: skip
+        self._exists = exists
         self._shipment = shipment
         self._emit = emit
         self._link = Link(machine.login)
@@ -115,7 +135,10 @@ class RemoteAgent:
     async def start(self, heard: Heard) -> None:
         self._emit(events.BootstrapStarting(instance_id=self.facts.id))
         self._progress("ssh")
-        await self._link.connect()
+        if self.facts.lives_on:
+            await self._link.connect()
+        else:
+            await self._log_in_when_booted()
         self._started = True  # from here on there is something to clean up
         try:
             await self._start()
@@ -123,6 +146,21 @@ class RemoteAgent:
             raise self._failed(self._step, 255, (str(exc) or type(exc).__name__,)) from exc
         self._talking = asyncio.create_task(self._talk(heard))
         self._emit(events.BootstrapCompleted(instance_id=self.facts.id))
+
+    async def _log_in_when_booted(self) -> None:
+        """Log in to a machine that may still boot: until then it may refuse, or not be what we expect."""
+        deadline = time.monotonic() + BOOT_S
+        patience = _FIRST_LOGIN_S
+        while True:
+            try:
+                async with asyncio.timeout(patience):
+                    await self._link.connect()
+                return
+            except (TimeoutError, *_TROUBLE) as exc:
+                if time.monotonic() > deadline:
+                    raise self._failed("boot", 255, (f"no login within {BOOT_S:g} s", str(exc))) from exc
+            patience = min(1.5 * patience, CONNECT_TIMEOUT_S)  # a busy machine may need more
+            await asyncio.sleep(_AGAIN_S)
 
     async def _start(self) -> None:
         host = self.facts.private_ip or await self._own_address()
@@ -167,6 +205,14 @@ class RemoteAgent:
         if have.status:
             await self._link.write(wheel, shipment.wheel.data)
         await self._link.write(bootstrap, script(shipment.recipe, ttl_s=shipment.ttl_s).encode())
+        await self._run_steps(bootstrap)
+        if shipment.volumes:
+            mount = f"{folder}/mount.sh"
+            await self._link.write(mount, mount_script(shipment.volumes, region=self.facts.region).encode())
+            await self._run_steps(mount)
+
+    async def _run_steps(self, path: str) -> None:
+        """Run a script that says which step it is at, and raise if one fails."""
         output: list[str] = []
 
         def hear(line: str) -> None:
@@ -175,9 +221,9 @@ class RemoteAgent:
             if progress is not None and progress.status is None and progress.step != "done":
                 self._progress(progress.step)
 
-        status = await self._link.lines(f"{POOL}={self._config.pool_id} sh {bootstrap}", hear)
+        status = await self._link.lines(f"{POOL}={self._config.pool_id} sh {path}", hear)
         if status:
-            found = read_progress(output) or Progress("bootstrap", status, tuple(output[-LAST_LINES:]))
+            found = read_progress(output) or Progress(self._step, status, tuple(output[-LAST_LINES:]))
             raise self._failed(found.step, found.status or status, found.lines)
 
     async def _check_gpus(self, wanted: int) -> None:
@@ -250,9 +296,18 @@ class RemoteAgent:
         lost_at: float | None = None
         why = ""
         while not self._stopped:
-            lost_at = lost_at or time.monotonic()
+            if lost_at is None:
+                lost_at = time.monotonic()
+                ask_at = lost_at + _ASK_S
+            if time.monotonic() > ask_at:
+                if self._exists is not None and not await asyncio.to_thread(self._exists, self.facts):
+                    self._started = False  # there is nothing to clean up any more
+                    heard({"event": "ended", "why": "its provider has taken it away", "gone": True})
+                    return
+                ask_at = time.monotonic() + _ASK_S
             try:
-                async with asyncio.timeout(lost_at + UNREACHABLE_S - time.monotonic()):
+                left = lost_at + UNREACHABLE_S - time.monotonic()
+                async with asyncio.timeout(left if self._exists is None else min(left, _ASK_S)):
                     reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
             except NotListening:
                 heard({"event": "ended", "why": "the agent is not running any more"})
@@ -335,13 +390,16 @@ class RemoteAgent:
             self.send({"do": "stop"})
             self._talking.cancel()
         try:
-            if self._started:
+            volumes = self._shipment.volumes
+            if self._started and (self.facts.lives_on or volumes):
                 await asyncio.wait_for(self._clean(), _STOP_S)
+            if self._started and volumes:
+                await asyncio.wait_for(self._unmount(volumes), _FLUSH_S + _STOP_S)
         except (TimeoutError, *_TROUBLE) as exc:
             why = str(exc) or type(exc).__name__
-            logger.warning(
-                "%s could not be cleaned (%s); it does so itself after %g s", self.machine, why, HEARTBEAT_LOSS_S
-            )
+            if self.facts.lives_on:
+                why += f"; it cleans itself after {HEARTBEAT_LOSS_S:g} s"
+            logger.warning("%s could not be cleaned: %s", self.machine, why)
             return f"{self.machine}: {why}"
         finally:
             for task in self._carrying:
@@ -354,6 +412,12 @@ class RemoteAgent:
         done = await self._link.run(clean_command(self._config.pool_id))
         if done.status:
             raise OSError(done.error.strip() or f"status {done.status}")
+
+
+    async def _unmount(self, volumes: Sequence[S3Volume]) -> None:
+        path = pool_folder(self._config.pool_id) + "/unmount.sh"
+        await self._link.write(path, unmount_script(volumes, patience_s=int(_FLUSH_S)).encode())
+        await self._run_steps(path)
 
 
 def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:

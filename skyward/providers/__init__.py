@@ -3,57 +3,97 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, TypeAlias
 
-from skyward.errors import SpecError
+from skyward.errors import SkywardError, SpecError
+from skyward.providers.base import Cloud
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
 from skyward.providers.ssh import SSH
 
-Provider: TypeAlias = Local | Dask | SSH
+Provider: TypeAlias = Local | Dask | SSH | Cloud
+Resolved: TypeAlias = Local | Dask | SSH | tuple[Cloud, ...]
+"""Where a pool's machines come from: clouds are several, of which one is chosen."""
 ProviderLike: TypeAlias = Provider | str | Sequence[Provider | str] | None
 
-_BY_NAME: dict[str, type[Local]] = {"local": Local}
-_PLANNED = ("aws", "digitalocean", "verda")
+_CLOUDS = {"aws": "AWS", "digitalocean": "DigitalOcean", "verda": "Verda"}
 
 
-def resolve(provider: ProviderLike) -> Provider:
-    """Return the provider that `provider` means; None means this machine.
+def resolve(provider: ProviderLike) -> Resolved:
+    """Return the provider that `provider` means, or the clouds; None means this machine.
 
     Raises
     ------
     SpecError
-        Unknown name, or something that is no provider.
+        Unknown name, something that is no provider, or several that are not all clouds.
     """
     if provider is None:
         return Local()
+    if isinstance(provider, str):
+        provider = _named(provider)
     if isinstance(provider, (Local, Dask, SSH)):
         return provider
-    if isinstance(provider, str):
-        return _named(provider)
     if isinstance(provider, Sequence):
-        found = [resolve(p) for p in provider]
-        if len(found) == 1:
-            return found[0]
-        raise _error(provider, "one provider; choosing among several needs cloud providers, which this release lacks")
-    raise _error(provider, "a provider such as sky.Local() or sky.SSH(hosts), or a name such as 'local'")
+        return _several(provider)
+    if all(hasattr(provider, name) for name in ("offers", "launch", "end")):
+        return (provider,)
+    raise _error(provider, "a provider such as sky.AWS() or sky.SSH(hosts), or a name such as 'aws'")
+
+
+def _several(given: Sequence[Provider | str]) -> Resolved:
+    found = [resolve(p) for p in given]
+    if len(found) == 1:
+        return found[0]
+    several = [p for p in found if isinstance(p, tuple)]
+    if not found or len(several) < len(found):
+        accepted = "one provider, or several clouds to choose from: sky.AWS(), sky.DigitalOcean(), sky.Verda()"
+        raise _error(given, accepted)
+    return tuple(cloud for one in several for cloud in one)
+
+
+def make(name: str, settings: Mapping[str, Any]) -> Cloud:
+    """Return the cloud that was written down with its `Cloud.settings`.
+
+    Raises
+    ------
+    SkywardError
+        This version knows no such cloud.
+    """
+    if name not in _CLOUDS:
+        raise SkywardError(
+            f"machines are on {name!r}, which this skyward can't end: it knows {', '.join(_CLOUDS)}. "
+            "Use the version that started them"
+        )
+    return _cloud(name)(**settings)
+
+
+def clouds() -> list[Cloud]:
+    """Return every cloud as it is without options."""
+    return [_cloud(name)() for name in _CLOUDS]
+
+
+def _cloud(name: str) -> Callable[..., Cloud]:
+    kind: Callable[..., Cloud] = getattr(import_module(f"skyward.providers.{name}"), _CLOUDS[name])
+    return kind
 
 
 def _named(name: str) -> Provider:
     key = name.lower()
-    if key in _BY_NAME:
-        return _BY_NAME[key]()
-    accepted = ", ".join(repr(n) for n in _BY_NAME)
+    if key == "local":
+        return Local()
+    if key in _CLOUDS:
+        return _cloud(key)()
+    names = ["local", *_CLOUDS]
     if key == "dask":
         raise _error(name, "sky.Dask(client_or_address): the name alone does not say which cluster")
     if key == "ssh":
         raise _error(name, "sky.SSH(hosts): the name alone does not say which hosts")
-    if key in _PLANNED:
-        raise _error(name, f"{accepted}; {name!r} is not in this release")
-    close = difflib.get_close_matches(key, [*_BY_NAME, *_PLANNED], 1)
+    close = difflib.get_close_matches(key, names, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise _error(name, f"{accepted}, sky.Local(), sky.SSH(hosts) or sky.Dask(client){hint}")
+    accepted = ", ".join(map(repr, names))
+    raise _error(name, f"{accepted}, sky.SSH(hosts) or sky.Dask(client){hint}")
 
 
 def _error(value: Any, accepted: str) -> SpecError:

@@ -252,6 +252,12 @@ class Cloud(Protocol):
     def terminate(self, machines: Sequence[Machine]) -> None:
         """Destroy machines; return when the cloud confirms that they cost nothing any more."""
 
+    def admit(self, pool_id: str, region: str) -> None:
+        """Let the caller's present address in to a pool's machines, in addition to earlier ones, where a firewall asks.
+
+        May be called again at will.
+        """
+
     def end(self, pool_id: str, regions: Sequence[str]) -> None:
         """Destroy all of a pool in `regions`: machines, found by their tags, then keys, groups and disks.
 

@@ -26,7 +26,7 @@ mount -t tmpfs -o mode=755 tmpfs dev
 mkdir dev/pts dev/shm
 mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts
 mount -t tmpfs -o mode=1777 tmpfs dev/shm
-for node in null zero full random urandom tty; do touch "dev/$node"; mount --bind "/dev/$node" "dev/$node"; done
+for node in null zero full random urandom tty fuse; do [ -e "/dev/$node" ] || continue; touch "dev/$node"; mount --bind "/dev/$node" "dev/$node"; done
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
 if [ -n "$baked" ]; then

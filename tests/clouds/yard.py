@@ -28,12 +28,12 @@ class Yard:
         """Seconds that the next machines take before they begin to boot."""
         self.network = Network() if boots else None
         self.machines: dict[str, Machine] = {}
-        """By the cloud's id: those that have booted and are not destroyed."""
+        """By name: those that have booted and are not destroyed."""
         self._gone: set[str] = set()
         self._count = 0
         self._lock = threading.Lock()
 
-    def boot(self, id: str, user_data: str, when_off: Callable[[], None] = lambda: None) -> str:
+    def boot(self, name: str, user_data: str, when_off: Callable[[], None] = lambda: None) -> str:
         """Begin to boot a machine and return its address. `when_off` is called if it switches itself off."""
         with self._lock:
             self._count += 1
@@ -41,42 +41,42 @@ class Yard:
         if self.network is None:
             return f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
         place = self.network.take_address()
-        arguments = (id, user_data, place, self.boot_delay_s, when_off)
-        threading.Thread(target=self._boot, args=arguments, name=f"boot-{id}", daemon=True).start()
+        arguments = (name, user_data, place, self.boot_delay_s, when_off)
+        threading.Thread(target=self._boot, args=arguments, name=f"boot-{name}", daemon=True).start()
         return place[0]
 
     def _boot(
-        self, id: str, user_data: str, place: tuple[str, int], delay_s: float, when_off: Callable[[], None]
+        self, name: str, user_data: str, place: tuple[str, int], delay_s: float, when_off: Callable[[], None]
     ) -> None:
         assert self.network is not None
         threading.Event().wait(delay_s)
-        if id in self._gone:
+        if name in self._gone:
             self.network.free_address(place[1])
             return
-        machine = Machine(self.network, id, user_data, baked=self.baked, place=place)
+        machine = Machine(self.network, name, user_data, baked=self.baked, place=place)
         with self._lock:
-            if id in self._gone:  # ended while it booted
+            if name in self._gone:  # ended while it booted
                 machine.destroy()
                 return
-            self.machines[id] = machine
+            self.machines[name] = machine
         machine.wait()
         with self._lock:
-            by_itself = self.machines.pop(id, None) is not None
+            by_itself = self.machines.pop(name, None) is not None
         machine.destroy()
         if by_itself:
             when_off()
 
-    def destroy(self, id: str) -> None:
+    def destroy(self, name: str) -> None:
         """Switch a machine off at once; its address is free again. May be called twice, and while it boots."""
         with self._lock:
-            self._gone.add(id)
-            machine = self.machines.pop(id, None)
+            self._gone.add(name)
+            machine = self.machines.pop(name, None)
         if machine is not None:
             machine.destroy()
 
     def close(self) -> None:
-        for id in list(self.machines):
-            self.destroy(id)
+        for name in list(self.machines):
+            self.destroy(name)
         if self.network is not None:
             with contextlib.suppress(OSError):
                 self.network.close()

@@ -63,14 +63,20 @@ class Site:
         self.network.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _can_boot() -> None:
+@pytest.fixture(scope="session")
+def can_boot() -> None:
+    """Skips where machines can't be booted that have the Python of this test run."""
     if reason := why_not():
         pytest.skip(reason)
     here = "{}.{}".format(*sys.version_info)
     there = subprocess.run(["/usr/bin/python3", "-V"], capture_output=True, text=True).stdout.split()[-1]
     if not there.startswith(f"{here}."):
         pytest.skip(f"machines in a box have this host's Python {there}, and no way to get {here}, which is needed")
+
+
+@pytest.fixture(autouse=True)
+def _only_where_machines_boot(can_boot: None) -> None:
+    pass
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,7 +86,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(can_boot: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """The network and key of this test run. Whoever boots machines on it destroys them."""
     folder = tmp_path_factory.mktemp("site")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)

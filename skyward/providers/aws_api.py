@@ -1,0 +1,288 @@
+"""AWS's API as `sky.AWS` uses it: clients that retry, the regions there are, and its errors as ours.
+
+boto3 is imported on first use. Knows nothing of pools and machines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
+from skyward.version import __version__
+
+_RETRIES: Any = {"mode": "standard", "total_max_attempts": 6}  # backs off with jitter, by up to 20 s; some 20 s in all
+_FEW: Any = {"mode": "standard", "total_max_attempts": 3}  # for prices, which there is a table of
+_TIMEOUT_S = 60
+
+# Error codes: Amazon EC2 API Reference, "Error codes for the Amazon EC2 API"; IAM and Signature Version 4 have their
+# own names for the same, in each service's "Common Error Types".
+_WRONG = {
+    "AuthFailure", "InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch", "OptInRequired",
+    "IncompleteSignature", "MissingAuthenticationToken", "InvalidAccessKeyId", "InvalidSignatureException",
+}  # fmt: skip
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
+DENIED = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "UnauthorizedException"}
+_CAPACITY = {
+    "InsufficientInstanceCapacity", "InsufficientCapacity", "InsufficientHostCapacity", "UnfulfillableCapacity",
+    "InsufficientFreeAddressesInSubnet", "SpotMaxPriceTooLow", "Unsupported", "UnsupportedOperation",
+    "Server.InsufficientInstanceCapacity", "Server.SpotInstanceTermination", "Server.SpotInstanceShutdown",
+}  # fmt: skip
+_QUOTA = {
+    "VcpuLimitExceeded", "InstanceLimitExceeded", "MaxSpotInstanceCountExceeded", "SpotInstanceCountLimitExceeded",
+}  # fmt: skip
+_OTHER_QUOTAS = {
+    "VolumeLimitExceeded": "storage for General Purpose SSD (gp3) volumes",
+    "Client.VolumeLimitExceeded": "storage for General Purpose SSD (gp3) volumes",
+    "SecurityGroupLimitExceeded": "VPC security groups per Region",
+    "LaunchTemplateLimitExceeded": "launch templates",
+}
+
+# Quotas by the letters that a type's name begins with: on-demand, spot. Amazon EC2 User Guide, "Amazon EC2 instance
+# type quotas", and the Service Quotas console, for the codes.
+_STANDARD = (
+    ("L-1216C47A", "Running On-Demand Standard (A, C, D, H, I, M, R, T, Z) instances"),
+    ("L-34B43A08", "All Standard (A, C, D, H, I, M, R, T, Z) Spot Instance Requests"),
+)
+_GRAPHICS = (
+    ("L-DB2E81BA", "Running On-Demand G and VT instances"),
+    ("L-3819A6DF", "All G and VT Spot Instance Requests"),
+)
+_QUOTAS = {
+    "g": _GRAPHICS,
+    "gr": _GRAPHICS,
+    "vt": _GRAPHICS,
+    "p": (("L-417A185B", "Running On-Demand P instances"), ("L-7212CCBC", "All P4, P3 and P2 Spot Instance Requests")),
+    "f": (("L-74FC7D96", "Running On-Demand F instances"), ("L-88CF9481", "All F Spot Instance Requests")),
+    "inf": (("L-1945791B", "Running On-Demand Inf instances"), ("L-B5D1601B", "All Inf Spot Instance Requests")),
+    "trn": (("L-2C3B7624", "Running On-Demand Trn instances"), ("L-6B0D517C", "All Trn Spot Instance Requests")),
+    "x": (("L-7295265B", "Running On-Demand X instances"), ("L-E3A00192", "All X Spot Instance Requests")),
+    "dl": (("L-6E869C2A", "Running On-Demand DL instances"), ("L-85EED4F7", "All DL Spot Instance Requests")),
+}
+_P5_SPOT = ("L-C4BD4855", "All P5 Spot Instance Requests")
+
+
+def quota_of(instance_type: str, *, spot: bool, region: str) -> str:
+    """Return, in words, which quota a type of machine counts against, and where it is raised."""
+    family = re.match(r"[a-z]*", instance_type)
+    letters = family[0] if family else ""
+    code, name = _QUOTAS.get(letters, _STANDARD)[spot]
+    if letters == "p" and spot and instance_type[1:2] >= "5":
+        code, name = _P5_SPOT
+    link = f"https://{region}.console.aws.amazon.com/servicequotas/home/services/ec2/quotas/{code}"
+    return f"quota {name!r} ({code}), which counts vCPUs; raise it at {link}"
+
+
+class Api:
+    """Clients for one account, each made once per service and region; for use from several threads."""
+
+    def __init__(self, profile: str | None, endpoint_url: str | None) -> None:
+        self._profile = profile
+        self._endpoint_url = endpoint_url
+        self._lock = threading.Lock()  # boto3's sessions are not safe to make clients from in several threads
+        self._clients: dict[tuple[str, str], Any] = {}
+        try:
+            import boto3
+            from botocore.exceptions import BotoCoreError
+        except ImportError as exc:
+            raise ProviderError("sky.AWS needs boto3: pip install 'skyward[aws]'") from exc
+        try:
+            self._session: Any = boto3.session.Session(profile_name=profile)
+        except BotoCoreError as exc:  # no such profile
+            raise self._missing(str(exc)) from exc
+
+    def client(self, service: str, region: str) -> Any:
+        from botocore.config import Config
+
+        with self._lock:
+            client = self._clients.get((service, region))
+            if client is None:
+                config = Config(
+                    retries=_FEW if service == "pricing" else _RETRIES,
+                    connect_timeout=10,
+                    read_timeout=_TIMEOUT_S,
+                    max_pool_connections=32,
+                    user_agent_extra=f"skyward/{__version__}",
+                )
+                with self.edge(f"preparing to ask {service} in {region}"):
+                    client = self._session.client(
+                        service, region_name=region, endpoint_url=self._endpoint_url, config=config
+                    )
+                self._clients[service, region] = client
+            return client
+
+    def default_region(self) -> str:
+        """Return the region of the environment or the profile; us-east-1 where neither says one."""
+        # botocore itself does not look at AWS_REGION, which AWS's other tools do.
+        named = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return named or self._session.region_name or "us-east-1"
+
+    def check_region(self, region: str) -> None:
+        """Raise `SpecError` for a region that botocore's own list does not have."""
+        known = {
+            name
+            for partition in self._session.get_available_partitions()
+            for name in self._session.get_available_regions("ec2", partition)
+        }
+        if region not in known:
+            near = difflib.get_close_matches(region, known, n=3, cutoff=0.5)
+            accepted = "a region of AWS" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+            raise SpecError(
+                f"AWS(region={region!r}): accepted is {accepted}", option="region", value=region, accepted=accepted
+            )
+
+    def arn_partition(self, region: str) -> str:
+        """Return ``"aws"``, or what ARNs in China and in government regions have in its place."""
+        return str(self._session.get_partition_for_region(region))
+
+    def account_key(self) -> str:
+        """Return a text that differs between accounts, and tells nothing of the credentials."""
+        with self.edge("reading the credentials"):
+            credentials = self._session.get_credentials()
+            if credentials is None:
+                raise self._missing()
+            key = credentials.get_frozen_credentials().access_key
+        return hashlib.sha256(str(key).encode()).hexdigest()[:12]
+
+    # --- errors ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def edge(self, doing: str, *, quota: str = "") -> Iterator[None]:
+        """Translate the SDK's errors of what is inside; `doing` says what that is, `quota` what it counts against."""
+        from botocore import exceptions
+        from botocore.parsers import ResponseParserError
+
+        try:
+            yield
+        except exceptions.ClientError as exc:
+            error = exc.response.get("Error", {})
+            code, message = str(error.get("Code", "")), str(error.get("Message", ""))
+            raise self.failure(code, message, doing, quota=quota, operation=exc.operation_name) from exc
+        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as exc:
+            raise self._missing(str(exc)) from exc
+        except (
+            exceptions.CredentialRetrievalError, exceptions.SSOError, exceptions.TokenRetrievalError,
+        ) as exc:  # fmt: skip
+            raise self._bad(f"can't be had: {exc}") from exc
+        except exceptions.HTTPClientError as exc:
+            raise ProviderError(f"AWS could not be reached while {doing}: {exc}") from exc
+        except (exceptions.BotoCoreError, ResponseParserError) as exc:  # the latter: a page of HTML, say
+            raise ProviderError(f"AWS: {doing} failed: {exc}") from exc
+
+    def failure(
+        self, code: str, message: str, doing: str, *, quota: str = "", operation: str = "CreateFleet"
+    ) -> ProviderError:
+        """Return the error that a code and a message of AWS's mean."""
+        said = f"{message} ({code})"
+        if code in _WRONG:
+            return self._bad(f"are wrong: {said}")
+        if code in _EXPIRED:
+            return self._bad(f"have expired: {said}")
+        if code in DENIED:
+            named = re.search(r"perform: ([A-Za-z0-9]+:[A-Za-z0-9]+)", message)
+            action = named[1] if named else operation
+            return ProviderError(f"AWS: {doing} is not allowed: the identity lacks the permission {action} ({code})")
+        if code in _OTHER_QUOTAS:
+            return QuotaError(
+                f"AWS: {doing}: {said}. The quota is {_OTHER_QUOTAS[code]!r}; raise it in the Service Quotas console"
+            )
+        if code in _QUOTA:
+            return QuotaError(f"AWS: {doing}: {said}. The {quota or 'quota is shown in the Service Quotas console'}")
+        if code in _CAPACITY:
+            return CapacityError(f"AWS: {doing}: {said}")
+        return ProviderError(f"AWS: {doing} failed: {said}")
+
+    def _missing(self, said: str = "") -> CredentialsError:
+        _session.cache_clear()
+        profile = self._profile or os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or "default"
+        return CredentialsError(
+            "AWS credentials are missing: there are none in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in profile "
+            f"{profile!r} (AWS_PROFILE) of ~/.aws/credentials and ~/.aws/config, or from a role of this machine"
+            f"{f'; {said}' if said else ''}. Run `aws configure`, or set the variables"
+        )
+
+    def _bad(self, how: str) -> CredentialsError:
+        # Next time they are read anew: whoever mends them need not start a new process.
+        _session.cache_clear()
+        credentials = getattr(self._session, "get_credentials", lambda: None)()
+        origin = {
+            "env": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN",
+            "shared-credentials-file": "~/.aws/credentials",
+            "config-file": "~/.aws/config",
+            "iam-role": "the role of this machine",
+            "container-role": "the role of this container",
+        }.get(getattr(credentials, "method", ""), f"the profile ({getattr(credentials, 'method', 'unknown')})")
+        return CredentialsError(
+            f"AWS credentials {how}. They are from {origin}; looked for were also AWS_PROFILE, ~/.aws/credentials and "
+            "~/.aws/config. Run `aws sts get-caller-identity` to try them"
+        )
+
+
+def api(profile: str | None, endpoint_url: str | None) -> Api:
+    """Return the clients for a profile, as the environment is now."""
+    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "HOME"))
+    return _session(profile, endpoint_url, settings)
+
+
+@lru_cache(maxsize=8)
+def _session(profile: str | None, endpoint_url: str | None, settings: tuple[tuple[str, str], ...]) -> Api:  # noqa: ARG001
+    return Api(profile, endpoint_url)
+
+
+def code_of(exc: BaseException) -> str:
+    """Return AWS's code of an error, or of its cause; empty when it has none."""
+    for error in (exc, exc.__cause__):
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
+
+
+def call(
+    operation: Callable[..., Any],
+    /,
+    *,
+    unless: Sequence[str] = (),
+    patiently: Sequence[str] = (),
+    patience_s: float = 0.0,
+    **arguments: Any,
+) -> Any:
+    """Call an operation of a client.
+
+    Returns None when AWS refuses it with a code of `unless`. While it refuses it with one of `patiently`, it is called
+    again for up to `patience_s` seconds.
+    """
+    from botocore.exceptions import ClientError
+
+    deadline, pause_s = time.monotonic() + patience_s, 0.25
+    while True:
+        try:
+            return operation(**arguments)
+        except ClientError as exc:
+            if code_of(exc) in unless:
+                return None
+            if code_of(exc) not in patiently or time.monotonic() >= deadline:
+                raise
+        time.sleep(pause_s * random.uniform(0.5, 1.5))
+        pause_s = min(2 * pause_s, 5.0)
+
+
+def attempt(api: Api, steps: Iterable[tuple[str, Callable[[], None]]]) -> list[str]:
+    """Do all steps, whatever becomes of each; return what may be left, and why."""
+    left = []
+    for what, step in steps:
+        try:
+            with api.edge(f"removing {what}"):
+                step()
+        except ProviderError as exc:
+            left.append(f"{what} ({exc})")
+    return left

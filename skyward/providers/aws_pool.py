@@ -1,0 +1,365 @@
+"""All that a pool has in a region of AWS: machines, and beside them a firewall, templates, placement groups and a role.
+
+Each is made under a name or tag that has the pool's id, so that making it twice makes one, and any computer finds it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from skyward.errors import ProviderError
+from skyward.providers.aws_api import Api, attempt, call, code_of
+from skyward.providers.base import LaunchOrder
+from skyward.spec import S3Volume
+
+POOL, OWNER, EXPIRES, TOKEN = "skyward:pool", "skyward:owner", "skyward:expires", "skyward:token"
+
+COSTS = ("pending", "running", "stopping", "stopped")
+"""States that cost, or may again. From "shutting-down" on nothing does: Amazon EC2 User Guide, "Instance lifecycle"."""
+MOST = 1000
+"""Machines of one launch (`MinTargetCapacity` of CreateFleet, Amazon EC2 API Reference), and ids of one call."""
+
+SETTLE_S = 2.0  # between looks, as what was just launched may not be listed at once
+_END_S = 120.0  # until a machine that was told to end is about to
+_GONE_S = 300.0  # until machines are off for good; those with GPUs take minutes
+
+_CALLER = "https://checkip.amazonaws.com"
+_OWN_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu")
+_TRUST = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}],
+}
+
+
+def tags_of(order: LaunchOrder) -> list[dict[str, str]]:
+    """Return the tags of all that is made for an order."""
+    tags = {
+        "Name": f"skyward-{order.pool_id}", POOL: order.pool_id, OWNER: order.owner,
+        EXPIRES: str(round(order.expires)), TOKEN: order.token,
+    }  # fmt: skip
+    return [{"Key": key, "Value": value} for key, value in tags.items()]
+
+
+def of_pool(pool_id: str) -> list[dict[str, Any]]:
+    """Return the filter that finds what is a pool's."""
+    return [{"Name": f"tag:{POOL}", "Values": [pool_id]}]
+
+
+def of_order(order: LaunchOrder) -> list[dict[str, Any]]:
+    """Return the filter that finds what was made for one order."""
+    return [{"Name": f"tag:{TOKEN}", "Values": [order.token]}, *of_pool(order.pool_id)]
+
+
+# --- machines -----------------------------------------------------------------------------------------------
+
+
+def find(ec2: Any, filters: list[dict[str, Any]], states: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the machines that meet filters, in any of `states` where some are named."""
+    narrowed = [*filters, {"Name": "instance-state-name", "Values": list(states)}] if states else filters
+    pages = ec2.get_paginator("describe_instances").paginate(Filters=narrowed, PaginationConfig={"PageSize": MOST})
+    return [raw for page in pages for group in page["Reservations"] for raw in group["Instances"]]
+
+
+def terminate(ec2: Any, ids: Sequence[str]) -> None:
+    """Terminate machines, and return when none of them costs anything any more."""
+    for start in range(0, len(ids), MOST):
+        batch = list(ids[start : start + MOST])
+        answer = _terminate(ec2, batch)
+        if answer is None:  # one that is not known refuses them all
+            batch = _known(ec2, batch)
+            answer = _terminate(ec2, batch) if batch else None
+        ending = answer["TerminatingInstances"] if answer else []
+        sure = {machine["InstanceId"] for machine in ending if machine["CurrentState"]["Name"] not in COSTS}
+        _await_end(ec2, [i for i in batch if i not in sure])
+
+
+def _terminate(ec2: Any, ids: Sequence[str]) -> Any:
+    unknown = ["InvalidInstanceID.NotFound"]
+    try:
+        # What was just launched is not known everywhere at once; what ended an hour ago is not any more.
+        return call(ec2.terminate_instances, patiently=unknown, patience_s=SETTLE_S, InstanceIds=ids)
+    except Exception as exc:
+        if code_of(exc) in unknown:
+            return None
+        raise
+
+
+def _known(ec2: Any, ids: Sequence[str]) -> list[str]:
+    # A filter, unlike a list of ids, may name what does not exist; up to 200 of it.
+    found: list[str] = []
+    for start in range(0, len(ids), 200):
+        filters = [{"Name": "instance-id", "Values": list(ids[start : start + 200])}]
+        found += [raw["InstanceId"] for raw in find(ec2, filters)]
+    return found
+
+
+def _await_end(ec2: Any, ids: Sequence[str]) -> None:
+    deadline = time.monotonic() + _END_S
+    while ids:
+        filters = [{"Name": "instance-id", "Values": list(ids[:200])}]
+        if not find(ec2, filters, COSTS):
+            ids = ids[200:]
+        elif time.monotonic() > deadline:
+            raise ProviderError(f"AWS: machines {', '.join(ids)} are told to end, and are still there")
+        else:
+            time.sleep(1.0)
+
+
+# --- firewall -----------------------------------------------------------------------------------------------
+
+
+def make_group(ec2: Any, vpc: str, order: LaunchOrder, sources: Sequence[str]) -> str:
+    """Return the id of the pool's security group: all traffic inside it, SSH from `sources`, nothing else."""
+    made = call(
+        ec2.create_security_group,
+        unless=["InvalidGroup.Duplicate"],
+        GroupName=f"skyward-{order.pool_id}",
+        Description=f"skyward pool {order.pool_id}",
+        VpcId=vpc,
+        TagSpecifications=[{"ResourceType": "security-group", "Tags": tags_of(order)}],
+    )
+    group = str(made["GroupId"]) if made else _groups(ec2, order.pool_id, vpc)[0]
+    _allow(ec2, group, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]})
+    for source in sources:
+        _allow(ec2, group, _ssh_from(source))
+    return group
+
+
+def admit(ec2: Any, pool_id: str, source: str) -> None:
+    """Let SSH in from one more range of addresses."""
+    for group in _groups(ec2, pool_id):
+        _allow(ec2, group, _ssh_from(source))
+
+
+def _allow(ec2: Any, group: str, permission: dict[str, Any]) -> None:
+    call(
+        ec2.authorize_security_group_ingress,
+        unless=["InvalidPermission.Duplicate"],
+        patiently=["InvalidGroup.NotFound"],  # a group that was just made is not known everywhere at once
+        patience_s=20,
+        GroupId=group,
+        IpPermissions=[permission],
+    )
+
+
+def _ssh_from(source: str) -> dict[str, Any]:
+    rule: dict[str, Any] = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22}
+    if ":" in source:
+        return {**rule, "Ipv6Ranges": [{"CidrIpv6": source, "Description": "skyward caller"}]}
+    return {**rule, "IpRanges": [{"CidrIp": source, "Description": "skyward caller"}]}
+
+
+def _groups(ec2: Any, pool_id: str, vpc: str | None = None) -> list[str]:
+    filters = of_pool(pool_id) + ([{"Name": "vpc-id", "Values": [vpc]}] if vpc else [])
+    pages = ec2.get_paginator("describe_security_groups").paginate(Filters=filters)
+    found = [str(group["GroupId"]) for page in pages for group in page["SecurityGroups"]]
+    if vpc and not found:
+        raise ProviderError(
+            f"AWS: {vpc} has a security group skyward-{pool_id} without the tag {POOL}={pool_id}: it is someone else's"
+        )
+    return found
+
+
+def caller_range(ec2: Any) -> str:
+    """Return the address that machines see this computer under, as a range of one.
+
+    SKYWARD_CALLER_IP overrides it. With an endpoint that is not AWS's own, it is the address that we speak to it from.
+    """
+    found = os.environ.get("SKYWARD_CALLER_IP", "").strip()
+    place = urlsplit(ec2.meta.endpoint_url)
+    host = place.hostname or ""
+    try:
+        if not found and not host.endswith(_OWN_DOMAINS):
+            found = _own_address(host, place.port or 443)
+        if not found:
+            with urllib.request.urlopen(_CALLER, timeout=10) as answer:
+                found = answer.read(100).decode().strip()
+        address = ipaddress.ip_address(found)
+    except (OSError, ValueError) as exc:
+        raise ProviderError(
+            f"AWS: the public address of this computer, which alone may reach the machines, can't be had from "
+            f"{_CALLER}: {exc}. Set SKYWARD_CALLER_IP to it"
+        ) from exc
+    return f"{address}/{address.max_prefixlen}"
+
+
+def _own_address(host: str, port: int) -> str:
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(where)  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+# --- template and placement group: of one order -------------------------------------------------------------
+
+
+def name_of(order: LaunchOrder) -> str:
+    return f"skyward-{order.pool_id}-{order.token}"
+
+
+def make_template(ec2: Any, order: LaunchOrder, data: dict[str, Any]) -> None:
+    """Make the launch template of an order, unless it is there: its name does what a token would."""
+    call(
+        ec2.create_launch_template,
+        unless=["InvalidLaunchTemplateName.AlreadyExistsException"],
+        LaunchTemplateName=name_of(order),
+        LaunchTemplateData=data,
+        TagSpecifications=[{"ResourceType": "launch-template", "Tags": tags_of(order)}],
+    )
+
+
+def make_placement(ec2: Any, order: LaunchOrder) -> str:
+    """Return the name of a placement group that keeps an order's machines close to each other."""
+    call(
+        ec2.create_placement_group,
+        unless=["InvalidPlacementGroup.Duplicate"],
+        GroupName=name_of(order),
+        Strategy="cluster",
+        TagSpecifications=[{"ResourceType": "placement-group", "Tags": tags_of(order)}],
+    )
+    return name_of(order)
+
+
+# --- role ---------------------------------------------------------------------------------------------------
+
+_THERE = ["EntityAlreadyExists"]
+_GONE = ["NoSuchEntity"]
+
+
+def role_name(pool_id: str, region: str) -> str:
+    # IAM is one for all regions; a role for each lets a region's end be told from the pool's.
+    return f"skyward-{pool_id}-{region}"
+
+
+def make_profile(api: Api, region: str, order: LaunchOrder, *, use_ssm: bool) -> str:
+    """Return the name of an instance profile that may use the pool's volumes, and Session Manager if asked to."""
+    iam, name, partition = api.client("iam", region), role_name(order.pool_id, region), api.arn_partition(region)
+    tags = tags_of(order)
+    call(iam.create_role, unless=_THERE, RoleName=name, AssumeRolePolicyDocument=json.dumps(_TRUST), Tags=tags)
+    policy = bucket_policy(order.volumes, partition)
+    if policy["Statement"]:
+        iam.put_role_policy(RoleName=name, PolicyName="volumes", PolicyDocument=json.dumps(policy))
+    if use_ssm:
+        managed = f"arn:{partition}:iam::aws:policy/AmazonSSMManagedInstanceCore"
+        iam.attach_role_policy(RoleName=name, PolicyArn=managed)
+    call(iam.create_instance_profile, unless=_THERE, InstanceProfileName=name, Tags=tags)
+    # A profile holds one role: that the limit is reached means that it has it.
+    full = ["LimitExceeded", *_THERE]
+    call(iam.add_role_to_instance_profile, unless=full, InstanceProfileName=name, RoleName=name)
+    return name
+
+
+def bucket_policy(volumes: Iterable[S3Volume], partition: str) -> dict[str, Any]:
+    """Return the policy that allows what `volumes` need, under their prefixes alone."""
+    statements: list[dict[str, Any]] = []
+    for volume in volumes:
+        if volume.endpoint_url is not None:
+            continue  # not S3: IAM has no say there
+        bucket = f"arn:{partition}:s3:::{volume.bucket}"
+        listing: dict[str, Any] = {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": bucket}
+        if volume.prefix:
+            listing["Condition"] = {"StringLike": {"s3:prefix": [f"{volume.prefix}*"]}}
+        actions = ["s3:GetObject"]
+        if not volume.read_only:
+            actions += ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
+        statements += [listing, {"Effect": "Allow", "Action": actions, "Resource": f"{bucket}/{volume.prefix}*"}]
+    return {"Version": "2012-10-17", "Statement": statements}
+
+
+def is_unready_profile(code: str, message: str) -> bool:
+    """Tell whether EC2 has not heard yet of an instance profile that was just made: IAM tells it within seconds."""
+    return code.startswith("InvalidParameterValue") and "iaminstanceprofile" in message.lower().replace(" ", "")
+
+
+# --- the end ------------------------------------------------------------------------------------------------
+
+
+def end(api: Api, pool_id: str, region: str) -> list[str]:
+    """End all of a pool in a region; return what may be left, and why."""
+    ec2, ours, role = api.client("ec2", region), of_pool(pool_id), role_name(pool_id, region)
+    began = time.monotonic()
+
+    def machines() -> None:
+        terminate(ec2, [raw["InstanceId"] for raw in find(ec2, ours, COSTS)])
+
+    def late_machines() -> None:
+        # Those of a fleet that was asked for right before may not have been listed the first time.
+        time.sleep(max(0.0, began + SETTLE_S - time.monotonic()))
+        machines()
+
+    def patience_s() -> float:
+        return max(1.0, began + _GONE_S - time.monotonic())
+
+    return attempt(
+        api,
+        [
+            (f"machines in {region}", machines),
+            (f"launch templates in {region}", lambda: remove_templates(ec2, ours)),
+            (f"role {role}", lambda: remove_profile(api.client("iam", region), role)),
+            (f"machines in {region}", late_machines),
+            (f"placement groups in {region}", lambda: remove_placements(ec2, ours, patience_s=patience_s())),
+            (
+                f"security group skyward-{pool_id} in {region}",
+                lambda: remove_groups(ec2, pool_id, patience_s=patience_s()),
+            ),
+        ],
+    )
+
+
+def remove_templates(ec2: Any, filters: list[dict[str, Any]]) -> None:
+    gone = ["InvalidLaunchTemplateId.NotFound", "InvalidLaunchTemplateName.NotFoundException"]
+    for page in ec2.get_paginator("describe_launch_templates").paginate(Filters=filters):
+        for template in page["LaunchTemplates"]:
+            call(ec2.delete_launch_template, unless=gone, LaunchTemplateId=template["LaunchTemplateId"])
+
+
+def remove_placements(ec2: Any, filters: list[dict[str, Any]], *, patience_s: float) -> None:
+    for group in ec2.describe_placement_groups(Filters=filters)["PlacementGroups"]:
+        call(
+            ec2.delete_placement_group,
+            unless=["InvalidPlacementGroup.Unknown"],
+            patiently=["InvalidPlacementGroup.InUse"],
+            patience_s=patience_s,
+            GroupName=group["GroupName"],
+        )
+
+
+def remove_groups(ec2: Any, pool_id: str, *, patience_s: float) -> None:
+    """Delete the pool's security groups, which are in use until the last machine is off for good."""
+    for group in _groups(ec2, pool_id):
+        call(
+            ec2.delete_security_group,
+            unless=["InvalidGroup.NotFound"],
+            patiently=["DependencyViolation", "InvalidGroup.InUse"],
+            patience_s=patience_s,
+            GroupId=group,
+        )
+
+
+def remove_profile(iam: Any, name: str) -> None:
+    """Delete an instance profile with its role, or what is there of them."""
+    # Who may not even look has made none: most pools need no role, and most users' keys have no rights on IAM.
+    none = [*_GONE, "AccessDenied", "AccessDeniedException"]
+    role = call(iam.get_role, unless=none, RoleName=name)
+    profile = call(iam.get_instance_profile, unless=none, InstanceProfileName=name)
+    if profile:
+        for held in profile["InstanceProfile"]["Roles"]:
+            held_name = held["RoleName"]
+            call(iam.remove_role_from_instance_profile, unless=_GONE, InstanceProfileName=name, RoleName=held_name)
+        call(iam.delete_instance_profile, unless=_GONE, InstanceProfileName=name)
+    if role:
+        written = call(iam.list_role_policies, unless=_GONE, RoleName=name) or {}
+        for policy in written.get("PolicyNames", ()):
+            call(iam.delete_role_policy, unless=_GONE, RoleName=name, PolicyName=policy)
+        attached = call(iam.list_attached_role_policies, unless=_GONE, RoleName=name) or {}
+        for policy in attached.get("AttachedPolicies", ()):
+            call(iam.detach_role_policy, unless=_GONE, RoleName=name, PolicyArn=policy["PolicyArn"])
+        call(iam.delete_role, unless=_GONE, RoleName=name)

@@ -1,0 +1,444 @@
+"""All that a pool has at DigitalOcean: droplets, and beside them a firewall, an SSH key and tags.
+
+Each bears the pool's id in its name or tag, so that making it twice makes one, and any computer finds it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import random
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from azure.core.exceptions import AzureError, HttpResponseError
+
+from skyward.errors import CapacityError, ProviderError
+from skyward.providers.base import LaunchOrder, Login, Machine, Offer
+from skyward.providers.digitalocean_api import call, explained, is_unclear, once, pages, pauses, unless_missing
+
+logger = logging.getLogger(__name__)
+
+ALL = "skyward"
+"""The tag of everything."""
+_POOL, _OWNER, _EXPIRES = "skyward:pool:", "skyward:owner:", "skyward:expires:"
+
+_AT_ONCE = 10
+"""Droplets of one create call: API reference, "Create Multiple Droplets"."""
+_THREADS = 8
+_LOOKS_S = (0.2, 3.0)  # pauses between looks grow from the one to the other
+_ADDRESS_S = 300.0  # until a droplet has its addresses, which takes half a minute
+_GONE_S = 120.0  # until a deleted droplet is gone, which takes seconds
+_BY_TAG_S = 30.0  # after which droplets that were deleted by tag are deleted one by one
+
+_CALLER = "https://checkip.amazonaws.com"
+_PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
+_ANYWHERE = {"addresses": ["0.0.0.0/0", "::/0"]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """The SDK's client, where it sends to, and how machines are reached."""
+
+    do: Any
+    url: str
+    private_ip: bool = False
+
+    def sources(self) -> list[str]:
+        """Return the addresses that may log in."""
+        # Private addresses are those of the droplet's own VPC: nobody else's reach it.
+        return _PRIVATE if self.private_ip else [_caller_range(self.url)]
+
+
+def _name(pool_id: str) -> str:
+    return f"skyward-{pool_id}"
+
+
+# --- droplets -----------------------------------------------------------------------------------------------
+
+
+def find(do: Any, tag: str) -> list[dict[str, Any]]:
+    """Return the droplets with a tag, in any state: as long as one is there it is billed."""
+    # Droplets with GPUs are listed apart, and then not by tag: API reference, "List All Droplets".
+    plain = pages(do.droplets.list, "droplets", tag_name=tag)
+    gpus = [raw for raw in pages(do.droplets.list, "droplets", params={"type": "gpus"}) if tag in raw["tags"]]
+    return list({raw["id"]: raw for raw in [*plain, *gpus]}.values())
+
+
+def machines(account: Account, pool_id: str | None) -> list[Machine]:
+    """Return the machines of a pool, or of all pools."""
+    found = find(account.do, ALL if pool_id is None else f"{_POOL}{pool_id}")
+    return [_machine(raw, Login(host="", port=22, user="root"), account) for raw in found if _tagged(raw, _POOL)]
+
+
+def destroy(do: Any, ids: Iterable[int]) -> None:
+    """Delete droplets, side by side, and return when all of them are gone.
+
+    Raises
+    ------
+    ProviderError
+        Some may be left; the message names them.
+    """
+    errors: dict[int, ProviderError] = {}
+
+    def end(droplet_id: int) -> None:
+        try:
+            with explained(f"delete droplet {droplet_id}"):
+                _destroy_one(do, droplet_id)
+        except ProviderError as exc:
+            errors[droplet_id] = exc
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="skyward-do-delete") as threads:
+        list(threads.map(end, sorted(set(ids))))
+    if errors:
+        first = next(iter(errors.values()))
+        named = ", ".join(map(str, errors))
+        raise type(first)(f"{first}. These droplets may still be there, and cost: {named}") from first
+
+
+def _destroy_one(do: Any, droplet_id: int) -> None:
+    deadline, looks = time.monotonic() + _GONE_S, _looks()
+    while True:
+        try:
+            call(do.droplets.destroy, droplet_id)
+        except HttpResponseError as exc:
+            if exc.status_code == 404:
+                return
+            if exc.status_code != 422 or time.monotonic() > deadline:  # 422: something else is going on with it
+                raise
+        if unless_missing(do.droplets.get, droplet_id) is None:
+            return
+        if time.monotonic() > deadline:
+            raise ProviderError(f"DigitalOcean was told to delete droplet {droplet_id}, and it is still there")
+        next(looks)
+
+
+def end(account: Account, pool_id: str) -> None:
+    """Delete all that a pool has. Droplets go by their tag, in one call."""
+    do, tag = account.do, f"{_POOL}{pool_id}"
+    with explained(f"end pool {pool_id}"):
+        deadline, looks = time.monotonic() + _BY_TAG_S, _looks()
+        if find(do, tag):
+            unless_missing(do.droplets.destroy_by_tag, tag_name=tag)
+            while (left := find(do, tag)) and time.monotonic() < deadline:
+                next(looks)
+            destroy(do, [raw["id"] for raw in left])
+        _clear(do, pool_id)
+
+
+def _clear(do: Any, pool_id: str) -> None:
+    """Delete what a pool has beside its droplets; its tags last, as they tell what is the pool's."""
+    name = _name(pool_id)
+    for raw in _firewalls(do, pool_id):
+        unless_missing(do.firewalls.delete, raw["id"])
+    for raw in pages(do.ssh_keys.list, "ssh_keys"):
+        if raw["name"] == name:
+            unless_missing(do.ssh_keys.delete, raw["id"])
+    for raw in pages(do.tags.list, "tags"):
+        if raw["name"] == f"{_POOL}{pool_id}" or raw["name"].startswith(f"{_EXPIRES}{pool_id}:"):
+            unless_missing(do.tags.delete, raw["name"])
+
+
+def _looks() -> Iterator[None]:
+    """Sleep a little longer each time."""
+    pause, most = _LOOKS_S
+    while True:
+        time.sleep(pause * random.uniform(0.8, 1.2))
+        yield
+        pause = min(most, pause * 1.5)
+
+
+def _machine(raw: Mapping[str, Any], login: Login, account: Account) -> Machine:
+    public, private = _address(raw, "public"), _address(raw, "private")
+    expires = _tagged(raw, _EXPIRES)
+    owner = _tagged(raw, _OWNER)
+    hourly = raw["size"]["price_hourly"]
+    return Machine(
+        id=str(raw["id"]),
+        provider="digitalocean",
+        login=replace(login, host=(private if account.private_ip else public) or ""),
+        public_ip=public,
+        private_ip=private,
+        instance_type=raw["size_slug"],
+        region=raw["region"]["slug"],
+        price=hourly,
+        price_on_demand=hourly,
+        launched=datetime.fromisoformat(raw["created_at"]).timestamp(),
+        pool_id=_tagged(raw, _POOL),
+        owner=owner.replace(":", "@", 1) if owner else None,
+        expires=float(expires.rpartition(":")[2]) if expires else None,
+    )
+
+
+def _address(raw: Mapping[str, Any], kind: str) -> str | None:
+    return next((str(a["ip_address"]) for a in raw["networks"].get("v4") or () if a["type"] == kind), None)
+
+
+def _is_reachable(raw: Mapping[str, Any]) -> bool:
+    return bool(_address(raw, "public") and _address(raw, "private"))
+
+
+def _tagged(raw: Mapping[str, Any], prefix: str) -> str | None:
+    return next((str(tag)[len(prefix) :] for tag in raw["tags"] if tag.startswith(prefix)), None)
+
+
+def tags_of(order: LaunchOrder) -> list[str]:
+    """Return the tags of an order's droplets: letters, digits, colons, dashes and underscores.
+
+    The time at which it expires has the pool's id, so that no tag that is deleted with a pool can be another pool's.
+    """
+    # Tags keep the case that they were first written in: API reference, "Tags".
+    owner = re.sub(r"[^a-z0-9:_-]", "-", order.owner.lower().replace("@", ":"))
+    expires = f"{_EXPIRES}{order.pool_id}:{round(order.expires)}"
+    return [ALL, f"{_POOL}{order.pool_id}", f"{_OWNER}{owner}"[:255], expires]
+
+
+# --- launch -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Beside:
+    """The launches of a pool that are under way in this process, which share a firewall and a key."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    count: int = 0
+
+
+_under_way: dict[tuple[str, str], _Beside] = {}
+_guard = threading.Lock()
+
+
+@contextmanager
+def _beside_others(key: tuple[str, str]) -> Iterator[_Beside]:
+    with _guard:
+        beside = _under_way.setdefault(key, _Beside())
+        beside.count += 1
+    try:
+        yield beside
+    finally:
+        with _guard:
+            beside.count -= 1
+            if not beside.count:
+                del _under_way[key]
+
+
+def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> list[Machine]:
+    """Launch an order's machines, or none and nothing left of it."""
+    do = account.do
+    names = [f"{_name(order.pool_id)}-{order.token}-{number}" for number in range(order.count)]
+    with _beside_others((order.pool_id, account.url)) as beside:
+        made: list[dict[str, Any]] = []
+        try:
+            with explained(f"launch {order.count} {offer.instance.name} in {offer.region}"):
+                with beside.lock:
+                    key = _prepare(account, order)
+                body = {
+                    "size": offer.instance.name,
+                    "region": offer.region,
+                    "image": image,
+                    "ssh_keys": [key],
+                    "user_data": order.birth.cloud_config(),
+                    "tags": tags_of(order),
+                }
+                _create(do, body, names, made, f"{_POOL}{order.pool_id}")
+                found = _await_addresses(account, order, names, made)
+            return [_machine(raw, order.login, account) for raw in found]
+        except BaseException as exc:
+            try:
+                with explained(f"undo the launch of {order.count} {offer.instance.name}"):
+                    _undo(do, order, names, made, beside)
+            except ProviderError as left:
+                logger.error("after a failed launch: %s", left)
+                exc.add_note(f"left for the end of the pool: {left}")
+            raise
+
+
+def _prepare(account: Account, order: LaunchOrder) -> int:
+    """Make what droplets need before they are there, unless it is, and return the id of the key."""
+    do, name = account.do, _name(order.pool_id)
+    public = order.birth.authorized_key
+
+    def find_key() -> int | None:
+        # An account has a key once only, under whatever name.
+        keys = pages(do.ssh_keys.list, "ssh_keys")
+        return next((raw["id"] for raw in keys if raw["public_key"].split()[:2] == public.split()[:2]), None)
+
+    tag = {"name": f"{_POOL}{order.pool_id}"}  # a firewall may only name tags that there are
+    once(lambda: call(do.tags.create, tag), lambda: unless_missing(do.tags.get, tag["name"]))
+    sources = account.sources()
+    rules = _rules(order.pool_id, sources)
+    once(
+        lambda: call(do.firewalls.create, rules),
+        lambda: next((_admit(do, raw, sources) for raw in _firewalls(do, order.pool_id)), None),
+    )
+    # Without a key of the account's DigitalOcean mails a password.
+    return once(lambda: int(call(do.ssh_keys.create, {"name": name, "public_key": public})["ssh_key"]["id"]), find_key)
+
+
+def _create(do: Any, body: Mapping[str, Any], names: Sequence[str], made: list[dict[str, Any]], tag: str) -> None:
+    """Create droplets, those that are not there yet, and note all in `made`."""
+    there = {raw["name"]: raw for raw in find(do, tag)}  # the same order may have been asked for before
+    made += [there[name] for name in names if name in there]
+    wanted = [name for name in names if name not in there]
+    parts = [wanted[i : i + _AT_ONCE] for i in range(0, len(wanted), _AT_ONCE)]
+    failed = threading.Event()
+
+    def create(part: list[str]) -> None:
+        if failed.is_set():
+            return
+        try:
+            _create_part(do, body, part, made, tag)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="skyward-do-create") as threads:
+        calls = [threads.submit(create, part) for part in parts]
+    for done in calls:
+        done.result()
+
+
+def _create_part(do: Any, body: Mapping[str, Any], names: list[str], made: list[dict[str, Any]], tag: str) -> None:
+    for pause in pauses():
+        try:
+            made += call(do.droplets.create, {**body, "names": names})["droplets"]
+            return
+        except (AzureError, ValueError) as exc:
+            if not is_unclear(exc):
+                raise
+            error = exc
+        # There is no token by which the API knows the same call again: what it has made is found by name.
+        pause()
+        there = [raw for raw in find(do, tag) if raw["name"] in names]
+        made += there
+        names = [name for name in names if name not in {raw["name"] for raw in there}]
+        if not names:
+            return
+    raise error
+
+
+def _await_addresses(
+    account: Account, order: LaunchOrder, names: Sequence[str], made: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return an order's droplets when all have addresses; one that was made twice is deleted."""
+    do, tag = account.do, f"{_POOL}{order.pool_id}"
+    deadline, looks = time.monotonic() + _ADDRESS_S, _looks()
+    while True:
+        listed = {raw["id"]: raw for raw in find(do, tag) if raw["name"] in names}
+        found: dict[str, dict[str, Any]] = {}
+        for droplet_id, raw in sorted({**{raw["id"]: raw for raw in made}, **listed}.items()):
+            if found.setdefault(raw["name"], raw) is not raw:
+                destroy(do, [droplet_id])
+                made[:] = [other for other in made if other["id"] != droplet_id]
+        _check_price(order, found.values())
+        if all(name in found and _is_reachable(found[name]) for name in names):
+            return [found[name] for name in names]
+        # A droplet that can't be made after all vanishes; one that is only not listed yet can be asked for.
+        unlisted = [raw for raw in made if raw["id"] not in listed]
+        gone = [raw["name"] for raw in unlisted if unless_missing(do.droplets.get, raw["id"]) is None]
+        if gone or time.monotonic() > deadline:
+            there = len(names) - len(gone) if gone else sum(map(_is_reachable, found.values()))
+            within = "" if gone else f" within {_ADDRESS_S:.0f} s"
+            raise CapacityError(f"DigitalOcean brought up {there} of {len(names)} droplets{within}")
+        next(looks)
+
+
+def _check_price(order: LaunchOrder, found: Iterable[Mapping[str, Any]]) -> None:
+    # Prices of this release's table, which may have chosen the size, can be old.
+    prices = [raw["size"]["price_hourly"] for raw in found]
+    if order.max_price is not None and max(prices, default=0.0) > order.max_price:
+        raise CapacityError(f"DigitalOcean asks {max(prices):g} USD/h, above max_price={order.max_price:g}")
+
+
+def _undo(
+    do: Any, order: LaunchOrder, names: Sequence[str], made: Sequence[Mapping[str, Any]], beside: _Beside
+) -> None:
+    tag = f"{_POOL}{order.pool_id}"
+    ids = {raw["id"] for raw in made} | {raw["id"] for raw in find(do, tag) if raw["name"] in names}
+    if ids:
+        destroy(do, ids)
+    with beside.lock:
+        if beside.count == 1 and not find(do, tag):
+            _clear(do, order.pool_id)
+
+
+# --- firewall -----------------------------------------------------------------------------------------------
+
+
+def admit(account: Account, pool_id: str) -> None:
+    """Let the caller's present address in too."""
+    with explained(f"let this computer in to pool {pool_id}"):
+        for raw in _firewalls(account.do, pool_id):
+            _admit(account.do, raw, account.sources())
+
+
+def _firewalls(do: Any, pool_id: str) -> list[dict[str, Any]]:
+    return [raw for raw in pages(do.firewalls.list, "firewalls") if raw["name"] == _name(pool_id)]
+
+
+def _admit(do: Any, firewall: Mapping[str, Any], sources: Sequence[str]) -> Mapping[str, Any]:
+    """Return a firewall that lets `sources` log in too."""
+    ssh = next(rule for rule in firewall["inbound_rules"] if rule["ports"] == "22")
+    new = [source for source in sources if source not in ssh["sources"]["addresses"]]
+    if new:
+        ssh["sources"]["addresses"] += new
+        what = {key: firewall[key] for key in ("name", "droplet_ids", "tags", "inbound_rules", "outbound_rules")}
+        call(do.firewalls.update, firewall["id"], what)
+    return firewall
+
+
+def _rules(pool_id: str, sources: Sequence[str]) -> dict[str, Any]:
+    """Return the pool's firewall: all traffic among its droplets and out of them, SSH from `sources`, nothing else."""
+    tag = f"{_POOL}{pool_id}"
+    every = [{"protocol": "tcp", "ports": "0"}, {"protocol": "udp", "ports": "0"}, {"protocol": "icmp", "ports": "0"}]
+    return {
+        "name": _name(pool_id),
+        "tags": [tag],
+        "inbound_rules": [
+            {"protocol": "tcp", "ports": "22", "sources": {"addresses": list(sources)}},
+            *({**traffic, "sources": {"tags": [tag]}} for traffic in every),
+        ],
+        "outbound_rules": [{**traffic, "destinations": _ANYWHERE} for traffic in every],
+    }
+
+
+def _caller_range(url: str) -> str:
+    """Return the address that droplets see this computer under, as a range of one.
+
+    SKYWARD_CALLER_IP overrides it. With an endpoint that is not DigitalOcean's own, it is the address that we speak to
+    it from.
+    """
+    found = os.environ.get("SKYWARD_CALLER_IP", "").strip()
+    place = urlsplit(url)
+    host = place.hostname or ""
+    try:
+        if not found and not host.endswith(".digitalocean.com"):
+            found = _own_address(host, place.port or 443)
+        if not found:
+            with urllib.request.urlopen(_CALLER, timeout=10) as answer:
+                found = answer.read(100).decode().strip()
+        address = ipaddress.ip_address(found)
+    except (OSError, ValueError) as exc:
+        raise ProviderError(
+            f"DigitalOcean: the public address of this computer, which alone may reach the machines, can't be had "
+            f"from {_CALLER}: {exc}. Set SKYWARD_CALLER_IP to it"
+        ) from exc
+    return f"{address}/{address.max_prefixlen}"
+
+
+def _own_address(host: str, port: int) -> str:
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(where)  # sends nothing
+        return str(probe.getsockname()[0])

@@ -1,0 +1,294 @@
+"""Machines for a pool from clouds: launched step by step of its plan, replaced, and destroyed.
+
+Whatever is launched is in the journal before. Every launch is waited for, even one that Ctrl-C has made pointless:
+a call to a cloud that nobody waits for may still make machines.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
+
+from skyward import events
+from skyward.cluster.journal import Place, this_owner
+from skyward.cluster.record import Record
+from skyward.cluster.release import end_places
+from skyward.cost import Meter, final, update
+from skyward.errors import AllProvidersFailedError, CapacityError, CredentialsError, ProviderError, QuotaError
+from skyward.events import CostFinal, CostUpdate
+from skyward.plan import Part, Plan, Step
+from skyward.providers.base import Birth, Cloud, LaunchOrder, Login, Machine
+from skyward.spec import PoolSpec, S3Volume
+
+logger = logging.getLogger(__name__)
+
+BIRTH_HEADROOM_S = 600
+"""Seconds beyond the pool's time-out after which a machine switches itself off, if all else has failed."""
+_MOST_TRIES = 12
+"""Offers that are tried in one region. By feel: what follows differs little from what could not be had."""
+_END_PAUSES_S = (1.0, 4.0)
+"""Pauses between attempts to destroy, before the rest is left to the guardian."""
+
+
+class Provisioner:
+    """Has the machines of one pool. Its methods block and may be called from several threads."""
+
+    def __init__(
+        self, plan: Plan, spec: PoolSpec, pool_id: str, record: Record, emit: Callable[[Any], None], expires: float
+    ) -> None:
+        self._plan = plan
+        self._spec = spec
+        self._pool_id = pool_id
+        self._record = record
+        self._emit = emit
+        self._expires = expires
+        self._step: Step | None = None
+        self._machines: dict[str, Machine] = {}
+        self._meter = Meter()
+        self._lock = threading.Lock()
+        self._under_way: list[Future[Any]] = []  # launches that Ctrl-C has interrupted
+        ttl_s = int(expires - time.time()) + BIRTH_HEADROOM_S
+        self._login, self._birth = _keys(ttl_s)
+
+    # --- launch ---------------------------------------------------------------------------------------------
+
+    def launch(self) -> list[Machine]:
+        """Return the pool's machines, those first that are no spot machines.
+
+        Raises
+        ------
+        ProviderError
+            The only thing that could be tried has failed.
+        AllProvidersFailedError
+            Everything that could be tried has failed; the message has a line for each.
+        """
+        attempts: list[tuple[Step, ProviderError]] = []
+        tries: dict[tuple[int, str], int] = {}
+        for step in self._plan.steps:
+            place = (id(step.provider), step.offer.region)
+            if tries.get(place, 0) >= _MOST_TRIES or any(_rules_out(s, e, step) for s, e in attempts):
+                continue
+            tries[place] = tries.get(place, 0) + 1
+            try:
+                machines = self._launch_parts(step.provider, step.parts)
+            except ProviderError as exc:
+                attempts.append((step, exc))
+                self._emit(events.Error(message=f"{step}: {exc}"))
+                continue
+            self._step = step
+            if len({s.offer.region for s in self._plan.steps}) > 1:
+                self._emit(events.RegionAutoSelected(region=step.offer.region, provider=step.provider.name))
+            self._emit(events.InfraCreated(region=step.offer.region))
+            self._tell(machines, first_node=0)
+            return machines
+        raise _failed(attempts, self._plan.failed)
+
+    def more(self, count: int, taken: Sequence[str]) -> list[Machine]:  # noqa: ARG002 - a cloud makes new ones
+        """Return further machines, beside those that there are: of the same offer, or the next one in its region.
+
+        Raises
+        ------
+        ProviderError
+            None could be had.
+        """
+        assert self._step is not None
+        error: ProviderError | None = None
+        for provider, part in self._parts_beside(self._step):
+            try:
+                machines = self._launch_parts(provider, [replace(part, count=count)])
+            except ProviderError as exc:
+                self._emit(events.Error(message=f"{count} more of {part.offer.instance.name}: {exc}"))
+                error = error or exc
+                continue
+            self._tell(machines, first_node=None)
+            return machines
+        assert error is not None
+        raise error
+
+    def _parts_beside(self, chosen: Step) -> list[tuple[Cloud, Part]]:
+        """Return what more machines of a pool may be, best first: spot machines where the pool has some."""
+        near = [s for s in self._plan.steps if s.provider is chosen.provider and s.offer.region == chosen.offer.region]
+        near.sort(key=lambda step: step is not chosen)
+        parts = {(p.offer.instance.name, p.spot): (s.provider, p) for s in near for p in reversed(s.parts)}
+        return list(parts.values())[:_MOST_TRIES]
+
+    def _launch_parts(self, provider: Cloud, parts: Sequence[Part]) -> list[Machine]:
+        """Launch all parts side by side, or none."""
+        threads = ThreadPoolExecutor(len(parts), thread_name_prefix="skyward-launch")
+        launches = [threads.submit(self._launch, provider, part) for part in parts]
+        self._wait(launches)
+        threads.shutdown()
+        errors = [error for launch in launches if (error := launch.exception()) is not None]
+        machines = [m for launch in launches if launch.exception() is None for m in launch.result()]
+        if errors:
+            if machines:
+                provider.terminate(machines)
+            raise min(errors, key=lambda error: isinstance(error, CapacityError))
+        self._record.add(machines)
+        with self._lock:
+            for machine in machines:
+                self._machines[machine.id] = machine
+                self._meter.add(machine)
+        return machines
+
+    def _wait(self, launches: Sequence[Future[Any]]) -> None:
+        """Wait for launches to end, through a first Ctrl-C, which is raised then; a second one leaves them."""
+        try:
+            wait(launches)
+        except BaseException:
+            self._under_way.extend(launches)
+            wait(launches)
+            raise
+
+    def _launch(self, provider: Cloud, part: Part) -> Sequence[Machine]:
+        offer = part.offer
+        self._record.add_place(Place(provider=provider.name, region=offer.region, settings=provider.settings()))
+        self._emit(
+            events.InstanceLaunching(count=part.count, instance_type=offer.instance.name, provider=provider.name)
+        )
+        order = LaunchOrder(
+            pool_id=self._pool_id,
+            token=secrets.token_hex(8),
+            count=part.count,
+            spot=part.spot,
+            birth=self._birth,
+            login=self._login,
+            owner=this_owner(),
+            expires=self._expires,
+            max_price=self._spec.max_price,
+            accelerator=self._spec.accelerator,
+            volumes=tuple(v for v in self._spec.volume if isinstance(v, S3Volume)),
+        )
+        return provider.launch(offer, order)
+
+    def _tell(self, machines: Sequence[Machine], first_node: int | None) -> None:
+        for number, machine in enumerate(machines):
+            self._emit(
+                events.InstanceProvisioned(
+                    instance_id=machine.id,
+                    node=-1 if first_node is None else first_node + number,
+                    spot=machine.spot,
+                    provider=machine.provider,
+                    ip=machine.public_ip,
+                    instance_type=machine.instance_type,
+                    price_on_demand=machine.price_on_demand,
+                    price_spot=machine.price if machine.spot else None,
+                )
+            )
+
+    # --- looking after them ---------------------------------------------------------------------------------
+
+    def cost(self) -> CostUpdate:
+        """Return what the pool costs at present."""
+        with self._lock:
+            return update(self._meter, time.time())
+
+    def final_cost(self) -> CostFinal:
+        """Return what the pool has cost, at its end."""
+        with self._lock:
+            return final(self._meter, time.time())
+
+    def exists(self, machine: Machine) -> bool:
+        """Tell whether a machine that is out of reach is still there; if the cloud does not say, it is.
+
+        The firewall lets the caller in again, if it was its address that has changed.
+        """
+        assert self._step is not None
+        provider = self._step.provider
+        try:
+            provider.admit(self._pool_id, machine.region or "")
+            if any(found.id == machine.id for found in provider.machines(self._pool_id)):
+                return True
+        except ProviderError as exc:
+            logger.info("%s does not say whether %s is there: %s", provider.name, machine.id, exc)
+            return True
+        self._ended([machine], reclaimed=True)
+        return False
+
+    def _ended(self, machines: Iterable[Machine], *, reclaimed: bool = False) -> None:
+        with self._lock:
+            for machine in machines:
+                self._meter.end(machine.id, time.time(), reclaimed=reclaimed)
+                self._machines.pop(machine.id, None)
+
+    def discard(self, machine: Machine) -> None:
+        """Destroy one machine, as far as there is anything left of it. Never raises: all are destroyed in the end."""
+        assert self._step is not None
+        self._emit(events.InstanceStopping(instance_id=machine.id))
+        try:
+            self._step.provider.terminate([machine])
+        except ProviderError as exc:
+            logger.warning("%s may still run: %s", machine.id, exc)
+        else:
+            self._ended([machine])
+
+    def end(self) -> list[str]:
+        """Destroy everything, and return a line for each place where that could not be confirmed."""
+        for machine_id in list(self._machines):
+            self._emit(events.InstanceStopping(instance_id=machine_id))
+        if not all(launch.done() for launch in self._under_way):
+            return ["a launch was under way when it was interrupted: the pool's guardian ends what comes of it"]
+        left: list[str] = []
+        for pause in (0.0, *_END_PAUSES_S):
+            time.sleep(pause)
+            left = end_places(self._pool_id, self._record.places)
+            if not left:
+                self._ended(list(self._machines.values()))
+                return []
+        message = (
+            f"machines of pool {self._pool_id} may still run, and cost: {'; '.join(left)}. The pool's guardian goes on "
+            f"trying to end them; so can you, with `skyward down {self._pool_id}`"
+        )
+        logger.error("%s", message)
+        self._emit(events.Error(message=message))
+        return left
+
+
+def _keys(ttl_s: int) -> tuple[Login, Birth]:
+    """Make the keys of a pool: one that logs in, and one by which its machines are recognised."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    def pair() -> tuple[str, str]:
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        return private.decode(), public.decode()
+
+    (ours, our_public), (theirs, their_public) = pair(), pair()
+    login = Login(host="", port=22, user="root", key=ours, host_key=their_public)
+    birth = Birth(host_key=theirs, host_key_public=their_public, authorized_key=f"{our_public} skyward", ttl_s=ttl_s)
+    return login, birth
+
+
+def _rules_out(tried: Step, error: ProviderError, step: Step) -> bool:
+    """Tell whether it is of no use to try `step` after this failure."""
+    if isinstance(error, CredentialsError):
+        return step.provider is tried.provider
+    same_region = step.provider is tried.provider and step.offer.region == tried.offer.region
+    if isinstance(error, (CapacityError, QuotaError)):
+        return False
+    return same_region  # what is wrong there is not the offer
+
+
+def _failed(
+    attempts: Sequence[tuple[Step, ProviderError]], not_asked: Sequence[tuple[str, ProviderError]]
+) -> Exception:
+    if len(attempts) == 1 and not not_asked:
+        return attempts[0][1]
+    lines = [f"{step}: {error}" for step, error in attempts]
+    lines += [f"{name} could not be asked: {error}" for name, error in not_asked]
+    reasons: dict[str, BaseException] = dict(not_asked)
+    for step, error in attempts:
+        reasons[step.provider.name] = error
+    heading = f"no machines could be had; {len(lines)} attempts failed, and nothing is left of them:"
+    text = "\n  ".join([heading, *lines])
+    return AllProvidersFailedError(text, reasons=reasons, attempts=tuple(lines))

@@ -1,0 +1,146 @@
+"""The emulated clouds behind one face, for tests that are the same for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import skyward as sky
+from tests.clouds.yard import Yard
+
+NAMES = ("aws", "digitalocean", "verda")
+TYPES = {"aws": "m6i.large", "digitalocean": "s-4vcpu-8gb", "verda": "CPU.4V.16G"}
+"""A type of machine that each has in several regions, without an accelerator."""
+_REGIONS = {"aws": "us-east-1", "digitalocean": "nyc1", "verda": "FIN-01"}
+_CREATE = {"aws": "CreateFleet", "digitalocean": ("POST", "/v2/droplets"), "verda": ("POST", "/instances")}
+_END = {"aws": "TerminateInstances", "digitalocean": ("DELETE", "/v2/droplets"), "verda": ("PUT", "/instances")}
+
+
+class Emulated:
+    """One emulated cloud, with machines that boot unless told otherwise. Owns its yard."""
+
+    def __init__(self, name: str, *, baked: Path | None = None, boots: bool = True) -> None:
+        self.name = name
+        self.yard = Yard(baked=baked, boots=boots)
+        self.cloud: Any = _start(name, self.yard)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What its SDK and ours look for."""
+        match self.name:
+            case "aws":
+                return {**self.cloud.environment}
+            case "digitalocean":
+                return {"DIGITALOCEAN_TOKEN": self.cloud.token, "DIGITALOCEAN_API_URL": self.cloud.url}
+            case _:
+                secret = {"VERDA_CLIENT_ID": self.cloud.client_id, "VERDA_CLIENT_SECRET": self.cloud.client_secret}
+                return {**secret, "VERDA_BASE_URL": self.cloud.url}
+
+    @property
+    def type(self) -> str:
+        return TYPES[self.name]
+
+    @property
+    def region(self) -> str:
+        return _REGIONS[self.name]
+
+    def provider(self, **options: Any) -> Any:
+        """Return skyward's provider for it, in one region unless told otherwise."""
+        kind = {"aws": sky.AWS, "digitalocean": sky.DigitalOcean, "verda": sky.Verda}[self.name]
+        return kind(**{"region": self.region, **options})
+
+    def left(self) -> list[str]:
+        """Return what is in the account that was made, and may cost."""
+        found: list[str] = self.cloud.left()
+        return found
+
+    def machines(self) -> list[str]:
+        """Return the machines that cost."""
+        return [line for line in self.left() if line.startswith(("instance", "droplet"))]
+
+    def bill(self) -> float:
+        """Return USD so far, for machines alone."""
+        cost: float = self.cloud.bill(volumes=False) if self.name == "verda" else self.cloud.bill()
+        return cost
+
+    def close(self) -> None:
+        self.cloud.close()
+        self.yard.close()
+
+    # --- faults ---------------------------------------------------------------------------------------------
+
+    @property
+    def faults(self) -> Any:
+        return self.cloud.faults
+
+    def sell_out(self, machine: str | None = None, region: str | None = None) -> None:
+        """Have none of a type, as seen only when it is tried."""
+        machine, region = machine or self.type, region or self.region
+        match self.name:
+            case "aws":
+                self.faults.no_capacity.add((machine, region))
+            case "digitalocean":
+                self.faults.sold_out.add((machine, region))
+            case _:
+                self.faults.capacity |= {(machine, region, spot): 0 for spot in (True, False)}
+
+    def have_only(self, count: int) -> None:
+        """Have no more than so many machines of the type."""
+        match self.name:
+            case "aws":
+                self.faults.capacity[self.type, self.region] = count
+            case "digitalocean":
+                self.faults.only = count
+            case _:
+                self.faults.capacity |= {(self.type, self.region, spot): count for spot in (True, False)}
+
+    def throttle(self, calls: int) -> None:
+        """Answer so many calls of any kind with a refusal to be asked so often."""
+        if self.name == "aws":
+            self.faults.throttled["*"] = calls
+        else:
+            self.faults.throttled = calls
+
+    def lose_create_answer(self) -> None:
+        """Launch what is asked for next, but lose the answer."""
+        if self.name == "aws":
+            self.faults.lost[_CREATE["aws"]] = 1
+        else:
+            self.faults.lost[_CREATE[self.name]] = 1
+
+    def break_end(self, broken: bool) -> None:
+        """Have no machine destroyed, until that is taken back."""
+        if self.name == "aws":
+            self.faults.unavailable[_END["aws"]] = math.inf if broken else 0
+        elif broken:
+            self.faults.down.add(_END[self.name])
+        else:
+            self.faults.down.discard(_END[self.name])
+
+    def take_away(self, machine_id: str, notice_s: float = 20.0) -> None:
+        """Take a machine back as the cloud does: with notice on AWS, without elsewhere."""
+        match self.name:
+            case "aws":
+                self.cloud.interrupt(machine_id, notice_s=notice_s)
+            case "digitalocean":
+                self.cloud.lose(machine_id, gone=True)
+            case _:
+                self.cloud.reclaim(machine_id)
+
+
+def _start(name: str, yard: Yard) -> Any:
+    match name:
+        case "aws":
+            from tests.clouds.aws import AwsCloud
+
+            return AwsCloud(yard)
+        case "digitalocean":
+            from tests.clouds.digitalocean import DigitalOceanCloud
+
+            return DigitalOceanCloud(yard)
+        case _:
+            from tests.clouds.verda import VerdaCloud
+
+            return VerdaCloud(yard)
