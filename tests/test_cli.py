@@ -27,6 +27,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="hosts are Linux, and
 @pytest.fixture(autouse=True)
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SKYWARD_DATA_DIR", str(tmp_path / "data"))
+    # No cloud is asked: there are no credentials, and none are looked for on the network.
+    for variable in [v for v in os.environ if v.startswith(("AWS_", "DIGITALOCEAN_", "VERDA_"))]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for variable in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "none"))
     return tmp_path / "data"
 
 

@@ -207,7 +207,8 @@ class Api:
         return CredentialsError(
             "AWS credentials are missing: there are none in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in profile "
             f"{profile!r} (AWS_PROFILE) of ~/.aws/credentials and ~/.aws/config, or from a role of this machine"
-            f"{f'; {said}' if said else ''}. Run `aws configure`, or set the variables"
+            f"{f'; {said}' if said else ''}. Run `aws configure`, or set the variables",
+            missing=True,
         )
 
     def _bad(self, how: str) -> CredentialsError:

@@ -265,12 +265,17 @@ def bucket_policy(volumes: Iterable[S3Volume], partition: str) -> dict[str, Any]
             continue  # not S3: IAM has no say there
         bucket = f"arn:{partition}:s3:::{volume.bucket}"
         listing: dict[str, Any] = {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": bucket}
-        if volume.prefix:
-            listing["Condition"] = {"StringLike": {"s3:prefix": [f"{volume.prefix}*"]}}
+        under = f"{volume.prefix.strip('/')}/" if volume.prefix.strip("/") else ""
+        if under:
+            listing["Condition"] = {"StringLike": {"s3:prefix": [f"{under}*"]}}
         actions = ["s3:GetObject"]
         if not volume.read_only:
-            actions += ["s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
-        statements += [listing, {"Effect": "Allow", "Action": actions, "Resource": f"{bucket}/{volume.prefix}*"}]
+            # The client sends an ACL with what it writes: see `skyward.volumes`.
+            actions += [
+                "s3:PutObject", "s3:PutObjectAcl", "s3:DeleteObject", "s3:AbortMultipartUpload",
+                "s3:ListMultipartUploadParts",
+            ]  # fmt: skip
+        statements += [listing, {"Effect": "Allow", "Action": actions, "Resource": f"{bucket}/{under}*"}]
     return {"Version": "2012-10-17", "Statement": statements}
 
 

@@ -173,7 +173,8 @@ def _credentials(looked_for: str) -> tuple[str, str]:
     if key:
         raise CredentialsError("VERDA_API_KEY is no 'id:secret': make a pair at console.verda.com, Keys")
     raise CredentialsError(
-        f"there are no credentials for Verda: looked for {looked_for}{only}. Make them at console.verda.com, Keys"
+        f"there are no credentials for Verda: looked for {looked_for}{only}. Make them at console.verda.com, Keys",
+        missing=not only,
     )
 
 

@@ -195,6 +195,11 @@ class DigitalOceanCloud:
         )
         self._thread.start()
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables under which `sky.DigitalOcean` finds it."""
+        return {"DIGITALOCEAN_TOKEN": self.token, "DIGITALOCEAN_API_URL": self.url}
+
     def __enter__(self) -> DigitalOceanCloud:
         return self
 

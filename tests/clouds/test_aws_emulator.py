@@ -541,9 +541,7 @@ def test_a_machine_boots_with_its_user_data_and_ends_with_its_instance(booting: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("behaviour", "state"), [("terminate", "terminated"), ("stop", "stopped")])
-def test_a_machine_that_switches_itself_off_is_ended_or_stopped(
-    booting: AwsCloud, behaviour: str, state: str
-) -> None:
+def test_a_machine_that_switches_itself_off_is_ended_or_stopped(booting: AwsCloud, behaviour: str, state: str) -> None:
     made = template(booting, InstanceInitiatedShutdownBehavior=behaviour)
     (instance,) = ids(fleet(booting, 1, [], template=made))
     machine(booting, instance).run(POWER_OFF, check=False)

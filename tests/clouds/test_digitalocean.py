@@ -41,8 +41,8 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _point_to(cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIGITALOCEAN_TOKEN", cloud.token)
-    monkeypatch.setenv("DIGITALOCEAN_API_URL", cloud.url)
+    for name, value in cloud.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

@@ -1,0 +1,385 @@
+"""Pools on every cloud, through its own SDK, on machines that boot: what works, and what happens when things fail.
+
+The names of the tests are those of the table in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV
+from sklearn.svm import SVC
+
+import skyward as sky
+from skyward.cluster import journal, remote
+from tests.clouds.emulated import Emulated
+from tests.machines.conftest import IMAGE
+
+pytestmark = pytest.mark.slow
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def open_pool(cloud: Emulated, **options: Any) -> sky.ComputePool:
+    return sky.ComputePool(
+        **{"provider": cloud.provider(), "machine": cloud.type, "image": IMAGE, "display": "quiet", **options}
+    )
+
+
+def assert_nothing_left(cloud: Emulated) -> None:
+    assert cloud.left() == []
+    assert journal.entries() == []
+
+
+@sky.compute
+def add(a: int, b: int) -> int:
+    return a + b
+
+
+@sky.compute
+def host() -> str:
+    import socket
+
+    return socket.gethostname()
+
+
+# --- what works ---------------------------------------------------------------------------------------------
+
+
+def test_the_first_example_of_the_readme_runs(cloud: Emulated) -> None:
+    @sky.pool(provider=cloud.provider(), machine=cloud.type, nodes=2, image=IMAGE, display="quiet")
+    def main() -> tuple[Any, ...]:
+        one = add(1, 2) >> sky
+        pair = (add(1, 1) & add(2, 2)) >> sky
+        many = sky.gather(*[add(i, i) for i in range(20)]) >> sky
+        every = host() @ sky
+        return one, pair, many, every
+
+    one, pair, many, every = main()
+
+    assert one == 3
+    assert pair == (2, 4)
+    assert many == tuple(2 * i for i in range(20))
+    assert len(set(every)) == 2
+    assert socket.gethostname() not in every
+    assert_nothing_left(cloud)
+
+
+def test_a_grid_search_runs_on_a_scikit_learn_pool(cloud: Emulated) -> None:
+    X, y = load_digits(return_X_y=True)
+    grid = {"C": [1, 10], "gamma": [0.0005, 0.001]}
+    serial = GridSearchCV(SVC(), grid, cv=3).fit(X, y)
+
+    with sky.integrations.ScikitLearnPool(
+        provider=cloud.provider(), machine=cloud.type, nodes=2, concurrency=2, image=IMAGE, display="quiet"
+    ) as pool:
+        workers = pool.client.scheduler_info(n_workers=-1)["workers"]
+        parallel = GridSearchCV(SVC(), grid, cv=3, n_jobs=-1).fit(X, y)
+
+    assert len(workers) == 4
+    assert all(address.startswith("tls://10.77.") for address in workers)
+    assert parallel.best_params_ == serial.best_params_
+    np.testing.assert_array_equal(parallel.cv_results_["mean_test_score"], serial.cv_results_["mean_test_score"])
+    assert_nothing_left(cloud)
+
+
+def test_the_meter_and_the_clouds_own_bill_agree_to_the_cent(cloud: Emulated) -> None:
+    told: list[sky.CostFinal] = []
+
+    with open_pool(cloud, nodes=2, allocation=0.5 if cloud.name != "digitalocean" else "on-demand") as pool:
+        pool.on(sky.CostFinal, told.append)
+        add(1, 1) >> pool
+        running = pool.cost
+
+    (final,) = told
+    assert 0 < running <= final.total_cost == pool.cost
+    assert final.total_cost == pytest.approx(cloud.bill(), abs=0.005)
+    assert final.spot_count + final.ondemand_count == 2
+
+
+def test_an_executor_and_several_pools_run(cloud: Emulated) -> None:
+    first, second = open_pool(cloud), open_pool(cloud)
+    with sky.MultiPool(first, second) as (a, b):
+        assert host() >> a != host() >> b
+    with sky.Executor(provider=cloud.provider(), machine=cloud.type, image=IMAGE, display="quiet") as executor:
+        assert list(executor.map(pow, [2, 3], [3, 2])) == [8, 9]
+
+    assert_nothing_left(cloud)
+
+
+def test_pools_are_found_and_ended_from_another_computer(
+    cloud: Emulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from skyward.cli import main
+
+    with pytest.raises(sky.SkywardError), open_pool(cloud, retries=0) as pool:
+        here = os.environ["SKYWARD_DATA_DIR"]
+        monkeypatch.setenv("SKYWARD_DATA_DIR", str(tmp_path / "elsewhere"))
+        listed = json.loads(CliRunner().invoke(main, ["ps", "--json"]).stdout)
+        expired = CliRunner().invoke(main, ["down", "--expired"])
+        ended = CliRunner().invoke(main, ["down", listed[0]["pool"], "--yes"])
+        monkeypatch.setenv("SKYWARD_DATA_DIR", here)
+        assert cloud.machines() == []
+        time.sleep(1)
+        monkeypatch.setattr(remote, "UNREACHABLE_S", 3.0)
+        add(1, 1) >> pool
+
+    assert [p["provider"] for p in listed] == [cloud.name]
+    assert listed[0]["owner"]["name"].endswith(f"@{socket.gethostname()}") or cloud.name == "digitalocean"
+    assert "no expired pools" in expired.output
+    assert ended.exit_code == 0, ended.output
+    assert_nothing_left(cloud)
+
+
+# --- the fault matrix ---------------------------------------------------------------------------------------
+
+
+def test_no_capacity(cloud: Emulated) -> None:
+    cloud.sell_out()
+    failures: list[sky.Error] = []
+
+    with pytest.raises((sky.CapacityError, sky.AllProvidersFailedError)) as info, open_pool(
+        cloud, nodes=2, on_event=lambda e: failures.append(e) if isinstance(e, sky.Error) else None
+    ):
+        pass
+
+    assert cloud.type in str(info.value)
+    assert failures
+    assert_nothing_left(cloud)
+
+
+def test_no_capacity_in_one_region_is_found_in_another(cloud: Emulated) -> None:
+    cloud.sell_out()
+    several = {"regions": [cloud.region, "us-west-2"], "region": None} if cloud.name == "aws" else {"region": None}
+
+    with open_pool(cloud, provider=cloud.provider(**several), nodes=2) as pool:
+        assert add(1, 1) >> pool == 2
+        assert {i.metadata["region"] for i in pool.instances}.isdisjoint({cloud.region})
+
+    assert_nothing_left(cloud)
+
+
+def test_partial_capacity(cloud: Emulated) -> None:
+    cloud.have_only(2)
+
+    with pytest.raises((sky.CapacityError, sky.AllProvidersFailedError)), open_pool(
+        cloud, nodes=3, allocation="on-demand"
+    ):
+        pass
+
+    assert_nothing_left(cloud)
+
+
+def test_throttled(cloud: Emulated) -> None:
+    cloud.throttle(3)
+
+    with open_pool(cloud, nodes=2) as pool:
+        assert len(host() @ pool) == 2
+
+    assert_nothing_left(cloud)
+
+
+def test_lost_create_answer(cloud: Emulated) -> None:
+    cloud.lose_create_answer()
+
+    with open_pool(cloud, nodes=2, allocation="on-demand") as pool:
+        assert len(set(host() @ pool)) == 2
+        assert len(cloud.machines()) == 2
+
+    assert_nothing_left(cloud)
+
+
+def test_slow_boot(cloud: Emulated) -> None:
+    cloud.yard.boot_delay_s = 6.0
+
+    with open_pool(cloud, nodes=2) as pool:
+        assert len(host() @ pool) == 2
+
+    assert_nothing_left(cloud)
+
+
+def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine boots, and is not the one that is expected: it never got its keys."""
+    monkeypatch.setattr(remote, "BOOT_S", 4.0)
+    monkeypatch.setattr("skyward.providers.base.Birth.cloud_config", lambda self: "#cloud-config\n{}")
+    monkeypatch.setattr("skyward.providers.base.Birth.script", lambda self: "#!/bin/sh\nexit 1\n")
+
+    with pytest.raises(sky.BootstrapError, match=r"no login within 4 s") as info, open_pool(cloud, nodes=2):
+        pass
+
+    assert info.value.step == "boot"
+    assert_nothing_left(cloud)
+
+
+def test_api_down_at_terminate(cloud: Emulated, caplog: pytest.LogCaptureFixture) -> None:
+    with open_pool(cloud) as pool:
+        add(1, 1) >> pool
+        cloud.break_end(True)
+
+    assert "may still run, and cost" in caplog.text
+    assert [e.state for e in journal.entries()] == ["stopping"]
+    cloud.break_end(False)
+    wait_until(lambda: not journal.entries())  # the guardian
+    assert cloud.left() == []
+
+
+def test_ctrl_c_during_the_create_call(cloud: Emulated) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt(event: sky.InstanceLaunching) -> None:
+        threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
+
+    pool = open_pool(cloud, nodes=2)
+    pool.on(sky.InstanceLaunching, interrupt)
+
+    with pytest.raises(KeyboardInterrupt), pool:
+        pass
+
+    assert_nothing_left(cloud)
+
+
+def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
+    """A machine is taken away while it works: the job ends as if nothing had happened."""
+    replaced: list[sky.InstanceReplaced] = []
+    lost: list[sky.InstanceLost] = []
+
+    @sky.compute
+    def slow(i: int) -> int:
+        import time
+
+        time.sleep(1.5)
+        return i * i
+
+    with open_pool(cloud, nodes=2, retries=0) as pool:
+        pool.on(sky.InstanceReplaced, replaced.append)
+        pool.on(sky.InstanceLost, lost.append)
+        victim = pool.instances[1]
+        futures = [pool.submit(slow(i)) for i in range(16)]
+        wait_until(lambda: sum(f.done() for f in futures) >= 2)
+        cloud.take_away(victim.id)
+
+        assert [f.result(120) for f in futures] == [i * i for i in range(16)]
+        wait_until(lambda: replaced, 90)
+        wait_until(lambda: len(pool.instances) == 2, 90)
+        assert len(host() @ pool) == 2
+
+    assert [e.instance_id for e in lost] == [victim.id]
+    assert [e.replaced_id for e in replaced] == [victim.id]
+    assert_nothing_left(cloud)
+
+
+# --- a client that is killed --------------------------------------------------------------------------------
+
+CLIENT = """
+import os, sys, time
+import skyward as sky
+from skyward.cluster import remote
+from tests.clouds.emulated import TYPES, _REGIONS
+from tests.machines.conftest import IMAGE
+
+remote.HEARTBEAT_LOSS_S = 6.0
+name, until = sys.argv[1:]
+
+def tell(event):
+    if type(event).__name__ == until:
+        print(type(event).__name__, flush=True)
+        if until != "PoolStarted":
+            time.sleep(600)
+
+with sky.ComputePool(name, machine=TYPES[name], nodes=2, image=IMAGE, display="quiet", on_event=tell):
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def client(cloud: Emulated, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts a program that opens a pool, and returns it when the event with this name has come."""
+    script = tmp_path / "client.py"
+    script.write_text(textwrap.dedent(CLIENT))
+    started: list[subprocess.Popen[str]] = []
+
+    def start(until: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        process = subprocess.Popen(
+            [sys.executable, str(script), cloud.name, until], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == until
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    for guardian in guardians():
+        guardian.kill()
+
+
+def guardians() -> list[psutil.Process]:
+    folder = os.environ["SKYWARD_DATA_DIR"]
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "skyward.cluster.guardian" in process.cmdline() and process.environ().get("SKYWARD_DATA_DIR") == folder:
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("when", ["InstanceProvisioned", "PoolStarted"])
+def test_client_killed_after_launch(
+    when: str, cloud: Emulated, client: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    process = client(when)
+    assert len(cloud.machines()) == 2
+
+    process.kill()
+
+    wait_until(lambda: cloud.machines() == [])
+    wait_until(lambda: cloud.left() == [])
+
+
+def test_client_and_guardian_killed(cloud: Emulated, client: Callable[[str], subprocess.Popen[str]]) -> None:
+    """Nobody is left: machines switch themselves off, which ends them on AWS, and elsewhere they wait for `down`."""
+    from click.testing import CliRunner
+
+    from skyward.cli import main
+
+    process = client("PoolStarted")
+    for guardian in guardians():
+        guardian.kill()
+    process.kill()
+
+    wait_until(lambda: not cloud.yard.machines)  # all are off
+    (entry,) = journal.entries()
+    ended = CliRunner().invoke(main, ["down", entry.pool_id])
+
+    assert ended.exit_code == 0, ended.output
+    assert_nothing_left(cloud)
