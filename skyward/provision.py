@@ -32,7 +32,7 @@ BIRTH_HEADROOM_S = 600
 """Seconds beyond the pool's time-out after which a machine switches itself off, if all else has failed."""
 _MOST_TRIES = 12
 """Offers that are tried in one region. By feel: what follows differs little from what could not be had."""
-_END_PAUSES_S = (1.0, 4.0)
+_END_PAUSES_S = (2.0,)
 """Pauses between attempts to destroy, before the rest is left to the guardian."""
 
 

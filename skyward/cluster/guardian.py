@@ -159,8 +159,7 @@ def main() -> int:
 def _end(entry: Entry, owner: _Owner) -> int:
     from skyward.cluster.release import release
 
-    # A cloud may still be at work on what the owner has asked for last.
-    settled = not entry.places or entry.state == "stopping"
+    looked_again = False
     for pause in _pauses():
         latest = _latest(entry)
         if latest is None:
@@ -172,13 +171,14 @@ def _end(entry: Entry, owner: _Owner) -> int:
         except Exception:  # whatever it is, network or code, the next try may do better; there is nobody to tell
             logger.exception("failed")
             left = ["see above"]
-        if not left and settled:
+        # Unless the owner has waited for it, a cloud may still be at work on what it was asked for last.
+        if not left and (looked_again or not entry.places or entry.state == "stopping"):
             journal.close(entry.pool_id)
             logger.info("ended")
             return 0
         if not left:
             logger.info("ended; looking again in %g s", _SETTLE_S)
-            settled, pause = True, _SETTLE_S
+            looked_again, pause = True, _SETTLE_S
         else:
             logger.info("may still run on %s", "; ".join(left))
         if time.time() > entry.expires + GIVE_UP_S:

@@ -91,6 +91,8 @@ class Machine:
             self._check_alive()
             time.sleep(0.001)
         # The size of packets at both ends, or a full one is dropped without a word: 3 s for every TLS handshake.
+        # One of a machine before that had this address may not be quite gone.
+        subprocess.run(["ip", "link", "delete", self._cable], capture_output=True)
         ends = (self._cable, "mtu", MTU, "type", "veth", "peer", "name", "eth0", "mtu", MTU, "netns", str(pid))
         run("ip", "link", "add", *ends)
         run("ip", "link", "set", self._cable, "master", self.network.name, "up")

@@ -76,7 +76,7 @@ class Emulated:
         return self.cloud.faults
 
     def sell_out(self, machine: str | None = None, region: str | None = None) -> None:
-        """Have none of a type, as seen only when it is tried."""
+        """Have none of a type in a region."""
         machine, region = machine or self.type, region or self.region
         match self.name:
             case "aws":
@@ -85,6 +85,13 @@ class Emulated:
                 self.faults.sold_out.add((machine, region))
             case _:
                 self.faults.capacity |= {(machine, region, spot): 0 for spot in (True, False)}
+
+    def refuse_creates(self) -> None:
+        """Have none of the type, as seen only when it is tried."""
+        if self.name == "verda":
+            self.faults.end_as += ["no_capacity"] * 50
+        else:
+            self.sell_out()
 
     def have_only(self, count: int) -> None:
         """Have no more than so many machines of the type."""
