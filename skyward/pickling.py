@@ -68,6 +68,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         else:
             return super().reducer_override(obj)
         if not name or not is_project_module(name):
+            if isinstance(obj, type) and issubclass(obj, Warning) and name != "builtins":
+                return _find_warning, (name, obj.__qualname__)
             return super().reducer_override(obj)
         # cloudpickle's registry is global; it is changed only for this one object, so that the caller's own
         # use of cloudpickle elsewhere is as it was.
@@ -81,6 +83,18 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             finally:
                 if not already:
                     cloudpickle.unregister_pickle_by_value(module)
+
+
+@functools.cache
+def _find_warning(module: str, name: str) -> Any:
+    """Return a category of warnings, or one that nothing warns with where its module is missing.
+
+    scikit-learn sends the caller's warning filters along, and with them the categories of whatever is imported there.
+    """
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return type(name.rpartition(".")[2], (Warning,), {"__module__": module})
 
 
 def _carries_traceback(kind: type[BaseException]) -> bool:

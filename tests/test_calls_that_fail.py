@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import skyward as sky
+from skyward import pickling
 
 
 @sky.compute
@@ -358,3 +360,19 @@ def test_every_error_survives_pickling_with_its_facts() -> None:
         assert again.option == "nodes"
 
     assert len(errors) > 15
+
+
+def test_a_category_of_warnings_travels_without_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("only_here_warnings")
+    category = type("Odd", (Warning,), {"__module__": module.__name__})
+    module.Odd = category  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(pickling, "is_project_module", lambda name: False)
+    sent, _ = pickling.dumps([category, DeprecationWarning])
+
+    monkeypatch.delitem(sys.modules, module.__name__)
+    found, other = pickle.loads(sent)
+
+    assert issubclass(found, Warning)
+    assert found is not category
+    assert other is DeprecationWarning

@@ -52,9 +52,9 @@ class Emulated:
         return kind(**{"region": self.region, **options})
 
     def left(self) -> list[str]:
-        """Return what is in the account that was made, and may cost."""
+        """Return what was made in the account for pools; DigitalOcean's tags that all pools share may stay."""
         found: list[str] = self.cloud.left()
-        return found
+        return [line for line in found if line != "tag skyward" and not line.startswith("tag skyward:owner:")]
 
     def machines(self) -> list[str]:
         """Return the machines that cost."""
