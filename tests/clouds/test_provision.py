@@ -1,0 +1,116 @@
+"""Launching by plan: what follows what fails, and what is left of it. Addresses only, without machines behind them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import skyward as sky
+from skyward.cluster import journal
+from skyward.cluster.record import Record
+from skyward.plan import make_plan
+from skyward.provision import Provisioner
+from skyward.spec import PoolSpec
+from tests.clouds.emulated import NAMES, Emulated
+
+
+@pytest.fixture
+def provision() -> Iterator[Callable[..., Provisioner]]:
+    """Makes a provisioner for a pool with these options; everything is ended with the test."""
+    made: list[tuple[Provisioner, Record]] = []
+
+    def provision(*providers: Any, heard: list[Any] | None = None, **options: Any) -> Provisioner:
+        spec = PoolSpec(**options)
+        expires = time.time() + spec.timeout
+        pool_id = f"{len(made):08}"
+        record = Record(pool_id, "clouds", expires)
+        emit = heard.append if heard is not None else lambda _: None
+        provisioner = Provisioner(make_plan(providers, spec), spec, pool_id, record, emit, expires)
+        made.append((provisioner, record))
+        return provisioner
+
+    yield provision
+    for provisioner, record in made:
+        record.left = provisioner.end()
+        record.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launch_is_in_the_journal_and_its_end_leaves_nothing(
+    name: str, emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    cloud = emulate(name, boots=False)
+
+    provisioner = provision(cloud.provider(), machine=cloud.type, nodes=4)
+    machines = provisioner.launch()
+
+    (entry,) = journal.entries()
+    assert [m.id for m in entry.machines] == [m.id for m in machines]
+    assert [(p.provider, p.region) for p in entry.places] == [(name, cloud.region)]
+    assert len(cloud.machines()) == 4
+    assert [m.spot for m in machines] == sorted(m.spot for m in machines)
+    assert provisioner.end() == []
+    assert cloud.left() == []
+
+
+def test_the_cheapest_is_followed_by_the_next_provider_when_it_is_sold_out(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    aws, verda = emulate("aws", boots=False), emulate("verda", boots=False)
+    clouds = (sky.AWS(), sky.Verda())
+    options: dict[str, Any] = {"accelerator": "H100", "selection": "cheapest", "allocation": "on-demand"}
+    heard: list[Any] = []
+    assert make_plan(clouds, PoolSpec(**options)).steps[0].offer.instance.name == "1H100.80S.32V"
+    verda.refuse_creates()
+
+    (machine,) = provision(*clouds, heard=heard, **options).launch()
+
+    assert (machine.provider, machine.instance_type) == ("aws", "p5.4xlarge")
+    assert verda.left() == []
+    assert len(aws.machines()) == 1
+    assert [type(e).__name__ for e in heard if isinstance(e, (sky.InstanceLaunching, sky.Error))] == [
+        "InstanceLaunching", "Error", "InstanceLaunching"
+    ]  # fmt: skip
+
+
+def test_when_all_is_sold_out_the_error_has_a_line_for_each_attempt(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    verda = emulate("verda", boots=False)
+    verda.refuse_creates()
+
+    with pytest.raises(sky.AllProvidersFailedError) as info:
+        provision(sky.Verda(), accelerator="A100", allocation="on-demand").launch()
+
+    text = str(info.value)
+    assert "FIN-01 1A100.22V" in text
+    assert "FIN-03 1A100.22V" in text
+    assert set(info.value.reasons) == {"verda"}
+    assert verda.left() == []
+
+
+def test_credentials_that_are_refused_are_not_tried_again(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = emulate("digitalocean", boots=False)
+    provisioner = provision(sky.DigitalOcean(), cpu=4)
+    monkeypatch.setenv("DIGITALOCEAN_TOKEN", "wrong")
+
+    with pytest.raises(sky.CredentialsError):
+        provisioner.launch()
+
+    monkeypatch.setenv("DIGITALOCEAN_TOKEN", cloud.cloud.token)
+
+
+def test_four_nodes_on_aws_are_one_fleet_call(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    cloud = emulate("aws", boots=False)
+
+    provision(cloud.provider(), machine=cloud.type, nodes=4, allocation="on-demand").launch()
+
+    assert cloud.cloud.calls["CreateFleet"] == 1
+    assert len(cloud.machines()) == 4
