@@ -26,7 +26,11 @@ class Metadata:
 
     def __call__(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         status, text = self._answer(environ)
-        start(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(text.encode())))])
+        headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(text.encode())))]
+        if environ["PATH_INFO"] == _TOKEN and status.startswith("200"):  # SDKs want to know for how long it is good
+            seconds = environ["HTTP_X_AWS_EC2_METADATA_TOKEN_TTL_SECONDS"]
+            headers.append(("X-Aws-Ec2-Metadata-Token-Ttl-Seconds", seconds))
+        start(status, headers)
         return [text.encode()]
 
     def _answer(self, environ: dict[str, Any]) -> tuple[str, str]:
