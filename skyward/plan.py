@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from skyward.errors import AllProvidersFailedError, NoAvailableProviderError, ProviderError, SpecError
+from skyward.providers import load_shared
 from skyward.providers.base import Cloud, Need, Offer
 from skyward.selection import Wanted, nearest, wanted
 from skyward.spec import InstanceSpec, PoolSpec
@@ -215,6 +216,8 @@ def _ask(providers: Sequence[Cloud], need: Need) -> list[Sequence[Offer] | Provi
         except ProviderError as exc:
             return exc
 
+    if len(providers) > 1:
+        load_shared()
     with ThreadPoolExecutor(len(providers), thread_name_prefix="skyward-offers") as threads:
         return list(threads.map(ask, providers))
 

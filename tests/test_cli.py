@@ -149,6 +149,9 @@ def test_down_names_machines_that_may_still_run_and_keeps_the_entry(host: Host, 
 
 def test_down_of_a_provider_that_it_does_not_know_goes_on_with_the_others() -> None:
     unknown = add_pool(provider="nimbus", owned=False)
+    entry = journal.read(unknown)
+    assert entry is not None
+    journal.update(entry, places=[journal.Place(provider="nimbus", region="stratus")])
     known = add_pool(owned=False)
 
     result = skyward("down", "--all")

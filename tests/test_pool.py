@@ -418,7 +418,7 @@ def test_handlers_get_the_events_of_their_type() -> None:
 @pytest.mark.parametrize(
     ("provider", "text"),
     [
-        ("aws", "'aws' is not in this release"),
+        ("asw", "did you mean 'aws'"),
         ("locl", "did you mean 'local'"),
         ("dask", "the name alone does not say which cluster"),
         (5, "a provider such as"),

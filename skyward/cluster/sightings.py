@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from skyward.cluster.journal import Entry, Place
 from skyward.errors import ProviderError
+from skyward.providers import load_shared
 from skyward.providers.base import Cloud, Machine
 
 _UNKNOWN_S = 30 * 86400.0
@@ -23,6 +24,7 @@ def sightings(clouds: Sequence[Cloud]) -> tuple[list[Entry], dict[str, ProviderE
         except ProviderError as exc:
             return exc
 
+    load_shared()
     with ThreadPoolExecutor(max(1, len(clouds)), thread_name_prefix="skyward-ps") as threads:
         answers = list(threads.map(ask, clouds))
     pools: dict[str, list[tuple[Cloud, Machine]]] = {}

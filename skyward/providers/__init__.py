@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -72,6 +73,12 @@ def make(name: str, settings: Mapping[str, Any]) -> Cloud:
 def clouds() -> list[Cloud]:
     """Return every cloud as it is without options."""
     return [_cloud(name)() for name in _CLOUDS]
+
+
+def load_shared() -> None:
+    """Import what SDKs share, before several threads do so at once: it sets filters of warnings, which are global."""
+    with contextlib.suppress(ImportError):  # where no SDK needs it
+        import_module("requests")
 
 
 def _cloud(name: str) -> Callable[..., Cloud]:
