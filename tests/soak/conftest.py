@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.machines.conftest import _can_boot, baked, site
+from tests.machines.conftest import baked, can_boot, site
 from tests.soak.outcome import Outcome, table
 
-__all__ = ["_can_boot", "baked", "site"]
+__all__ = ["baked", "can_boot", "site"]
 
 SEED = os.environ.get("SOAK_SEED") or str(random.SystemRandom().randrange(10**6))
 _outcomes = pytest.StashKey[list[Outcome]]()
