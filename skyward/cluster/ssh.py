@@ -101,6 +101,8 @@ class Link:
             options["username"] = login.user
         if key is not None:
             options["client_keys"] = [key]
+        if login.proxy_command:
+            options["proxy_command"] = list(login.proxy_command)
         if login.host_key is not None:
             where = login.host if login.port in (None, 22) else f"[{login.host}]:{login.port}"
             options["known_hosts"] = asyncssh.import_known_hosts(f"{where} {login.host_key}\n")

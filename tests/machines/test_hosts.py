@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 import skyward as sky
 from skyward.cluster import ssh
+from skyward.providers.base import Login
 from skyward.spec import Image
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
@@ -280,10 +283,6 @@ def test_a_configuration_that_switches_the_check_off_is_refused(site: Site, pair
 
 
 def test_a_pinned_key_keeps_an_impostor_out(site: Site, pair: list[Machine], tmp_path: Path) -> None:
-    import asyncio
-
-    from skyward.providers.base import Login
-
     other = " ".join(new_key(tmp_path / "other").with_suffix(".pub").read_text().split()[:2])
 
     async def connect(host_key: str) -> None:
@@ -296,6 +295,37 @@ def test_a_pinned_key_keeps_an_impostor_out(site: Site, pair: list[Machine], tmp
     asyncio.run(connect(pair[0].host_key()))
     with pytest.raises(sky.BootstrapError, match="Somebody else may be answering in its place"):
         asyncio.run(connect(other))
+
+
+_TO_PORT_22 = """
+import os, socket, sys, threading
+
+there = socket.create_connection((sys.argv[1], 22))
+
+def send():
+    while data := os.read(0, 65536):
+        there.sendall(data)
+
+threading.Thread(target=send, daemon=True).start()
+while data := there.recv(65536):
+    os.write(1, data)
+"""
+
+
+def test_a_proxy_command_leads_to_a_machine_without_an_address(pair: list[Machine], site: Site) -> None:
+    login = Login(
+        host="i-0ab1", port=22, user="root", key=str(site.key), host_key=pair[0].host_key(),
+        proxy_command=(sys.executable, "-c", _TO_PORT_22, pair[0].address),
+    )  # fmt: skip
+
+    async def name() -> str:
+        link = ssh.Link(login)
+        try:
+            return (await link.run("hostname")).output.strip()
+        finally:
+            await link.close()
+
+    assert asyncio.run(name()) == pair[0].name
 
 
 def test_the_error_survives_pickling_with_its_facts(site: Site, pair: list[Machine]) -> None:
