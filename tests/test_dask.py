@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -14,6 +14,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import skyward as sky
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +26,6 @@ def cluster() -> Iterator[LocalCluster]:
 @sky.compute
 def double(x: int) -> int:
     return 2 * x
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def joined(target: Any, **options: Any) -> sky.ComputePool:

@@ -7,26 +7,20 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 import skyward as sky
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
 def executor() -> Iterator[sky.Executor]:
     with sky.Executor("local", nodes=1, concurrency=2, display="quiet") as executor:
         yield executor
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_it_is_an_executor(executor: sky.Executor) -> None:

@@ -21,6 +21,7 @@ from skyward.cluster import journal
 from skyward.cluster.guardian import GIVE_UP_S, HEADROOM_S, LOG, Guardian
 from skyward.cluster.remote import pool_folder
 from tests.sshhost import Host
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="hosts are Linux, and the host here is this machine")
 
@@ -34,13 +35,6 @@ if "fork" in sys.argv and os.fork() == 0:
 print(guardian._process.pid, flush=True)
 signal.pause()
 """
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import psutil
 import pytest
 
 import skyward as sky
+from tests.waiting import wait_until
 
 
 @sky.compute
@@ -36,13 +36,6 @@ def pid() -> int:
 
 def small(**options: Any) -> sky.ComputePool:
     return sky.ComputePool(provider="local", display="quiet", **options)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 # --- life ---------------------------------------------------------------------------------------------------

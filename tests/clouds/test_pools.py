@@ -29,15 +29,9 @@ import skyward as sky
 from skyward.cluster import journal, remote
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def open_pool(cloud: Emulated, **options: Any) -> sky.ComputePool:
@@ -242,7 +236,7 @@ def test_api_down_at_terminate(cloud: Emulated) -> None:
     assert "may still run, and cost" in told[-1].message
     assert [e.state for e in journal.entries()] == ["stopping"]
     cloud.break_end(False)
-    wait_until(lambda: not journal.entries())  # the guardian
+    wait_until(lambda: not journal.entries(), 60)  # the guardian
     assert cloud.left() == []
 
 
@@ -266,7 +260,7 @@ def test_ctrl_c_during_the_create_call(cloud: Emulated, times: int) -> None:
 
     if times == 1:
         assert_nothing_left(cloud)
-    wait_until(lambda: cloud.left() == [])  # after a second one the guardian does it
+    wait_until(lambda: cloud.left() == [], 60)  # after a second one the guardian does it
 
 
 def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
@@ -276,7 +270,6 @@ def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
 
     @sky.compute
     def slow(i: int) -> int:
-        import time
 
         time.sleep(1.5)
         return i * i
@@ -287,7 +280,7 @@ def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
         pool.on(sky.InstanceLost, lost.append)
         victim = pool.instances[1]
         futures = [pool.submit(slow(i)) for i in range(16)]
-        wait_until(lambda: sum(f.done() for f in futures) >= 2)
+        wait_until(lambda: sum(f.done() for f in futures) >= 2, 60)
         cloud.take_away(victim.id)
 
         assert [f.result(120) for f in futures] == [i * i for i in range(16)]
@@ -371,8 +364,8 @@ def test_client_killed_after_launch(
 
     process.kill()
 
-    wait_until(lambda: cloud.machines() == [])
-    wait_until(lambda: cloud.left() == [])
+    wait_until(lambda: cloud.machines() == [], 60)
+    wait_until(lambda: cloud.left() == [], 60)
 
 
 def test_client_and_guardian_killed(cloud: Emulated, client: Callable[[str], subprocess.Popen[str]]) -> None:
@@ -386,7 +379,7 @@ def test_client_and_guardian_killed(cloud: Emulated, client: Callable[[str], sub
         guardian.kill()
     process.kill()
 
-    wait_until(lambda: not cloud.yard.machines)  # all are off
+    wait_until(lambda: not cloud.yard.machines, 60)  # all are off
     (entry,) = journal.entries()
     ended = CliRunner().invoke(main, ["down", entry.pool_id])
 

@@ -6,7 +6,6 @@ import asyncio
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable
 
 import joblib
 import pytest
@@ -15,13 +14,7 @@ from joblib import Parallel, delayed
 
 import skyward as sky
 from skyward.integrations import JoblibPool, ScikitLearnPool, joblib_backend, sklearn_backend
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+from tests.waiting import wait_until
 
 
 def default_backend() -> str:

@@ -8,23 +8,15 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cloudbox import Machine, Network, cloud_config
+from tests.waiting import wait_until
 
 STATE = Path("/run/skyward-cloudbox")
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def answers(address: str) -> bool:
@@ -111,7 +103,7 @@ def test_an_unplugged_machine_is_silent_until_it_is_plugged_in_again(pair: list[
     assert machine.is_running
     machine.plug()
 
-    wait_until(lambda: answers(machine.address))
+    wait_until(lambda: answers(machine.address), 10)
 
 
 def test_user_data_is_followed(network: Network) -> None:
@@ -122,7 +114,7 @@ def test_user_data_is_followed(network: Network) -> None:
         user="ada",
     )  # fmt: skip
     try:
-        wait_until(lambda: machine.run("cat /opt/done 2> /dev/null || true") == "done\n")
+        wait_until(lambda: machine.run("cat /opt/done 2> /dev/null || true") == "done\n", 10)
         assert machine.run("cat /opt/a/b") == "it's $HOME\n"
         assert machine.run("cat /home/ada/.ssh/authorized_keys").strip() == key
         assert machine.run("stat -c '%U %a' /home/ada").split() == ["ada", "700"]
@@ -136,7 +128,7 @@ def test_a_machine_that_switches_itself_off_is_gone(command: str, network: Netwo
     try:
         machine.run(command, check=False)
 
-        wait_until(lambda: not machine.is_running)
+        wait_until(lambda: not machine.is_running, 10)
         assert not answers(machine.address)
     finally:
         machine.destroy()
@@ -163,7 +155,7 @@ def test_nothing_is_left_of_machines_and_network(network: Network) -> None:
     machine.destroy()
     own.close()
 
-    wait_until(lambda: traces(own.name) == [])
+    wait_until(lambda: traces(own.name) == [], 10)
     assert len(Path("/proc/mounts").read_text().splitlines()) == mounts
 
 
@@ -184,7 +176,7 @@ def test_what_a_killed_owner_leaves_goes_with_the_next_network() -> None:
         assert answers(address)
         owner.send_signal(signal.SIGKILL)
         owner.wait()
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())  # the machine ends with its owner
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10)  # the machine ends with its owner
     assert traces(name)
 
     following: list[Network] = []

@@ -20,16 +20,10 @@ import skyward as sky
 from skyward.cluster import remote, ssh
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
+from tests.waiting import wait_until
 
 Boot = Callable[[int], list[Machine]]
 AGENT = "skyward.cluster.nod[e]"  # as a pattern, which does not find its own command line
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -110,7 +104,7 @@ def test_calls_of_a_lost_node_run_again_elsewhere(fault: Callable[[Machine], Non
             results.append(i)
             if i == 10:
                 fault(machines[1])
-        wait_until(lambda: lost)
+        wait_until(lambda: lost, 60)
         survivors = {host for _, host in sky.gather(*(slow(i) for i in range(4))) >> pool}
 
     assert results == list(range(60))
@@ -251,7 +245,7 @@ def test_a_machine_cut_off_before_its_agent_runs_cleans_itself(
     with pytest.raises(sky.BootstrapError, match="'wait'"), pool:
         pass
 
-    wait_until(lambda: "skyward-" not in machine.run("ls /tmp"))
+    wait_until(lambda: "skyward-" not in machine.run("ls /tmp"), 60)
     assert not [line for line in machine.processes() if "skyward" in line and "flock" not in line]
 
 
@@ -261,13 +255,13 @@ def test_a_pool_grows_and_shrinks(site: Site, boot: Boot) -> None:
     with sky.ComputePool(site.provider(*machines), nodes=1, image=IMAGE, display="quiet") as pool:
         assert pool.instance_count == 1
         pool.scale(2)
-        wait_until(lambda: pool.instance_count == 2)
+        wait_until(lambda: pool.instance_count == 2, 60)
         assert len(set(sky.compute(os.uname)() @ pool)) == 2
         pool.scale(1)
-        wait_until(lambda: pool.instance_count == 1)
-        wait_until(lambda: is_clean(machines[1]))
+        wait_until(lambda: pool.instance_count == 1, 60)
+        wait_until(lambda: is_clean(machines[1]), 60)
         pool.scale(2)
-        wait_until(lambda: pool.instance_count == 2)
+        wait_until(lambda: pool.instance_count == 2, 60)
 
     assert all(map(is_clean, machines))
 
@@ -323,7 +317,7 @@ def test_a_killed_caller_is_cleaned_up_after_by_its_guardian(client: Client, dat
     process.kill()
 
     wait_until(lambda: all(map(is_clean, machines)), timeout_s=7)  # before the agents do so themselves
-    wait_until(lambda: not list(data_folder.glob("pools/*")))
+    wait_until(lambda: not list(data_folder.glob("pools/*")), 60)
 
 
 def test_machines_clean_themselves_when_caller_and_guardian_are_gone(client: Client, data_folder: Path) -> None:
@@ -333,7 +327,7 @@ def test_machines_clean_themselves_when_caller_and_guardian_are_gone(client: Cli
     guardian.kill()
     process.kill()
 
-    wait_until(lambda: all(map(is_clean, machines)))
+    wait_until(lambda: all(map(is_clean, machines)), 60)
     assert len(list(data_folder.glob("pools/*.json"))) == 1  # `skyward ps` still shows it
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import http.server
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from skyward.bootstrap import Progress, read_progress
 from skyward.volumes import mount_script, unmount_script
 from tests.cloudbox import Machine
 from tests.machines.conftest import Site
+from tests.waiting import wait_until
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")
@@ -113,13 +113,6 @@ def _unmounted(request: pytest.FixtureRequest) -> Iterator[None]:
     if "machine" in request.fixturenames:
         machine = request.getfixturevalue("machine")
         machine.run("umount -a -l -t fuse.rclone; pkill -9 rclone; rm -rf /root/.cache/skyward/volumes", check=False)
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def run(site: Site, machine: Machine, text: str) -> Progress | None:
