@@ -194,6 +194,16 @@ class Accelerator:
         return _make(model, int(count) if colon else 1, memory=memory, form_factor=form_factor)
 
 
+def known_name(*names: str) -> str | None:
+    """Return the catalogue's name of the first of `names` that is in it; None when none is."""
+    for name in names:
+        try:
+            return Accelerator.parse(name).name
+        except SpecError:
+            continue
+    return None
+
+
 def _split(name: str) -> tuple[_Model | None, str]:
     """Return the model whose name `name` begins with, the longest one, and what follows it."""
     key = _key(name)

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from skyward.cluster import journal
 from skyward.cluster.journal import Entry
-from skyward.errors import CredentialsError, SkywardError, SpecError
+from skyward.errors import CredentialsError, ProviderError, SkywardError, SpecError
 from skyward.version import __version__
 
 if TYPE_CHECKING:
@@ -74,11 +74,16 @@ def _pools(here: bool) -> list[Entry]:
     from skyward.cluster.sightings import sightings
 
     seen, failed = sightings(providers.clouds())
-    for name, error in failed.items():
-        if not isinstance(error, CredentialsError) or not error.missing:
-            click.echo(f"{name} could not be asked for pools: {error}", err=True)
+    _tell_failed(failed.items(), "could not be asked for pools")
     known = {entry.pool_id for entry in found}
     return found + [entry for entry in seen if entry.pool_id not in known]
+
+
+def _tell_failed(failed: Iterable[tuple[str, ProviderError]], what: str) -> None:
+    """Say which clouds failed, but for those that there are no credentials for: nobody uses them here."""
+    for name, error in failed:
+        if not isinstance(error, CredentialsError) or not error.missing:
+            click.echo(f"{name} {what}: {error}", err=True)
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
@@ -244,9 +249,7 @@ def offers(names: tuple[str, ...], limit: int, as_json: bool, **options: Any) ->
     except SkywardError as exc:
         click.echo(f"{exc}", err=True)
         sys.exit(1)
-    for name, error in plan.failed:
-        if not isinstance(error, CredentialsError) or not error.missing:
-            click.echo(f"{name} could not be asked: {error}", err=True)
+    _tell_failed(plan.failed, "could not be asked")
     found = list({(o.provider, o.region, o.instance.name): o for step in plan.steps for o in [step.offer]}.values())
     if as_json:
         click.echo(json.dumps([_offer_facts(offer) for offer in found], indent=2))

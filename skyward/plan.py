@@ -9,12 +9,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from skyward.errors import AllProvidersFailedError, NoAvailableProviderError, ProviderError, SpecError
-from skyward.providers import load_shared
+from skyward.providers import ask_all
 from skyward.providers.base import Cloud, Need, Offer
 from skyward.selection import Wanted, nearest, wanted
 from skyward.spec import InstanceSpec, PoolSpec
@@ -57,9 +56,13 @@ class Step:
         prices = [(part.price, part.count) for part in self.parts]
         return None if any(p is None for p, _ in prices) else math.fsum(p * n for p, n in prices if p is not None)
 
+    @property
+    def what(self) -> str:
+        """How many machines of which kind, such as ``"1 on-demand + 3 spot"``."""
+        return " + ".join(f"{part.count} {'spot' if part.spot else 'on-demand'}" for part in self.parts)
+
     def __str__(self) -> str:
-        what = " + ".join(f"{part.count} {'spot' if part.spot else 'on-demand'}" for part in self.parts)
-        return f"{self.provider.name} {self.offer.region} {self.offer.instance.name} ({what})"
+        return f"{self.provider.name} {self.offer.region} {self.offer.instance.name} ({self.what})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +152,7 @@ def _price(price: float | None) -> str:
 
 
 def _words(step: Step) -> str:
-    what = " + ".join(f"{part.count} {'spot' if part.spot else 'on-demand'}" for part in step.parts)
-    return what if step.hourly is None else f"{what}, {step.hourly:.4f} USD/h"
+    return step.what if step.hourly is None else f"{step.what}, {step.hourly:.4f} USD/h"
 
 
 def _place(offer: Offer) -> tuple[str, str, str]:
@@ -188,7 +190,7 @@ def make_plan(providers: Sequence[Cloud], spec: PoolSpec) -> Plan:
         None of several providers could be asked.
     """
     need = need_of(spec)
-    answers = _ask(providers, need)
+    answers = ask_all(providers, lambda provider: provider.offers(need))
     failed = tuple((p.name, a) for p, a in zip(providers, answers, strict=True) if isinstance(a, ProviderError))
     if len(failed) == len(providers):
         raise _all_failed(failed)
@@ -207,19 +209,6 @@ def make_plan(providers: Sequence[Cloud], spec: PoolSpec) -> Plan:
     steps.sort(key=lambda step: (*order(step), _cost(step), step.offer.instance.vcpu, step.offer.instance.name))
     near = sorted(refused, key=lambda pair: (want.lack(pair[0].instance), _cheapest(pair[0]), _place(pair[0])))
     return Plan(steps=tuple(steps), refused=tuple(near), failed=failed)
-
-
-def _ask(providers: Sequence[Cloud], need: Need) -> list[Sequence[Offer] | ProviderError]:
-    def ask(provider: Cloud) -> Sequence[Offer] | ProviderError:
-        try:
-            return provider.offers(need)
-        except ProviderError as exc:
-            return exc
-
-    if len(providers) > 1:
-        load_shared()
-    with ThreadPoolExecutor(len(providers), thread_name_prefix="skyward-offers") as threads:
-        return list(threads.map(ask, providers))
 
 
 def _steps(

@@ -54,7 +54,7 @@ class Provisioner:
         self._lock = threading.Lock()
         self._under_way: list[Future[Any]] = []  # launches that Ctrl-C has interrupted
         ttl_s = int(expires - time.time()) + BIRTH_HEADROOM_S
-        self._login, self._birth = _keys(ttl_s)
+        self._login, self._birth = pool_keys(ttl_s)
 
     # --- launch ---------------------------------------------------------------------------------------------
 
@@ -250,8 +250,11 @@ class Provisioner:
         return left
 
 
-def _keys(ttl_s: int) -> tuple[Login, Birth]:
-    """Make the keys of a pool: one that logs in, and one by which its machines are recognised."""
+def pool_keys(ttl_s: int) -> tuple[Login, Birth]:
+    """Make the keys of a pool: one that logs in, and one by which its machines are recognised.
+
+    The login has no host yet. The machines switch themselves off after `ttl_s` seconds.
+    """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -271,12 +274,10 @@ def _keys(ttl_s: int) -> tuple[Login, Birth]:
 
 def _rules_out(tried: Step, error: ProviderError, step: Step) -> bool:
     """Tell whether it is of no use to try `step` after this failure."""
-    if isinstance(error, CredentialsError):
-        return step.provider is tried.provider
-    same_region = step.provider is tried.provider and step.offer.region == tried.offer.region
-    if isinstance(error, (CapacityError, QuotaError)):
+    if step.provider is not tried.provider or isinstance(error, (CapacityError, QuotaError)):
         return False
-    return same_region  # what is wrong there is not the offer
+    # What else is wrong is not the offer: it is the account, or the region.
+    return isinstance(error, CredentialsError) or step.offer.region == tried.offer.region
 
 
 def _failed(

@@ -38,13 +38,9 @@ class Tabled:
         return [self._offer(row) for row in prices.table(self.name)]
 
     def _offer(self, row: prices.TableRow) -> Offer:
-        instance = InstanceSpec(
-            row.instance_type, row.vcpus, row.memory_gb, row.accelerator, row.accelerator_count,
-            row.accelerator_memory_gb, row.price_on_demand, row.price_spot,
-        )  # fmt: skip
         place = (row.instance_type, row.region)
         return Offer(
-            provider=self.name, instance=instance, region=row.region, architecture=row.architecture,
+            provider=self.name, instance=row.instance(), region=row.region, architecture=row.architecture,
             available=False if (*place, False) in self.lacks else None,
             available_spot=False if (*place, True) in self.lacks else None,
         )  # fmt: skip

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import threading
-import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from distributed.core import Status, rpc
@@ -271,14 +271,13 @@ class AgentCluster(SkyCluster):
         """
         if agent not in self._agents or not agent.nodes <= self._nodes:
             return
-        deadline = time.monotonic() + max(0.0, seconds - _EVACUATION_MARGIN_S)
         logger.warning("%s will be taken away in %.0f s: its work is moved", agent.machine, seconds)
         self._nodes -= agent.nodes
         self.on_change()
         self._replace(agent)
         addresses = self._addresses(agent)
         with contextlib.suppress(Exception):  # it may be gone already, or a worker on its way out
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+            async with asyncio.timeout(max(0.0, seconds - _EVACUATION_MARGIN_S)):
                 await self.scheduler_comm.retire_workers(
                     workers=addresses, close_workers=False, remove=False, stimulus_id="machine-leaves"
                 )
@@ -306,8 +305,7 @@ class AgentCluster(SkyCluster):
         for pause in _REPLACEMENT_PAUSES_S:
             await asyncio.sleep(pause)
             async with self._growing:
-                taken_nodes = self._nodes | {n for agent in [*self._agents, lost] for n in agent.nodes}
-                node = next(i for i in range(len(taken_nodes) + 1) if i not in taken_nodes)
+                (node,) = self._free_numbers(1, but=lost.nodes)
                 try:
                     (agent,) = await asyncio.to_thread(self._new_agents, [node], [])
                 except Exception as exc:  # as in _grow
@@ -417,8 +415,7 @@ class AgentCluster(SkyCluster):
         if n < len(have):
             self.scale_down(have[n:])
             return
-        free = (i for i in range(n + len(have)) if i not in self._nodes)
-        new = [next(free) for _ in range(n - len(have))]
+        new = self._free_numbers(n - len(have))
         if not new:
             return
         self._nodes.update(new)
@@ -429,6 +426,11 @@ class AgentCluster(SkyCluster):
         self._agents[0].nodes.update(new)
         nodes = [{"node": s.node, "environments": s.environments, "resources": s.resources} for s in specs]
         self._agents[0].send({"do": "add", "nodes": nodes})
+
+    def _free_numbers(self, count: int, *, but: Collection[int] = ()) -> list[int]:
+        """Return numbers for further nodes: the lowest that no node has, and none whose work is still being moved."""
+        taken = self._nodes.union(but, *(agent.nodes for agent in self._agents))
+        return list(itertools.islice((i for i in itertools.count() if i not in taken), count))
 
     async def _grow(self, new: list[int]) -> None:
         assert self._new_agents is not None

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from skyward.bootstrap import POWER_OFF
 from skyward.cluster import metrics, notice
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.relay import Switchboard
@@ -112,10 +113,8 @@ def _end(config: AgentConfig, *, alone: bool = False) -> None:
     for folder in (config.folder, *config.remove):
         shutil.rmtree(folder, ignore_errors=True)
     if alone and config.power_off:
-        for command in (["poweroff"], ["sudo", "-n", "poweroff"], ["shutdown", "-P", "now"]):
-            with contextlib.suppress(OSError):
-                if subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0:
-                    break
+        with contextlib.suppress(OSError):
+            subprocess.run(["sh", "-c", POWER_OFF], stdin=subprocess.DEVNULL)
     _kill_all(config.pool_id)
     os._exit(1)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from skyward.cluster.journal import Entry, Place
 from skyward.errors import ProviderError
-from skyward.providers import load_shared
+from skyward.providers import ask_all
 from skyward.providers.base import Cloud, Machine
 
 _UNKNOWN_S = 30 * 86400.0
@@ -17,16 +16,7 @@ _UNKNOWN_S = 30 * 86400.0
 
 def sightings(clouds: Sequence[Cloud]) -> tuple[list[Entry], dict[str, ProviderError]]:
     """Return what clouds know, oldest first, and why some could not be asked, by their names."""
-
-    def ask(cloud: Cloud) -> Sequence[Machine] | ProviderError:
-        try:
-            return cloud.machines()
-        except ProviderError as exc:
-            return exc
-
-    load_shared()
-    with ThreadPoolExecutor(max(1, len(clouds)), thread_name_prefix="skyward-ps") as threads:
-        answers = list(threads.map(ask, clouds))
+    answers = ask_all(clouds, lambda cloud: cloud.machines())
     pools: dict[str, list[tuple[Cloud, Machine]]] = {}
     for cloud, answer in zip(clouds, answers, strict=True):
         for machine in answer if not isinstance(answer, ProviderError) else ():

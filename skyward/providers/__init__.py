@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from skyward.errors import SkywardError, SpecError
+from skyward.errors import ProviderError, SkywardError, SpecError
 from skyward.providers.base import Cloud
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
@@ -18,6 +19,8 @@ Provider: TypeAlias = Local | Dask | SSH | Cloud
 Resolved: TypeAlias = Local | Dask | SSH | tuple[Cloud, ...]
 """Where a pool's machines come from: clouds are several, of which one is chosen."""
 ProviderLike: TypeAlias = Provider | str | Sequence[Provider | str] | None
+
+T = TypeVar("T")
 
 _CLOUDS = {"aws": "AWS", "digitalocean": "DigitalOcean", "verda": "Verda"}
 
@@ -75,10 +78,21 @@ def clouds() -> list[Cloud]:
     return [_cloud(name)() for name in _CLOUDS]
 
 
-def load_shared() -> None:
-    """Import what SDKs share, before several threads do so at once: it sets filters of warnings, which are global."""
-    with contextlib.suppress(ImportError):  # where no SDK needs it
-        import_module("requests")
+def ask_all(clouds: Sequence[Cloud], question: Callable[[Cloud], T]) -> list[T | ProviderError]:
+    """Return what each cloud answers, all asked at once, or why it could not be asked."""
+
+    def ask(cloud: Cloud) -> T | ProviderError:
+        try:
+            return question(cloud)
+        except ProviderError as exc:
+            return exc
+
+    if len(clouds) > 1:
+        # What SDKs share, before their threads import it at once: it sets filters of warnings, which are global.
+        with contextlib.suppress(ImportError):  # where no SDK needs it
+            import_module("requests")
+    with ThreadPoolExecutor(max(1, len(clouds)), thread_name_prefix="skyward-ask") as threads:
+        return list(threads.map(ask, clouds))
 
 
 def _cloud(name: str) -> Callable[..., Cloud]:

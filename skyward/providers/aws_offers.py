@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from skyward.accelerators import Accelerator, memory_sizes
 from skyward.errors import CredentialsError, ProviderError, SpecError
@@ -16,6 +16,7 @@ from skyward.providers.aws_api import Api
 from skyward.providers.base import Need, Offer
 from skyward.spec import InstanceSpec
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PRICING_REGION = "us-east-1"  # one of the three that have the Pricing API; each knows the prices of all
@@ -89,13 +90,16 @@ def _types(api: Api, region: str, place: str, machine: str | None) -> dict[str, 
             raw = [t for page in pages for t in page["InstanceTypes"]]
         return {t["InstanceType"]: facts for t in raw if (facts := _facts(t)) is not None}
 
+    return _of_one_or_all(ask, f"{place}:types", machine)
+
+
+def _of_one_or_all(ask: Callable[..., dict[str, T]], key: str, machine: str | None) -> dict[str, T]:
+    """Return what `ask` finds of one type; of all when there is none of that name, or none is named. For a day."""
+    found: dict[str, T] = {}
     if machine is not None:
         only = [{"Name": "instance-type", "Values": [machine]}]
-        found: dict[str, dict[str, Any]] = prices.cached(f"{place}:type:{machine}", lambda: ask(Filters=only))
-        if found:
-            return found
-    every: dict[str, dict[str, Any]] = prices.cached(f"{place}:types", ask)
-    return every
+        found = prices.cached(f"{key}:{machine}", lambda: ask(Filters=only))
+    return found or prices.cached(key, ask)
 
 
 def _facts(raw: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -170,13 +174,7 @@ def _zones(api: Api, region: str, place: str, machine: str | None) -> dict[str, 
                     found.setdefault(pair["InstanceType"], []).append(pair["Location"])
         return {name: sorted(zones) for name, zones in found.items()}
 
-    if machine is not None:
-        only = [{"Name": "instance-type", "Values": [machine]}]
-        found: dict[str, list[str]] = prices.cached(f"{place}:zones:{machine}", lambda: ask(Filters=only))
-        if found:
-            return found
-    every: dict[str, list[str]] = prices.cached(f"{place}:zones", ask)
-    return every
+    return _of_one_or_all(ask, f"{place}:zones", machine)
 
 
 # --- prices -------------------------------------------------------------------------------------------------

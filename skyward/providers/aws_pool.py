@@ -5,17 +5,13 @@ Each is made under a name or tag that has the pool's id, so that making it twice
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import os
-import socket
 import time
-import urllib.request
 from collections.abc import Iterable, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from skyward.errors import ProviderError
+from skyward.providers import caller
 from skyward.providers.aws_api import Api, attempt, call, code_of
 from skyward.providers.base import LaunchOrder
 from skyward.spec import S3Volume
@@ -31,7 +27,6 @@ SETTLE_S = 2.0  # between looks, as what was just launched may not be listed at 
 _END_S = 120.0  # until a machine that was told to end is about to
 _GONE_S = 300.0  # until machines are off for good; those with GPUs take minutes
 
-_CALLER = "https://checkip.amazonaws.com"
 _OWN_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu")
 _TRUST = {
     "Version": "2012-10-17",
@@ -169,33 +164,8 @@ def _groups(ec2: Any, pool_id: str, vpc: str | None = None) -> list[str]:
 
 
 def caller_range(ec2: Any) -> str:
-    """Return the address that machines see this computer under, as a range of one.
-
-    SKYWARD_CALLER_IP overrides it. With an endpoint that is not AWS's own, it is the address that we speak to it from.
-    """
-    found = os.environ.get("SKYWARD_CALLER_IP", "").strip()
-    place = urlsplit(ec2.meta.endpoint_url)
-    host = place.hostname or ""
-    try:
-        if not found and not host.endswith(_OWN_DOMAINS):
-            found = _own_address(host, place.port or 443)
-        if not found:
-            with urllib.request.urlopen(_CALLER, timeout=10) as answer:
-                found = answer.read(100).decode().strip()
-        address = ipaddress.ip_address(found)
-    except (OSError, ValueError) as exc:
-        raise ProviderError(
-            f"AWS: the public address of this computer, which alone may reach the machines, can't be had from "
-            f"{_CALLER}: {exc}. Set SKYWARD_CALLER_IP to it"
-        ) from exc
-    return f"{address}/{address.max_prefixlen}"
-
-
-def _own_address(host: str, port: int) -> str:
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(where)  # sends nothing
-        return str(probe.getsockname()[0])
+    """Return the address that machines see this computer under, as a range of one."""
+    return caller.caller_range("AWS", ec2.meta.endpoint_url, _OWN_DOMAINS)
 
 
 # --- template and placement group: of one order -------------------------------------------------------------

@@ -275,3 +275,13 @@ def check_files(spec: PoolSpec, problems: Problems) -> None:
     for path in spec.image.include:
         if not os.access(path, os.R_OK):
             problems.note("include", path, f"a file or folder that can be read in {Path.cwd()}")
+
+
+def check_no_volumes(spec: PoolSpec, problems: Problems, provider: str) -> None:
+    """Note the volumes that are asked for of a cloud whose machines have no rights to a bucket."""
+    if spec.volume:
+        accepted = (
+            f"() with {provider}: its machines have no rights of their own to a bucket. Read the data in the "
+            "function, with keys from env=, or use sky.AWS"
+        )
+        problems.note("volume", spec.volume, accepted)

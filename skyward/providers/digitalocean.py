@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from skyward.accelerators import Accelerator
-from skyward.errors import CredentialsError, ProviderError, SpecError
+from skyward.accelerators import known_name
+from skyward.errors import CredentialsError, ProviderError
 from skyward.providers import prices
-from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files
+from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files, check_no_volumes
 from skyward.spec import InstanceSpec, PoolSpec
 from skyward.validation import Problems, check_bool, check_choice, check_index_url
 
@@ -95,12 +95,7 @@ class DigitalOcean:
                 "'on-demand', 'cheapest' or 'spot-if-available' with sky.DigitalOcean, which has no spot machines"
             )
             problems.note("allocation", allocation, accepted)
-        if spec.volume:
-            accepted = (
-                "() with sky.DigitalOcean: its machines have no rights of their own to a bucket. Read the data in the "
-                "function, with keys from env=, or use sky.AWS"
-            )
-            problems.note("volume", spec.volume, accepted)
+        check_no_volumes(spec, problems, "sky.DigitalOcean")
         if spec.architecture == "arm64":
             problems.note("architecture", spec.architecture, "'x86_64' with sky.DigitalOcean")
         check_files(spec, problems)
@@ -223,16 +218,7 @@ def _offer(size: Mapping[str, Any], region: Mapping[str, Any]) -> Offer:
 def _tabled(row: prices.TableRow) -> Offer:
     return Offer(
         provider="digitalocean",
-        instance=InstanceSpec(
-            row.instance_type,
-            vcpu=row.vcpus,
-            memory_gb=row.memory_gb,
-            accelerator=row.accelerator,
-            accelerator_count=row.accelerator_count,
-            accelerator_memory_gb=row.accelerator_memory_gb,
-            price_on_demand=row.price_on_demand,
-            metadata=_BILLING,
-        ),
+        instance=row.instance(**_BILLING),
         region=row.region,
         available_spot=False,
         prices=prices.FROM_TABLE,
@@ -242,12 +228,7 @@ def _tabled(row: prices.TableRow) -> Offer:
 def _accelerator(model: str, memory_gb: float) -> str:
     """Return skyward's name of a GPU that DigitalOcean names as in ``"nvidia_rtx4000_ada"``; else what it says."""
     text = model.partition("_")[2] or model
-    for name in (f"{text.replace('_', '-')}-{memory_gb:g}GB", text.replace("_", "-")):
-        try:
-            return Accelerator.parse(name).name
-        except SpecError:
-            continue
-    return text
+    return known_name(f"{text.replace('_', '-')}-{memory_gb:g}GB", text.replace("_", "-")) or text
 
 
 def _image(instance: InstanceSpec) -> str:

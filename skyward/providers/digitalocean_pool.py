@@ -5,27 +5,23 @@ Each bears the pool's id in its name or tag, so that making it twice makes one, 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import os
 import random
 import re
-import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from skyward.errors import CapacityError, ProviderError
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
+from skyward.providers.caller import caller_range
 from skyward.providers.digitalocean_api import call, explained, is_unclear, once, pages, pauses, unless_missing
 
 logger = logging.getLogger(__name__)
@@ -42,7 +38,6 @@ _ADDRESS_S = 300.0  # until a droplet has its addresses, which takes half a minu
 _GONE_S = 120.0  # until a deleted droplet is gone, which takes seconds
 _BY_TAG_S = 30.0  # after which droplets that were deleted by tag are deleted one by one
 
-_CALLER = "https://checkip.amazonaws.com"
 _PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
 _ANYWHERE = {"addresses": ["0.0.0.0/0", "::/0"]}
 
@@ -58,7 +53,7 @@ class Account:
     def sources(self) -> list[str]:
         """Return the addresses that may log in."""
         # Private addresses are those of the droplet's own VPC: nobody else's reach it.
-        return _PRIVATE if self.private_ip else [_caller_range(self.url)]
+        return _PRIVATE if self.private_ip else [caller_range("DigitalOcean", self.url, (".digitalocean.com",))]
 
 
 def _name(pool_id: str) -> str:
@@ -411,34 +406,3 @@ def _rules(pool_id: str, sources: Sequence[str]) -> dict[str, Any]:
         ],
         "outbound_rules": [{**traffic, "destinations": _ANYWHERE} for traffic in every],
     }
-
-
-def _caller_range(url: str) -> str:
-    """Return the address that droplets see this computer under, as a range of one.
-
-    SKYWARD_CALLER_IP overrides it. With an endpoint that is not DigitalOcean's own, it is the address that we speak to
-    it from.
-    """
-    found = os.environ.get("SKYWARD_CALLER_IP", "").strip()
-    place = urlsplit(url)
-    host = place.hostname or ""
-    try:
-        if not found and not host.endswith(".digitalocean.com"):
-            found = _own_address(host, place.port or 443)
-        if not found:
-            with urllib.request.urlopen(_CALLER, timeout=10) as answer:
-                found = answer.read(100).decode().strip()
-        address = ipaddress.ip_address(found)
-    except (OSError, ValueError) as exc:
-        raise ProviderError(
-            f"DigitalOcean: the public address of this computer, which alone may reach the machines, can't be had "
-            f"from {_CALLER}: {exc}. Set SKYWARD_CALLER_IP to it"
-        ) from exc
-    return f"{address}/{address.max_prefixlen}"
-
-
-def _own_address(host: str, port: int) -> str:
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(where)  # sends nothing
-        return str(probe.getsockname()[0])

@@ -15,6 +15,8 @@ from typing import Any
 
 import platformdirs
 
+from skyward.spec import InstanceSpec
+
 logger = logging.getLogger(__name__)
 
 FROM_TABLE = "table of this release"
@@ -36,6 +38,20 @@ class TableRow:
     architecture: str
     price_on_demand: float | None
     price_spot: float | None
+
+    def instance(self, **metadata: Any) -> InstanceSpec:
+        """Return the type, at this region's prices."""
+        return InstanceSpec(
+            self.instance_type,
+            vcpu=self.vcpus,
+            memory_gb=self.memory_gb,
+            accelerator=self.accelerator,
+            accelerator_count=self.accelerator_count,
+            accelerator_memory_gb=self.accelerator_memory_gb,
+            price_on_demand=self.price_on_demand,
+            price_spot=self.price_spot,
+            metadata=metadata,
+        )
 
 
 def table(provider: str) -> list[TableRow]:

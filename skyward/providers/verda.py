@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from skyward.accelerators import Accelerator
-from skyward.errors import CredentialsError, ProviderError, SpecError
+from skyward.accelerators import known_name
+from skyward.errors import CredentialsError, ProviderError
 from skyward.providers import prices
-from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files
+from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files, check_no_volumes
 from skyward.spec import InstanceSpec, PoolSpec
 from skyward.validation import Problems, check_choice, check_index_url
 
@@ -73,12 +73,7 @@ class Verda:
 
     def check(self, spec: PoolSpec) -> None:
         problems = Problems()
-        if spec.volume:
-            accepted = (
-                "() with sky.Verda: its machines have no rights of their own to a bucket. Read the data in the "
-                "function, with keys from env=, or use sky.AWS"
-            )
-            problems.note("volume", spec.volume, accepted)
+        check_no_volumes(spec, problems, "sky.Verda")
         if spec.architecture == "arm64":
             problems.note("architecture", spec.architecture, "'x86_64' with sky.Verda")
         check_files(spec, problems)
@@ -196,15 +191,17 @@ def _live_types(api: Api) -> list[dict[str, Any]]:
     with explained("list types of machines"):
         return [
             _facts(
-                name=found.instance_type,
-                vcpu=found.cpu["number_of_cores"],
-                memory_gb=found.memory["size_in_gigabytes"],
-                accelerator=_accelerator(found.gpu["description"]) if found.gpu["number_of_gpus"] else None,
-                accelerator_count=found.gpu["number_of_gpus"],
-                # The API gives the memory of all accelerators together.
-                accelerator_memory_gb=found.gpu_memory["size_in_gigabytes"] / max(1, found.gpu["number_of_gpus"]),
-                price_on_demand=found.price_per_hour or None,
-                price_spot=found.spot_price_per_hour or None,
+                InstanceSpec(
+                    found.instance_type,
+                    vcpu=found.cpu["number_of_cores"],
+                    memory_gb=found.memory["size_in_gigabytes"],
+                    accelerator=_accelerator(found.gpu["description"]) if found.gpu["number_of_gpus"] else None,
+                    accelerator_count=found.gpu["number_of_gpus"],
+                    # The API gives the memory of all accelerators together.
+                    accelerator_memory_gb=found.gpu_memory["size_in_gigabytes"] / max(1, found.gpu["number_of_gpus"]),
+                    price_on_demand=found.price_per_hour or None,
+                    price_spot=found.spot_price_per_hour or None,
+                )
             )
             for found in api.instance_types.get()
         ]
@@ -214,33 +211,19 @@ def _table_types() -> list[dict[str, Any]]:
     """Return the types of this release's table; their prices are the same in every location."""
     types: dict[str, dict[str, Any]] = {}
     for row in prices.table("verda"):
-        facts = types.setdefault(
-            row.instance_type,
-            _facts(
-                name=row.instance_type,
-                vcpu=row.vcpus,
-                memory_gb=row.memory_gb,
-                accelerator=row.accelerator,
-                accelerator_count=row.accelerator_count,
-                accelerator_memory_gb=row.accelerator_memory_gb,
-            ),
-        )
+        facts = types.setdefault(row.instance_type, _facts(row.instance()))
         facts["price_on_demand"] = facts["price_on_demand"] or row.price_on_demand
         facts["price_spot"] = facts["price_spot"] or row.price_spot
     return list(types.values())
 
 
-def _facts(**facts: Any) -> dict[str, Any]:
+def _facts(instance: InstanceSpec) -> dict[str, Any]:
     """Return arguments of `InstanceSpec`, fit for JSON."""
-    return {name: value for name, value in asdict(InstanceSpec(**facts)).items() if name != "metadata"}
+    return {name: value for name, value in asdict(instance).items() if name != "metadata"}
 
 
 def _accelerator(description: str) -> str:
     """Return skyward's name of a GPU as Verda describes it, such as ``"2x RTX PRO 6000 96GB"``; else Verda's."""
     text = re.sub(r"^\d+x ((NVIDIA|Tesla|AMD) )*", "", description)
-    for name in (text, re.sub(r" \d+GB$", "", text)):  # B300s are listed with less memory than they were made with
-        try:
-            return Accelerator.parse(name).name
-        except SpecError:
-            continue
-    return text
+    # B300s are listed with less memory than they were made with.
+    return known_name(text, re.sub(r" \d+GB$", "", text)) or text

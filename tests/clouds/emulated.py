@@ -29,14 +29,8 @@ class Emulated:
     @property
     def environment(self) -> Mapping[str, str]:
         """What its SDK and ours look for."""
-        match self.name:
-            case "aws":
-                return {**self.cloud.environment}
-            case "digitalocean":
-                return {"DIGITALOCEAN_TOKEN": self.cloud.token, "DIGITALOCEAN_API_URL": self.cloud.url}
-            case _:
-                secret = {"VERDA_CLIENT_ID": self.cloud.client_id, "VERDA_CLIENT_SECRET": self.cloud.client_secret}
-                return {**secret, "VERDA_BASE_URL": self.cloud.url}
+        variables: Mapping[str, str] = self.cloud.environment
+        return variables
 
     @property
     def type(self) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -21,10 +21,12 @@ from skyward.errors import CapacityError, CredentialsError, ProviderError, Quota
 from skyward.providers import digitalocean_api, digitalocean_pool, prices
 from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
 from skyward.providers.digitalocean import DigitalOcean
+from skyward.provision import pool_keys
 from skyward.spec import InstanceSpec, PoolSpec, S3Volume
 from tests.cloudbox import why_not
 from tests.clouds.digitalocean import REGIONS, DigitalOceanCloud
 from tests.clouds.yard import Yard
+from tests.waiting import wait_until
 
 POOL, OTHER = "0123abcd", "4567cdef"
 SMALL, H100 = "s-2vcpu-4gb", "gpu-h100x1-80gb"
@@ -57,16 +59,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[DigitalOceanCloud]:
 @cache
 def _keys(pool_id: str) -> tuple[Login, Birth]:
     """Return a pool's own."""
-    ours, theirs = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
-    public = theirs.export_public_key().decode().strip()
-    login = Login(host="", port=22, user="root", key=ours.export_private_key().decode(), host_key=public)
-    birth = Birth(
-        host_key=theirs.export_private_key().decode(),
-        host_key_public=public,
-        authorized_key=f"{ours.export_public_key().decode().strip()} skyward",
-        ttl_s=3600,
-    )
-    return login, birth
+    return pool_keys(3600)
 
 
 def _order(count: int = 1, *, token: str = "a1b2c3d4", pool_id: str = POOL, **facts: Any) -> LaunchOrder:
@@ -84,13 +77,6 @@ def _offer(name: str = SMALL, region: str = "nyc3") -> Offer:
 
 def _launch(count: int = 1, *, offer: Offer | None = None, **facts: Any) -> list[Machine]:
     return list(DigitalOcean().launch(offer or _offer(), _order(count, **facts)))
-
-
-def _until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def _creates(cloud: DigitalOceanCloud) -> int:
@@ -477,7 +463,7 @@ def test_a_machine_that_was_made_twice_as_it_was_not_listed_yet_is_deleted_once(
 
     machines = _launch(2, offer=offer)
 
-    _until(lambda: len([t for t in cloud.left() if t.startswith("droplet")]) == 2)
+    wait_until(lambda: len([t for t in cloud.left() if t.startswith("droplet")]) == 2, 20)
     assert len(cloud.droplets) == 4
     assert sorted(m.id for m in DigitalOcean().machines(POOL)) == sorted(m.id for m in machines)
 
@@ -511,7 +497,7 @@ def test_an_api_that_is_gone_after_the_launch_leaves_it_to_the_pools_end(cloud: 
     launched = threading.Event()
 
     def take_down() -> None:
-        _until(lambda: _creates(cloud) == 1)
+        wait_until(lambda: _creates(cloud) == 1, 20)
         cloud.faults.down.add(("", ""))
         launched.set()
 
@@ -770,7 +756,7 @@ def test_machines_boot_let_us_in_under_their_key_and_cost_until_they_are_deleted
     assert _run(machines[0], "pgrep -cf 'sleep 3600'") != "0"
 
     _run(machines[0], "(sleep 0.2; poweroff) > /dev/null 2>&1 < /dev/null &")
-    _until(lambda: booting.droplets[int(machines[0].id)].status == "off")
+    wait_until(lambda: booting.droplets[int(machines[0].id)].status == "off", 20)
     assert len(DigitalOcean().machines(POOL)) == 2
     assert booting.droplets[int(machines[0].id)].ended is None
     DigitalOcean().end(POOL, ["nyc3"])

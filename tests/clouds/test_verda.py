@@ -24,6 +24,7 @@ from skyward.errors import CapacityError, CredentialsError, ProviderError, Quota
 from skyward.providers import prices, verda_api, verda_machines
 from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
 from skyward.providers.verda import Verda
+from skyward.provision import pool_keys
 from skyward.spec import PoolSpec
 from tests.cloudbox import why_not
 from tests.clouds.verda import VerdaCloud
@@ -57,16 +58,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[VerdaCloud]:
 
 @cache
 def _keys() -> tuple[Login, Birth]:
-    ours, theirs = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
-    public = theirs.export_public_key().decode().strip()
-    login = Login(host="", port=22, user="root", key=ours.export_private_key().decode(), host_key=public)
-    birth = Birth(
-        host_key=theirs.export_private_key().decode(),
-        host_key_public=public,
-        authorized_key=f"{ours.export_public_key().decode().strip()} skyward",
-        ttl_s=3600,
-    )
-    return login, birth
+    return pool_keys(3600)
 
 
 def _order(count: int = 1, *, pool_id: str = POOL, spot: bool = False, **options: Any) -> LaunchOrder:
