@@ -261,17 +261,21 @@ def end(api: Api, pool_id: str, region: str) -> list[str]:
     """End all of a pool in a region; return what may be left, and why."""
     ec2, ours, role = api.client("ec2", region), of_pool(pool_id), role_name(pool_id, region)
     began = time.monotonic()
+    are_ending = False
 
     def machines() -> None:
         terminate(ec2, [raw["InstanceId"] for raw in find(ec2, ours, COSTS)])
 
     def late_machines() -> None:
+        nonlocal are_ending
         # Those of a fleet that was asked for right before may not have been listed the first time.
         time.sleep(max(0.0, began + SETTLE_S - time.monotonic()))
         machines()
+        are_ending = True
 
     def patience_s() -> float:
-        return max(1.0, began + _GONE_S - time.monotonic())
+        # What machines use that could not be told to end does not come free.
+        return max(1.0, began + _GONE_S - time.monotonic()) if are_ending else 1.0
 
     return attempt(
         api,

@@ -225,8 +225,6 @@ def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_api_down_at_terminate(cloud: Emulated) -> None:
-    if cloud.name == "aws":
-        pytest.skip("takes minutes there, waiting for the firewall to come free; test_aws.py has the provider's part")
     told: list[sky.Error] = []
     with open_pool(cloud) as pool:
         pool.on(sky.Error, told.append)
