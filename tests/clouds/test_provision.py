@@ -114,3 +114,23 @@ def test_four_nodes_on_aws_are_one_fleet_call(
 
     assert cloud.cloud.calls["CreateFleet"] == 1
     assert len(cloud.machines()) == 4
+
+
+@pytest.mark.slow
+def test_calls_for_a_thousand_nodes_are_as_many_as_for_one(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    cloud = emulate("aws", boots=False)
+    calls = []
+    for nodes in (1, 1000):
+        provisioner = provision(cloud.provider(), machine=cloud.type, nodes=nodes, allocation="on-demand")
+        cloud.cloud.calls.clear()  # offers were asked for
+        machines = provisioner.launch()
+        assert {len(e.machines) for e in journal.entries()} == {nodes}
+        assert len({m.id for m in machines}) == nodes
+        assert provisioner.end() == []
+        calls.append(sum(cloud.cloud.calls.values()))
+        journal.close(journal.entries()[0].pool_id)
+
+    # A look more or less, while machines get their addresses or come to their end.
+    assert calls[1] <= calls[0] + 3
