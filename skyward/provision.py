@@ -85,12 +85,12 @@ class Provisioner:
             if len({s.offer.region for s in self._plan.steps}) > 1:
                 self._emit(events.RegionAutoSelected(region=step.offer.region, provider=step.provider.name))
             self._emit(events.InfraCreated(region=step.offer.region))
-            self._tell(machines, first_node=0)
+            self._tell(machines, range(len(machines)))
             return machines
         raise _failed(attempts, self._plan.failed)
 
-    def more(self, count: int, taken: Sequence[str]) -> list[Machine]:  # noqa: ARG002 - a cloud makes new ones
-        """Return further machines, beside those that there are: of the same offer, or the next one in its region.
+    def more(self, nodes: Sequence[int], taken: Sequence[str]) -> list[Machine]:  # noqa: ARG002 - a cloud makes new ones
+        """Return machines for further nodes, by number: of the same offer, or the next one in the pool's region.
 
         Raises
         ------
@@ -101,12 +101,12 @@ class Provisioner:
         error: ProviderError | None = None
         for provider, part in self._parts_beside(self._step):
             try:
-                machines = self._launch_parts(provider, [replace(part, count=count)])
+                machines = self._launch_parts(provider, [replace(part, count=len(nodes))])
             except ProviderError as exc:
-                self._emit(events.Error(message=f"{count} more of {part.offer.instance.name}: {exc}"))
+                self._emit(events.Error(message=f"{len(nodes)} more of {part.offer.instance.name}: {exc}"))
                 error = error or exc
                 continue
-            self._tell(machines, first_node=None)
+            self._tell(machines, nodes)
             return machines
         assert error is not None
         raise error
@@ -167,12 +167,12 @@ class Provisioner:
         )
         return provider.launch(offer, order)
 
-    def _tell(self, machines: Sequence[Machine], first_node: int | None) -> None:
-        for number, machine in enumerate(machines):
+    def _tell(self, machines: Sequence[Machine], nodes: Sequence[int]) -> None:
+        for node, machine in zip(nodes, machines, strict=True):
             self._emit(
                 events.InstanceProvisioned(
                     instance_id=machine.id,
-                    node=-1 if first_node is None else first_node + number,
+                    node=node,
                     spot=machine.spot,
                     provider=machine.provider,
                     ip=machine.public_ip,

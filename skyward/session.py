@@ -113,6 +113,8 @@ class Session:
             # Somebody else's cluster promises nothing.
             expected=(lambda: own.expected) if own is not None else (lambda: 1),
             retries=spec.retries,
+            alive=own.addresses if own is not None else None,
+            was_taken=own.was_taken if own is not None else None,
             share=share if see_share else None,
             direct=direct,
             cores_per_slot=own.cores_per_slot if own is not None else 1,
@@ -124,6 +126,7 @@ class Session:
         cluster.on_lost = self._lost
         if own is not None:
             own.demand = engine.demand
+            own.busy = engine.busy
             own.on_node_lost = self._node_lost
             own.on_node_replaced = self._node_replaced
             own.on_metrics = self._metrics
@@ -259,8 +262,8 @@ class _Hosts:
         self._provider = provider
         self._record = record
 
-    def more(self, count: int, taken: Sequence[str]) -> list[Machine]:
-        found = self._provider.machines(count, taken)
+    def more(self, nodes: Sequence[int], taken: Sequence[str]) -> list[Machine]:
+        found = self._provider.machines(len(nodes), taken)
         self._record.add(found)
         return found
 

@@ -51,6 +51,10 @@ class Participant(NamedTuple):
     barrier: str | None  # name of the barrier that all participants pass before any of them begins
 
 
+RUN, TAKE_BACK, RAN = "skyward_run", "skyward_take_back", "skyward-ran"
+"""What a worker is asked to do with a chunk, and what it tells the scheduler afterwards."""
+
+
 def barrier_handler(pool_id: str, *, abort: bool = False) -> str:
     """Return the name of the scheduler's call for waiting at a barrier of the pool, or for ending it."""
     return f"skyward_barrier_{'abort_' if abort else ''}{pool_id}"

@@ -63,10 +63,10 @@ def test_many_short_calls_become_few_tasks(pool: sky.ComputePool) -> None:
     engine = pool.engine
     send = engine._send
 
-    def count(group: Any, items: Any) -> None:
+    def count(*chunk: Any) -> None:
         nonlocal sent
         sent += 1
-        send(group, items)
+        send(*chunk)
 
     engine._send = count  # type: ignore[method-assign]
     try:

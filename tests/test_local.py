@@ -15,6 +15,8 @@ import pytest
 
 import skyward as sky
 from skyward.cluster.overlay import missing
+from tests.dashboard import names_shown
+from tests.waiting import wait_until
 
 
 def test_workers_are_named_after_node_and_slot_and_have_resources(pool: sky.ComputePool) -> None:
@@ -68,10 +70,10 @@ def test_tasks_carry_the_name_of_the_users_function_on_the_dashboard(pool: sky.C
     def my_own_name() -> int:
         return 1
 
+    names_shown(pool.client)  # from the first look on they are recorded
     my_own_name() >> pool
 
-    prefixes = pool.client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
-    assert "my_own_name" in prefixes
+    wait_until(lambda: "my_own_name" in names_shown(pool.client))
 
 
 def test_gpus_are_divided_among_slots() -> None:

@@ -29,6 +29,10 @@ class Agent(Protocol):
     machine: str  # its name in messages
 
     @property
+    def in_touch(self) -> bool:
+        """Whether it can be heard now."""
+
+    @property
     def facts(self) -> Machine | None:
         """What is known of its machine; None for this host."""
 
@@ -64,6 +68,7 @@ class LocalAgent:
     """An agent on this host, which ends with us: it plays all nodes of the pool."""
 
     machine = "local"
+    in_touch = True  # until it ends
     facts: Machine | None = None
 
     def __init__(self, config: AgentConfig, environment: dict[str, str]) -> None:

@@ -28,6 +28,8 @@ START_TIMEOUT_S = 120.0
 _EVACUATION_MARGIN_S = 15.0
 """Seconds before a machine is taken away by which its work has been moved. By feel."""
 _LOOK_S = 2.0
+_BREAK_S = 0.5
+"""Seconds after the end of a worker within which the connection to its agent breaks too, if its machine is gone."""
 _REPLACEMENT_PAUSES_S = (0.0, 15.0, 60.0, 120.0, 300.0)
 """Pauses before attempts to find a replacement for a lost machine. By feel: capacity comes back in minutes."""
 
@@ -116,6 +118,8 @@ class AgentCluster(SkyCluster):
         self._per_node = slots_per_node
         self._timeout_s = timeout_s
         self._nodes = {node for agent in agents for node in agent.nodes}
+        self._places: dict[str, int] = {}  # nodes of all workers that ever were
+        self._excused: set[str] = set()  # workers that had to go: their machines were taken away, or not wanted
         self._address: asyncio.Future[str] | None = None  # of the scheduler, as nodes reach it
         self._cores: dict[Agent, int] = {}
         self._dashboard_port: int | None = None
@@ -123,6 +127,7 @@ class AgentCluster(SkyCluster):
         self._failed: BaseException | None = None
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
+        self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
         self.on_node_lost: Callable[[int, str, str], None] = lambda *_: None
         self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
         self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
@@ -247,6 +252,8 @@ class AgentCluster(SkyCluster):
             return
         logger.warning("lost %s: %s", agent.machine, why)
         self._agents.remove(agent)
+        if gone:
+            self._excuse(agent.nodes)
         self._cores.pop(agent, None)
         was_counted = agent.nodes <= self._nodes
         self._nodes -= agent.nodes
@@ -288,7 +295,32 @@ class AgentCluster(SkyCluster):
     async def _is_busy(self, addresses: Sequence[str]) -> bool:
         """Tell whether workers run something, as they said within the last second or two."""
         workers = (await self.scheduler_comm.identity(n_workers=-1))["workers"]
+        if self.busy().intersection(addresses):
+            return True
         return any(workers[a]["metrics"].get("executing", 0) for a in addresses if a in workers)
+
+    def addresses(self) -> set[str]:
+        """Return the addresses of all workers, also of those that get no new work."""
+        return set(self.scheduler_info["workers"])
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        super()._update_worker_status(op, msg)
+        for address, worker in self.scheduler_info["workers"].items():
+            self._places[address] = int(str(worker["name"]).partition("-")[0])
+
+    def _excuse(self, nodes: Collection[int]) -> None:
+        self._excused |= {address for address, node in self._places.items() if node in nodes}
+
+    async def was_taken(self, address: str) -> bool:
+        """Tell, once it is known, whether a worker has ended because it had to: its machine was taken away, say."""
+        if self._discard is not None and address not in self._excused:
+            await asyncio.sleep(_BREAK_S)
+            node = self._places.get(address)
+            while agent := next((agent for agent in self._agents if node in agent.nodes), None):
+                if agent.in_touch or self._stopping:
+                    break
+                await asyncio.sleep(_BREAK_S)  # until it is heard again, or it is known what has become of it
+        return address in self._excused
 
     def _addresses(self, agent: Agent) -> list[str]:
         workers = self.scheduler_info["workers"].items()
@@ -457,6 +489,7 @@ class AgentCluster(SkyCluster):
         """Remove nodes, by number. Dask's name for the argument; the work on them is run again elsewhere."""
         gone = {n for n in workers if n != 0 and n in self._nodes}
         self._nodes -= gone
+        self._excuse(gone)
         for agent in list(self._agents):
             if agent.nodes and agent.nodes <= gone:
                 self._agents.remove(agent)
@@ -480,7 +513,8 @@ class _NodeAdaptive(Adaptive):  # type: ignore[misc]
 
     async def workers_to_close(self, target: int) -> list[int]:
         busy_workers = await self.cluster.scheduler_comm.processing()
-        busy = {s.node for s in self.cluster.slots() if busy_workers.get(s.address)}
+        ours = self.cluster.busy()
+        busy = {s.node for s in self.cluster.slots() if busy_workers.get(s.address) or s.address in ours}
         idle = sorted(self.cluster.observed - busy - {0}, reverse=True)
         return idle[: max(0, len(self.cluster.plan) - target)]
 

@@ -19,8 +19,8 @@ from skyward.spec import PoolSpec, S3Volume
 class Source(Protocol):
     """Where a cluster's machines come from. May be called from several threads; blocks."""
 
-    def more(self, count: int, taken: Sequence[str]) -> Sequence[Machine]:
-        """Return machines for further nodes, other than those with the ids given."""
+    def more(self, nodes: Sequence[int], taken: Sequence[str]) -> Sequence[Machine]:
+        """Return machines for further nodes, by number, other than those with the ids given."""
 
     def exists(self, machine: Machine) -> bool:
         """Tell whether a machine that is out of reach is still there."""
@@ -62,7 +62,7 @@ def machine_cluster(
         return RemoteAgent(machine, make_node(node), config, shipment, emit, exists)
 
     def new_agents(nodes: Sequence[int], taken: Sequence[str]) -> list[RemoteAgent]:
-        return [make_agent(n, m) for n, m in zip(nodes, source.more(len(nodes), taken), strict=True)]
+        return [make_agent(n, m) for n, m in zip(nodes, source.more(nodes, taken), strict=True)]
 
     return AgentCluster(
         pool_id,

@@ -287,6 +287,8 @@ class _Agent:
                 # A call that kills its worker is counted and rerun by the engine, which knows calls, not tasks.
                 "distributed.scheduler.allowed-failures": 0,
                 "distributed.scheduler.worker-ttl": "5 minutes",
+                # Chunks for workers that the caller can't reach itself go through the scheduler.
+                "distributed.scheduler.reuse-broadcast-comm": True,
                 # Tasks may hold the interpreter lock for long; that alone is no reason for a warning.
                 "distributed.admin.tick.limit": "1h",
                 "distributed.worker.memory.target": False,
@@ -325,6 +327,7 @@ class _Agent:
         from distributed import Scheduler
 
         from skyward.cluster.barrier import barrier_plugin
+        from skyward.cluster.reports import ReportsPlugin
 
         scheduler = Scheduler(
             host=self.config.host,
@@ -332,7 +335,7 @@ class _Agent:
             protocol="tls",
             security=self._security,
             dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
-            plugins=[barrier_plugin(self.config.pool_id)],
+            plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin()],
         )
         await stack.enter_async_context(scheduler)
         self._scheduler.set_result(scheduler.address)

@@ -127,6 +127,10 @@ class RemoteAgent:
     def link(self) -> Link:
         return self._link
 
+    @property
+    def in_touch(self) -> bool:
+        return self._writer is not None
+
     def instance_id(self, node: int) -> str:  # noqa: ARG002 - it has only one
         return self.facts.id
 

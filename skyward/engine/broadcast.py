@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from skyward.engine.calls import Item, now
 from skyward.engine.failures import WHY_DIED, not_run
+from skyward.engine.transport import WorkerGoneError
 from skyward.errors import MachineLostError, WorkerDiedError
 from skyward.wire import Kind, Outcome, Participant, barrier_handler
 
@@ -120,18 +121,21 @@ class Broadcaster:
     async def _run_part(
         self, key: str, item: Item, part: Participant, address: str
     ) -> Outcome | BaseException:
+        self._engine._placement.add(address)
         try:
             arguments = await self._engine._transport.arguments(self._engine._chunk(key, [item], part))
             result = await self._engine._transport.run(key, arguments, workers=[address], priority=100)
+        except WorkerGoneError:
+            return WorkerDiedError(
+                f"the worker of part {part.rank} of {part.size} died during the broadcast of "
+                f"{item.call.label}(); the other parts were ended. {WHY_DIED}",
+                machine=address,
+                losses=1,
+            )
         except Exception as exc:  # as in _run_chunk
-            if type(exc).__name__ == "KilledWorker":
-                return WorkerDiedError(
-                    f"the worker of part {part.rank} of {part.size} died during the broadcast of "
-                    f"{item.call.label}(); the other parts were ended. {WHY_DIED}",
-                    machine=address,
-                    losses=1,
-                )
             return not_run(exc)
+        finally:
+            self._engine._placement.remove(address)
         return result.items[0]
 
     async def _abort_barrier(self, name: str | None) -> None:

@@ -177,6 +177,8 @@ class Estimates:
     """Seconds of work that a chunk should hold: much more than its overhead, little enough to share out evenly."""
     FLOOR_S = 0.005
     """A chunk is not made shorter than this for the sake of sharing; below it, overhead would rule."""
+    LONG_S = 1.0
+    """Beside a call of so many seconds, the wait for the next one is short, even where machines are far away."""
     BUDGET_S = 0.2
     """After this many seconds a worker returns the calls of a chunk that it has not begun."""
 
@@ -189,6 +191,10 @@ class Estimates:
         mean = seconds / calls
         known = self._seconds.get(digest)
         self._seconds[digest] = mean if known is None else 0.5 * known + 0.5 * mean
+
+    def is_short(self, digest: str) -> bool:
+        """Tell whether calls of a function are known to take less than `LONG_S`."""
+        return self._seconds.get(digest, self.LONG_S) < self.LONG_S
 
     def chunk_size(self, digest: str, remaining: int, slots: int) -> int:
         """Return how many of the `remaining` calls of one function the next chunk should hold; at least 1."""

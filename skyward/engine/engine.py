@@ -10,10 +10,12 @@ import asyncio
 import concurrent.futures
 import functools
 import logging
+import math
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from skyward.engine.callbacks import Callbacks
 from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_label, now
 from skyward.engine.failures import died, not_run
 from skyward.engine.group import CallFuture, Group
+from skyward.engine.placement import Placement
 from skyward.engine.store import Store
-from skyward.engine.transport import Transport
+from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
 from skyward.errors import PoolError
 from skyward.wire import Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
 
@@ -39,6 +42,28 @@ _VERDICT_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
+_UNREACHABLE_S = 1.0
+"""Seconds for which a worker that could not be reached gets nothing more. By feel: it is back by then, or gone."""
+_ATTEND_S = 0.05
+"""Seconds after which the scheduler is told of a chunk that runs. By feel: what is shorter, it need not plan with."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A chunk that was sent to a worker, or to the scheduler for any worker."""
+
+    key: str
+    group: Group
+    items: list[Item]
+    address: str | None  # of the worker that it was sent to; None: the scheduler chooses
+    running: asyncio.Task[Outcomes] | None = None
+    is_direct: bool = False
+    is_sent: bool = False
+    is_recalled: bool = False
+    is_lost: bool = False  # its worker is gone
+    has_ended: bool = False  # with outcomes
+    behind: tuple[Flight, ...] = ()  # those that were sent to the same worker before, and have to end first
+    attended: Any = None  # the Dask future by which the scheduler knows of it
 
 
 class Engine:
@@ -56,6 +81,12 @@ class Engine:
         Becomes `InstanceInfo.job_id`.
     retries
         How often a call is run again after it was lost with its worker.
+    alive
+        Gives the addresses of workers that are there, more than `slots` where some get no new work; None: workers
+        are somebody else's, and the scheduler chooses among them.
+    was_taken
+        Tells whether a worker, by its address, ended because its machine was taken away or is not wanted any more:
+        then what ran there runs again, whatever `retries` says.
     share
         Folder that caller and workers both see, for large buffers; None when there is no such folder.
     direct
@@ -74,6 +105,8 @@ class Engine:
         pool_id: str,
         expected: Callable[[], int] = lambda: 1,
         retries: int = 3,
+        alive: Callable[[], Collection[str]] | None = None,
+        was_taken: Callable[[str], Awaitable[bool]] | None = None,
         share: Path | None = None,
         direct: bool = True,
         cores_per_slot: int = 1,
@@ -89,17 +122,19 @@ class Engine:
         self.last_activity = now()
         self._slots = slots
         self._expected = expected
+        self._alive = alive
+        self._was_taken = was_taken
         self._transport = Transport(client, self.store, direct=direct)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
         self._thread: int | None = None
         self._facts = (pool_id, head_port, accelerator, accelerators_per_node)
         self._layout = b""
-        self._slot_count = 0
+        self._placement = Placement()
         self._estimates = Estimates()
         self._ready: deque[Group] = deque()  # groups with pending calls, each once, served in turn
         self._dirty: set[Group] = set()  # groups that other threads have queued calls in
         self._dirty_lock = threading.Lock()
-        self._chunks: dict[str, tuple[Group, list[Item]]] = {}
+        self._chunks: dict[str, Flight] = {}
         self._suspects = 0  # queued or running calls that were on a worker when it died
         self._ending: dict[str, float] = {}  # workers that may end at our own request, and until when
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,7 +148,11 @@ class Engine:
 
     def demand(self) -> int:
         """Return how many slots the calls that wait and run could use now. In the loop."""
-        return sum(group.demand() for group in {g for g, _ in self._chunks.values()} | set(self._ready))
+        return sum(group.demand() for group in {f.group for f in self._chunks.values()} | set(self._ready))
+
+    def busy(self) -> set[str]:
+        """Return the addresses of workers that have something to do. In the loop."""
+        return self._placement.busy()
 
     def wait_ready(self, timeout_s: float = 30.0) -> None:
         """Block until the engine knows its slots."""
@@ -129,7 +168,7 @@ class Engine:
     @property
     def slots(self) -> int:
         """How many calls can run at once, now."""
-        return self._slot_count
+        return self._placement.count
 
     def group(self, *, limit: int | None = None) -> Group:
         """Return a group for `submit`: at most `limit` of its calls run at once, and they are cancelled together.
@@ -244,7 +283,7 @@ class Engine:
     def _read_roster(self) -> None:
         self._thread = threading.get_ident()
         slots = self._slots()
-        self._slot_count = sum(s.threads for s in slots)
+        self._placement.update(slots)
         nodes: dict[int, list[Slot]] = {}
         for slot in slots:
             nodes.setdefault(slot.node, []).append(slot)
@@ -261,13 +300,21 @@ class Engine:
         self._placed = layout
         self._layout = pickling.dumps(layout)[0]
         self._read.set()
+        if self._alive is not None:
+            alive = self._alive()
+            for flight in self._chunks.values():
+                if flight.is_direct and flight.address not in alive and flight.running is not None:
+                    flight.is_lost = True
+                    flight.running.cancel()
         self._pump()
 
     def _take_dirty(self) -> None:
         with self._dirty_lock:
             dirty, self._dirty = self._dirty, set()
         for group in dirty:
-            if group not in self._ready:
+            if group.is_cancelled:
+                self._cancel_group(group)
+            elif group not in self._ready:
                 self._ready.append(group)
         self._pump()
 
@@ -276,24 +323,44 @@ class Engine:
         self.last_activity = now()
         waiting = 0  # groups in a row that could not send
         while self._ready and waiting < len(self._ready):
-            # While a suspect is about, one chunk a slot: if it kills its worker, it takes no others with it.
-            ahead = 1 if self._suspects else _AHEAD
-            if len(self._chunks) >= max(1, self._slot_count) * ahead:
-                return
             group = self._ready.popleft()
             if not group.pending:
                 continue
             self._ready.append(group)
+            waiting += 1
             if group.limit is not None and len(group.in_flight) >= group.limit:
-                waiting += 1
                 continue
-            waiting = 0
+            ahead = self._ahead(group.pending[0])
+            if self._alive is None:
+                address = None
+                if len(self._chunks) >= max(1, self._placement.count) * ahead:
+                    continue
+            elif (address := self._placement.pick(ahead)) is None:
+                continue
             if items := self._take(group):
-                self._send(group, items)
+                waiting = 0
+                self._send(group, items, address)
+        if self._alive is not None and self._placement.has_idle():
+            self._recall()
+
+    def _ahead(self, item: Item) -> int:
+        """Return how many chunks a slot may have when one that begins with `item` is sent there."""
+        # While a suspect is about, one: if it kills its worker, it takes no others with it. And what may take long does
+        # not wait behind what may take long: the next free slot is soon enough.
+        is_sure = not self._suspects and (self._alive is None or self._estimates.is_short(item.function.digest))
+        return _AHEAD if is_sure else 1
+
+    def _recall(self) -> None:
+        """Have chunks that wait behind others on one worker given back while another worker has nothing to do."""
+        waiting = {f.address: f for f in self._chunks.values() if f.is_direct and not f.is_recalled}
+        for address in self._placement.crowded(a for a in waiting if a is not None):
+            flight = waiting[address]  # the last one that was sent there
+            flight.is_recalled = True
+            self._start(self._transport.take_back(address, [flight.key]))
 
     def _take(self, group: Group) -> list[Item]:
         """Take the calls of the next chunk from the front of the group's queue."""
-        slots = self._slot_count if group.limit is None else min(self._slot_count, group.limit)
+        slots = self.slots if group.limit is None else min(self.slots, group.limit)
         remaining = len(group.pending) + (group.expected or 0)
         items: list[Item] = []
         digest, most, size = "", 1, 0
@@ -311,14 +378,17 @@ class Engine:
             items.append(item)
         return items
 
-    def _send(self, group: Group, items: list[Item]) -> None:
+    def _send(self, group: Group, items: list[Item], address: str | None) -> None:
         key = f"{batch_label(items)}-{uuid.uuid4().hex}"
         group.in_flight[key] = items
-        self._chunks[key] = (group, items)
+        behind = tuple(f for f in self._chunks.values() if address is not None and f.address == address)
+        flight = self._chunks[key] = Flight(key, group, items, address, behind=behind)
         for item in items:
             if isinstance(item.sink, CallFuture):
                 item.sink.sent = True
-        self._start(self._run_chunk(key, group, items))
+        if address is not None:
+            self._placement.add(address)
+        self._start(self._run_chunk(flight))
 
     def _start(self, coroutine: Any) -> None:
         task = self._loop.create_task(coroutine)
@@ -333,29 +403,76 @@ class Engine:
         budget = None if len(items) == 1 else Estimates.BUDGET_S
         return Chunk(key, tuple(functions.values()), calls, self._layout, budget, timeout, part)
 
-    async def _run_chunk(self, key: str, group: Group, items: list[Item]) -> None:
+    async def _run_chunk(self, flight: Flight) -> None:
+        key, group, items, address = flight.key, flight.group, flight.items, flight.address
         began = now()
         result: Outcomes | BaseException
         try:
-            arguments = await self._transport.arguments(self._chunk(key, items))
-            if key not in self._chunks:
-                return  # cancelled meanwhile
-            result = await self._transport.run(key, arguments)
-        except asyncio.CancelledError:
-            result = asyncio.CancelledError()
+            result = await self._result(flight)
+            flight.has_ended = True
+        except asyncio.CancelledError as exc:
+            result = WorkerGoneError(address or "") if flight.is_lost else exc
         except Exception as exc:  # Dask's own errors: worker killed, scheduler lost, chunk unreadable over there
             result = exc
+        finally:
+            if address is not None:
+                self._placement.remove(address)
+            if flight.attended is not None:
+                flight.attended.release()
         if not isinstance(result, Outcomes) and self.client.status != "running" and key in self._chunks:
             # The scheduler is out of reach. Whoever runs it will say what has become of it: that is the better answer.
             await asyncio.wait([self._over], timeout=_VERDICT_S)
+        is_excused = False
+        if address is not None and isinstance(result, UnreachableError):
+            is_excused = True  # it has not begun
+            self._placement.shun(address, now() + _UNREACHABLE_S)
+            self._loop.call_later(_UNREACHABLE_S, self._pump)
+        elif isinstance(result, WorkerGoneError):
+            self._placement.shun(result.address, math.inf)
+            # It has not begun either, when it was on its way or behind another one.
+            has_begun = flight.is_sent and all(f.has_ended for f in flight.behind)
+            is_excused = flight.is_direct and not has_begun
+            if not is_excused and self._was_taken is not None and key in self._chunks:
+                is_excused = await self._was_taken(result.address)
+        flight.behind = ()
         if self._chunks.pop(key, None) is None:
-            return  # cancelled or failed meanwhile, and delivered then
+            self._pump()  # cancelled or failed meanwhile, and delivered then; its slot has come free
+            return
         group.in_flight.pop(key, None)
         if isinstance(result, Outcomes):
             self._completed(group, items, result.items)
+        elif is_excused and self._failure is None:
+            self._requeue(group, items)
         else:
             self._lost(group, items, result, now() - began)
         self._pump()
+
+    async def _result(self, flight: Flight) -> Outcomes:
+        """Send a chunk on its way and return its outcomes."""
+        arguments = await self._transport.arguments(self._chunk(flight.key, flight.items))
+        if flight.key not in self._chunks:
+            raise asyncio.CancelledError
+        if flight.address is None:
+            return await self._transport.run(flight.key, arguments)
+        if len(arguments) > 1:  # what lies on the cluster reaches a chunk that is a task
+            where = {"workers": [flight.address], "allow_other_workers": True}
+            return await self._transport.run(flight.key, arguments, **where)
+        flight.is_direct = True
+
+        def when_sent() -> None:
+            flight.is_sent = True
+
+        flight.running = self._loop.create_task(self._transport.send(flight.address, arguments[0], when_sent))
+        timer = self._loop.call_later(_ATTEND_S, self._attend, flight)
+        try:
+            return await flight.running
+        finally:
+            timer.cancel()
+
+    def _attend(self, flight: Flight) -> None:
+        assert flight.address is not None
+        if self._failure is None and flight.key in self._chunks and self.client.status == "running":
+            flight.attended = self._transport.attend(flight.key, flight.address)
 
     # --- in the loop: outcomes ------------------------------------------------------------------------------
 
@@ -393,7 +510,7 @@ class Engine:
         if self._failure is not None:
             group.deliver([(item, self._failure) for item in items])
             return
-        if type(cause).__name__ != "KilledWorker":
+        if not isinstance(cause, WorkerGoneError):
             large = {ref.digest for item in items for ref in (*item.buffers, *item.function.buffers)}
             if self._transport.lose(large) and all(item.losses < self.retries for item in items):
                 # The worker that held a large argument may be lost, and with it the task that needed it.
@@ -407,8 +524,7 @@ class Engine:
             error = not_run(cause)
             group.deliver([(item, error) for item in items])
             return
-        worker = getattr(cause, "last_worker", None)
-        if self._ending.get(getattr(worker, "address", ""), 0) > now():
+        if self._ending.get(cause.address, 0) > now():
             self._requeue(group, items)  # it was ended because of another call, which was cancelled
             return
         done: list[tuple[Item, Outcome | BaseException]] = []
@@ -420,7 +536,7 @@ class Engine:
             if timeout is not None and seconds >= timeout:
                 done.append((item, Outcome(Kind.TIMEOUT)))  # it did not react to its time limit, and was ended
             elif item.losses > self.retries:
-                done.append((item, died(item, cause)))
+                done.append((item, died(item, cause.name or self._placement.name(cause.address))))
             else:
                 self._suspects += 1
                 again.append(item)
@@ -477,7 +593,7 @@ class Engine:
             self._failure = reason
         if not self._over.done():
             self._over.set_result(None)
-        groups = {group for group, _ in self._chunks.values()} | set(self._ready)
+        groups = {flight.group for flight in self._chunks.values()} | set(self._ready)
         with self._dirty_lock:
             groups |= self._dirty
             self._dirty.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from typing import Any
 
 from skyward.engine.calls import Item
 from skyward.errors import PoolError, SerializationError, WorkerDiedError
@@ -15,13 +14,12 @@ WHY_DIED = (
 )
 
 
-def died(item: Item, cause: Any) -> WorkerDiedError:
-    """Return the error for a call that was lost with its worker too often."""
-    worker = getattr(getattr(cause, "last_worker", None), "name", None)
+def died(item: Item, worker: str) -> WorkerDiedError:
+    """Return the error for a call that was lost with its worker, which has this name, too often."""
     return WorkerDiedError(
         f"{item.call.label}() was lost with its worker process {item.losses} times, the last time on worker "
         f"{worker}; it is not run again. {WHY_DIED}",
-        machine=str(worker),
+        machine=worker,
         losses=item.losses,
     )
 

@@ -69,6 +69,7 @@ class Group:
         self.pending: deque[Item] = deque()
         self._bytes_put = 0
         self._bytes_taken = 0  # two counters, each written by one thread only
+        self.is_cancelled = False
         self.expected: int | None = None  # calls still to come beyond the pending ones, where known
         self.in_flight: dict[str, list[Item]] = {}
         self._callbacks: Callbacks | None = None
@@ -99,9 +100,10 @@ class Group:
         """Drop what has not begun and interrupt what runs; futures of this group become cancelled.
 
         A running call gets an exception that user code does not catch; one that does not react within
-        `skyward.interrupts.GRACE_S` seconds loses its worker process, which is started afresh. From any thread;
-        does not wait, so calls that are put into this group soon afterwards may be dropped too.
+        `skyward.interrupts.GRACE_S` seconds loses its worker process, which is started afresh. What is put into the
+        group afterwards is dropped too. From any thread; does not wait.
         """
+        self.is_cancelled = True
         self.engine._call_soon(self.engine._cancel_group, self)
 
     def close(self) -> None:

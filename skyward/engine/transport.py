@@ -1,4 +1,7 @@
-"""The engine's way to the cluster and back: chunks become Dask tasks, tasks are ended, large buffers are scattered.
+"""The engine's way to the cluster and back: chunks go to workers, are ended there, large buffers are scattered.
+
+A chunk for a certain worker goes to it directly, or through the scheduler where the caller does not reach workers: a
+Dask task costs ten times as long. It is a task where it is for any worker, or needs buffers that lie on the cluster.
 
 Used in the event loop of the Dask client only.
 """
@@ -7,18 +10,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from skyward import interrupts, runtime
+from distributed.comm import CommClosedError
+from distributed.core import send_recv
+from distributed.protocol import to_serialize
+
+from skyward import inbox, interrupts, runtime
 from skyward.engine.store import Store
-from skyward.wire import Chunk, Outcomes
+from skyward.wire import RUN, TAKE_BACK, Chunk, Outcomes
 
 logger = logging.getLogger(__name__)
 
 
+class WorkerGoneError(Exception):
+    """The worker process that had the chunk has ended. `address` and `name` are Dask's, as far as they are known."""
+
+    def __init__(self, address: str, name: str | None = None) -> None:
+        super().__init__(address)
+        self.address = address
+        self.name = name
+
+
+class UnreachableError(Exception):
+    """The chunk has not reached its worker."""
+
+
 class Transport:
-    """Sends chunks through one Dask client. `direct`: results are fetched from the workers that hold them."""
+    """Sends chunks through one Dask client. `direct`: the caller reaches workers without the scheduler's help."""
 
     def __init__(self, client: Any, store: Store, *, direct: bool) -> None:
         self.client = client
@@ -49,16 +69,75 @@ class Transport:
         lost = [digest for digest in digests if self._scattered.pop(digest, None) is not None]
         return bool(lost)
 
+    async def send(self, address: str, chunk: Chunk, when_sent: Callable[[], None]) -> Outcomes:
+        """Run a chunk on one worker, and tell when it is on its way there. Cancelling this leaves it to `interrupt`.
+
+        Raises
+        ------
+        WorkerGoneError
+            The worker has ended, or can't be reached any more.
+        UnreachableError
+            It could not be reached in the first place.
+        """
+        sent = asyncio.ensure_future(self._send(address, RUN, when_sent, chunk=to_serialize(chunk)))
+        sent.add_done_callback(_retrieve)
+        try:
+            # Shielded: a connection that is left in the middle of an answer would be closed.
+            outcomes: Outcomes = await asyncio.shield(sent)
+        except CommClosedError as exc:
+            raise WorkerGoneError(address) from exc
+        except OSError as exc:
+            raise UnreachableError(address) from exc
+        return outcomes
+
+    async def _send(
+        self, address: str, op: str, when_sent: Callable[[], None] | None = None, **arguments: Any
+    ) -> Any:
+        if not self._direct:
+            if when_sent is not None:
+                when_sent()
+            return await self.client.scheduler.proxy(msg={"op": op, **arguments}, worker=address)
+        pool = self.client.rpc
+        comm = await pool.connect(address)
+        if when_sent is not None:
+            when_sent()
+        try:
+            return await send_recv(comm, op=op, **arguments)
+        finally:
+            pool.reuse(address, comm)
+
+    async def take_back(self, address: str, keys: list[str]) -> None:
+        """Ask a worker to give back chunks that it has not begun: they come back as not run."""
+        try:
+            await self._send(address, TAKE_BACK, keys=keys)
+        except OSError as exc:  # its chunks are lost then, and whoever waits for them is told
+            logger.debug("%s can't be asked for chunks: %s", address, exc)
+
+    def attend(self, key: str, address: str) -> Any:
+        """Tell the scheduler of a chunk that runs on a worker: by a task that lasts as long. Returns its future."""
+        return self.client.submit(inbox.attend, key, key=key, workers=[address], pure=False)
+
     async def run(self, key: str, arguments: Sequence[Any], **where: Any) -> Outcomes:
-        """Run a chunk as the Dask task `key`; what Dask itself raises is passed on.
+        """Run a chunk as the Dask task `key`; what Dask itself raises is passed on, but for the end of a worker.
 
         Cancelling this leaves the task to `interrupt`.
+
+        Raises
+        ------
+        WorkerGoneError
+            The worker that ran it has ended.
         """
         future = self.client.submit(runtime.run_batch, *arguments, key=key, pure=False, **where)
         # Shielded, because a gather that is cut short leaves tasks that complain about it on the terminal.
         gathering = asyncio.ensure_future(self.client.gather(future, direct=self._direct, asynchronous=True))
         gathering.add_done_callback(_retrieve)
-        outcomes: Outcomes = await asyncio.shield(gathering)
+        try:
+            outcomes: Outcomes = await asyncio.shield(gathering)
+        except Exception as exc:
+            if type(exc).__name__ != "KilledWorker":
+                raise
+            worker = getattr(exc, "last_worker", None)
+            raise WorkerGoneError(getattr(worker, "address", ""), getattr(worker, "name", None)) from exc
         return outcomes
 
     async def interrupt(self, keys: list[str]) -> set[str]:

@@ -272,8 +272,9 @@ def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
         time.sleep(1.5)
         return i * i
 
-    # Where there is notice, nothing has to be run again but what had not ended by then.
-    with open_pool(cloud, nodes=2, retries=0 if cloud.name == "aws" else 3) as pool:
+    provisioned: list[sky.InstanceProvisioned] = []
+    with open_pool(cloud, nodes=2, retries=0) as pool:
+        pool.on(sky.InstanceProvisioned, provisioned.append)
         pool.on(sky.InstanceReplaced, replaced.append)
         pool.on(sky.InstanceLost, lost.append)
         victim = pool.instances[1]
@@ -288,6 +289,7 @@ def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
 
     assert [e.instance_id for e in lost] == [victim.id]
     assert [e.replaced_id for e in replaced] == [victim.id]
+    assert [e.node for e in provisioned] == [e.node for e in replaced]
     assert_nothing_left(cloud)
 
 

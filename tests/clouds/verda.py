@@ -335,7 +335,8 @@ class VerdaCloud:
                 instance.status = instance.fate or "provisioning"
             if instance.status == "provisioning" and age >= self.ordered_s + self.provisioning_s:
                 is_up = not self.yard.boots or instance.yard_id in self.yard.machines
-                instance.status = "running" if is_up else "provisioning"
+                failed = instance.yard_id in self.yard.failed
+                instance.status = "running" if is_up else "error" if failed else "provisioning"
             if instance.gone_at is not None and now >= instance.gone_at:
                 instance.status = "discontinued"
 

@@ -29,6 +29,8 @@ class Yard:
         self.network = Network() if boots else None
         self.machines: dict[str, Machine] = {}
         """By name: those that have booted and are not destroyed."""
+        self.failed: set[str] = set()
+        """Names of those that could not boot."""
         self._gone: set[str] = set()
         self._count = 0
         self._lock = threading.Lock()
@@ -53,7 +55,11 @@ class Yard:
         if name in self._gone:
             self.network.free_address(place[1])
             return
-        machine = Machine(self.network, name, user_data, baked=self.baked, place=place)
+        try:
+            machine = Machine(self.network, name, user_data, baked=self.baked, place=place)
+        except BaseException:
+            self.failed.add(name)
+            raise
         with self._lock:
             if name in self._gone:  # ended while it booted
                 machine.destroy()

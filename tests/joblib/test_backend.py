@@ -22,6 +22,8 @@ from joblib import Parallel, delayed, parallel_config
 from skyward_joblib import SkywardBackend
 
 import skyward as sky
+from tests.dashboard import names_shown
+from tests.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -315,10 +317,10 @@ def test_the_dashboard_shows_the_users_function(pool: sky.ComputePool) -> None:
     def a_name_to_be_seen(x: int) -> int:
         return x
 
+    names_shown(pool.client)  # from the first look on they are recorded
     Parallel()(delayed(a_name_to_be_seen)(i) for i in range(3))
 
-    prefixes = pool.client.run_on_scheduler(lambda dask_scheduler: set(dask_scheduler.task_prefixes))
-    assert "a_name_to_be_seen" in prefixes
+    wait_until(lambda: "a_name_to_be_seen" in names_shown(pool.client))
 
 
 def _run(script: str, folder: Path) -> str:

@@ -1,0 +1,81 @@
+"""How chunks reach a worker without a task of the scheduler in between: its own handlers, for the engine to call.
+
+A chunk waits for the worker's thread as any Dask task does. The scheduler is told: of a chunk that takes a while by
+`attend`, a task that lasts as long, so that it counts as work on that worker; of a short one by a report afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from skyward import runtime
+from skyward.wire import RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
+
+_here: dict[str, Future[Outcomes]] = {}  # chunks that wait or run in this process
+_attended: set[str] = set()
+
+
+def install(worker: Any) -> None:
+    """Let `worker`, a Dask worker in this process, take chunks."""
+
+    async def run(chunk: Chunk) -> Any:
+        return await _run(worker, chunk)
+
+    worker.handlers[RUN] = run
+    worker.handlers[TAKE_BACK] = take_back
+
+
+async def _run(worker: Any, chunk: Chunk) -> Any:
+    """Run `chunk` in the worker's thread; if it is taken back before that, no call of it has run."""
+    from distributed.protocol import to_serialize
+
+    future = worker.executors["default"].submit(contextvars.copy_context().run, _in_thread, worker, chunk)
+    _here[chunk.key] = future
+    try:
+        outcomes, report = await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        if not future.cancelled():
+            raise
+        return to_serialize(Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls)))
+    finally:
+        del _here[chunk.key]
+    if chunk.key not in _attended:
+        worker.batched_send({"op": RAN, "key": chunk.key, **report})
+    return to_serialize(outcomes)
+
+
+def _in_thread(worker: Any, chunk: Chunk) -> tuple[Outcomes, dict[str, Any]]:
+    # As Dask's own tasks are run, so that get_worker, get_client and secede work in calls.
+    from distributed.utils import set_thread_state
+    from distributed.worker import _worker_cvar
+
+    began = time.time()
+    _worker_cvar.set(worker)
+    with set_thread_state(start_time=began, execution_state=worker.execution_state, key=chunk.key):
+        outcomes = runtime.run_batch(chunk)
+    shift = worker.scheduler_delay
+    return outcomes, {"start": began + shift, "stop": time.time() + shift, "thread": threading.get_ident()}
+
+
+async def take_back(keys: list[str]) -> None:
+    """Give back the chunks `keys`, as far as they have not begun."""
+    for key in keys:
+        if key in _here:
+            _here[key].cancel()
+
+
+async def attend(key: str) -> None:
+    """Last as long as the chunk `key` runs here. A Dask task, which tells the scheduler of it."""
+    future = _here.get(key)
+    if future is None:
+        return
+    _attended.add(key)
+    try:
+        await asyncio.wait([asyncio.wrap_future(future)])
+    finally:
+        _attended.discard(key)
