@@ -83,7 +83,7 @@ class Broadcaster:
                     results[tasks[task]] = outcome
                     if outcome.kind is not Kind.VALUE:
                         return [outcome]
-                gone = {t[0] for t in targets} - {a for slots in self._engine._placed.nodes for a in slots}
+                gone = {t[0] for t in targets} - self._workers()
                 if pending and gone & {targets[tasks[t]][0] for t in pending}:
                     raise MachineLostError(
                         f"a worker ({', '.join(sorted(gone))}) was lost during a broadcast of {item.call.label}(); "
@@ -101,13 +101,16 @@ class Broadcaster:
                 self.wait_for(unfinished)
         return [results[i] for i in range(len(targets))]
 
+    def _workers(self) -> set[str]:
+        return {address for slots in self._engine._placed.nodes for address in slots}
+
     async def _complete(self) -> None:
         """Wait until every slot is there and rid of interrupted calls: a worker may be on its way out or in."""
         try:
             async with asyncio.timeout(_RESTART_S):
                 ending, self._ending = [k for k, until in self._ending.items() if until > now()], {}
                 if ending:
-                    await self._engine._transport.wait_ended(ending)
+                    await self._engine._transport.wait_ended(ending, self._workers)
                 while self._engine.slots < max(1, self._engine._expected()):
                     await asyncio.sleep(0.02)
         except TimeoutError:

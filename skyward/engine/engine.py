@@ -10,12 +10,10 @@ import asyncio
 import concurrent.futures
 import functools
 import logging
-import math
 import threading
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,11 @@ from skyward.engine.broadcast import Broadcaster
 from skyward.engine.callbacks import Callbacks
 from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_label, now
 from skyward.engine.failures import died, not_run
+from skyward.engine.flights import UNREACHABLE_S, Flight, Flights
 from skyward.engine.group import CallFuture, Group
 from skyward.engine.placement import Placement
 from skyward.engine.store import Store
-from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
+from skyward.engine.transport import Transport, WorkerGoneError
 from skyward.errors import PoolError
 from skyward.wire import Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
 
@@ -42,28 +41,6 @@ _VERDICT_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
-_UNREACHABLE_S = 1.0
-"""Seconds for which a worker that could not be reached gets nothing more. By feel: it is back by then, or gone."""
-_ATTEND_S = 0.05
-"""Seconds after which the scheduler is told of a chunk that runs. By feel: what is shorter, it need not plan with."""
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """A chunk that was sent to a worker, or to the scheduler for any worker."""
-
-    key: str
-    group: Group
-    items: list[Item]
-    address: str | None  # of the worker that it was sent to; None: the scheduler chooses
-    running: asyncio.Task[Outcomes] | None = None
-    is_direct: bool = False
-    is_sent: bool = False
-    is_recalled: bool = False
-    is_lost: bool = False  # its worker is gone
-    has_ended: bool = False  # with outcomes
-    behind: tuple[Flight, ...] = ()  # those that were sent to the same worker before, and have to end first
-    attended: Any = None  # the Dask future by which the scheduler knows of it
 
 
 class Engine:
@@ -123,13 +100,13 @@ class Engine:
         self._slots = slots
         self._expected = expected
         self._alive = alive
-        self._was_taken = was_taken
         self._transport = Transport(client, self.store, direct=direct)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
         self._thread: int | None = None
         self._facts = (pool_id, head_port, accelerator, accelerators_per_node)
         self._layout = b""
         self._placement = Placement()
+        self._flights = Flights(self._transport, self._placement, was_taken)
         self._estimates = Estimates()
         self._ready: deque[Group] = deque()  # groups with pending calls, each once, served in turn
         self._dirty: set[Group] = set()  # groups that other threads have queued calls in
@@ -301,11 +278,7 @@ class Engine:
         self._layout = pickling.dumps(layout)[0]
         self._read.set()
         if self._alive is not None:
-            alive = self._alive()
-            for flight in self._chunks.values():
-                if flight.is_direct and flight.address not in alive and flight.running is not None:
-                    flight.is_lost = True
-                    flight.running.cancel()
+            self._flights.lose(self._chunks.values(), self._alive())
         self._pump()
 
     def _take_dirty(self) -> None:
@@ -340,8 +313,9 @@ class Engine:
             if items := self._take(group):
                 waiting = 0
                 self._send(group, items, address)
-        if self._alive is not None and self._placement.has_idle():
-            self._recall()
+        if self._alive is not None:
+            for request in self._flights.recall(self._chunks.values()):
+                self._start(request)
 
     def _ahead(self, item: Item) -> int:
         """Return how many chunks a slot may have when one that begins with `item` is sent there."""
@@ -349,14 +323,6 @@ class Engine:
         # not wait behind what may take long: the next free slot is soon enough.
         is_sure = not self._suspects and (self._alive is None or self._estimates.is_short(item.function.digest))
         return _AHEAD if is_sure else 1
-
-    def _recall(self) -> None:
-        """Have chunks that wait behind others on one worker given back while another worker has nothing to do."""
-        waiting = {f.address: f for f in self._chunks.values() if f.is_direct and not f.is_recalled}
-        for address in self._placement.crowded(a for a in waiting if a is not None):
-            flight = waiting[address]  # the last one that was sent there
-            flight.is_recalled = True
-            self._start(self._transport.take_back(address, [flight.key]))
 
     def _take(self, group: Group) -> list[Item]:
         """Take the calls of the next chunk from the front of the group's queue."""
@@ -404,75 +370,26 @@ class Engine:
         return Chunk(key, tuple(functions.values()), calls, self._layout, budget, timeout, part)
 
     async def _run_chunk(self, flight: Flight) -> None:
-        key, group, items, address = flight.key, flight.group, flight.items, flight.address
+        key, group, items = flight.key, flight.group, flight.items
         began = now()
-        result: Outcomes | BaseException
-        try:
-            result = await self._result(flight)
-            flight.has_ended = True
-        except asyncio.CancelledError as exc:
-            result = WorkerGoneError(address or "") if flight.is_lost else exc
-        except Exception as exc:  # Dask's own errors: worker killed, scheduler lost, chunk unreadable over there
-            result = exc
-        finally:
-            if address is not None:
-                self._placement.remove(address)
-            if flight.attended is not None:
-                flight.attended.release()
-        if not isinstance(result, Outcomes) and self.client.status != "running" and key in self._chunks:
+        result = await self._flights.land(flight, self._chunk(key, items))
+        if not isinstance(result, Outcomes) and self.client.status != "running" and not flight.is_dropped:
             # The scheduler is out of reach. Whoever runs it will say what has become of it: that is the better answer.
             await asyncio.wait([self._over], timeout=_VERDICT_S)
-        is_excused = False
-        if address is not None and isinstance(result, UnreachableError):
-            is_excused = True  # it has not begun
-            self._placement.shun(address, now() + _UNREACHABLE_S)
-            self._loop.call_later(_UNREACHABLE_S, self._pump)
-        elif isinstance(result, WorkerGoneError):
-            self._placement.shun(result.address, math.inf)
-            # It has not begun either, when it was on its way or behind another one.
-            has_begun = flight.is_sent and all(f.has_ended for f in flight.behind)
-            is_excused = flight.is_direct and not has_begun
-            if not is_excused and self._was_taken is not None and key in self._chunks:
-                is_excused = await self._was_taken(result.address)
-        flight.behind = ()
-        if self._chunks.pop(key, None) is None:
+        is_excused = not flight.is_dropped and await self._flights.is_excused(flight, result)
+        if flight.is_dropped:
             self._pump()  # cancelled or failed meanwhile, and delivered then; its slot has come free
             return
+        del self._chunks[key]
         group.in_flight.pop(key, None)
         if isinstance(result, Outcomes):
             self._completed(group, items, result.items)
         elif is_excused and self._failure is None:
             self._requeue(group, items)
+            self._loop.call_later(UNREACHABLE_S, self._pump)
         else:
             self._lost(group, items, result, now() - began)
         self._pump()
-
-    async def _result(self, flight: Flight) -> Outcomes:
-        """Send a chunk on its way and return its outcomes."""
-        arguments = await self._transport.arguments(self._chunk(flight.key, flight.items))
-        if flight.key not in self._chunks:
-            raise asyncio.CancelledError
-        if flight.address is None:
-            return await self._transport.run(flight.key, arguments)
-        if len(arguments) > 1:  # what lies on the cluster reaches a chunk that is a task
-            where = {"workers": [flight.address], "allow_other_workers": True}
-            return await self._transport.run(flight.key, arguments, **where)
-        flight.is_direct = True
-
-        def when_sent() -> None:
-            flight.is_sent = True
-
-        flight.running = self._loop.create_task(self._transport.send(flight.address, arguments[0], when_sent))
-        timer = self._loop.call_later(_ATTEND_S, self._attend, flight)
-        try:
-            return await flight.running
-        finally:
-            timer.cancel()
-
-    def _attend(self, flight: Flight) -> None:
-        assert flight.address is not None
-        if self._failure is None and flight.key in self._chunks and self.client.status == "running":
-            flight.attended = self._transport.attend(flight.key, flight.address)
 
     # --- in the loop: outcomes ------------------------------------------------------------------------------
 
@@ -578,7 +495,7 @@ class Engine:
 
     def _drop_chunks(self, keys: list[str]) -> None:
         for key in keys:
-            self._chunks.pop(key, None)
+            self._chunks.pop(key).is_dropped = True
         if keys:
             self._start(self._interrupt(keys))
 
@@ -598,6 +515,8 @@ class Engine:
             groups |= self._dirty
             self._dirty.clear()
         self._ready.clear()
+        for flight in self._chunks.values():
+            flight.is_dropped = True
         self._chunks.clear()
         for group in groups:
             items = [item for chunk in group.in_flight.values() for item in chunk] + list(group.pending)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from distributed.comm import CommClosedError
@@ -159,9 +159,12 @@ class Transport:
             logger.debug("interrupt of %d tasks failed", len(keys), exc_info=True)
             return set()
 
-    async def wait_ended(self, keys: list[str]) -> None:
-        """Return when none of the tasks runs any more, interrupted or ended with its worker."""
-        while any((await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")).values()):
+    async def wait_ended(self, keys: list[str], workers: Callable[[], Collection[str]]) -> None:
+        """Return when none of the chunks runs any more and all `workers` answer: one may have ended with its chunk."""
+        while True:
+            answers = await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")
+            if not any(answers.values()) and answers.keys() >= set(workers()):
+                return
             await asyncio.sleep(0.05)
 
     def forget(self) -> None:

@@ -1,0 +1,127 @@
+"""A chunk on its way to a worker and back, and what has become of one whose worker is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skyward.engine.calls import Item, now
+from skyward.engine.group import Group
+from skyward.engine.placement import Placement
+from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
+from skyward.wire import Chunk, Outcomes
+
+UNREACHABLE_S = 1.0
+"""Seconds for which a worker that could not be reached gets nothing more. By feel: it is back by then, or gone."""
+_ATTEND_S = 0.05
+"""Seconds after which the scheduler is told of a chunk that runs. By feel: what is shorter, it need not plan with."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A chunk that was sent to a worker, or to the scheduler for any worker."""
+
+    key: str
+    group: Group
+    items: list[Item]
+    address: str | None  # of the worker that it was sent to; None: the scheduler chooses
+    running: asyncio.Task[Outcomes] | None = None
+    is_direct: bool = False
+    is_sent: bool = False
+    is_recalled: bool = False
+    is_lost: bool = False  # its worker is gone
+    is_dropped: bool = False  # nobody waits for it any more
+    has_ended: bool = False  # with outcomes
+    behind: tuple[Flight, ...] = ()  # those that were sent to the same worker before, and have to end first
+    attended: Any = None  # the Dask future by which the scheduler knows of it
+
+
+class Flights:
+    """Brings chunks to their workers. Used in the event loop of the Dask client only."""
+
+    def __init__(
+        self, transport: Transport, placement: Placement, was_taken: Callable[[str], Awaitable[bool]] | None
+    ) -> None:
+        self._transport = transport
+        self._placement = placement
+        self._was_taken = was_taken
+
+    async def land(self, flight: Flight, chunk: Chunk) -> Outcomes | BaseException:
+        """Return the outcomes of a chunk, or why there are none."""
+        try:
+            outcomes = await self._outcomes(flight, chunk)
+        except asyncio.CancelledError as exc:
+            return WorkerGoneError(flight.address or "") if flight.is_lost else exc
+        except Exception as exc:  # Dask's own errors: worker killed, scheduler lost, chunk unreadable over there
+            return exc
+        finally:
+            if flight.address is not None:
+                self._placement.remove(flight.address)
+            if flight.attended is not None:
+                flight.attended.release()
+        flight.has_ended, flight.behind = True, ()
+        return outcomes
+
+    async def _outcomes(self, flight: Flight, chunk: Chunk) -> Outcomes:
+        arguments = await self._transport.arguments(chunk)
+        if flight.is_dropped:
+            raise asyncio.CancelledError
+        if flight.address is None:
+            return await self._transport.run(flight.key, arguments)
+        if len(arguments) > 1:  # what lies on the cluster reaches a chunk that is a task
+            return await self._transport.run(
+                flight.key, arguments, workers=[flight.address], allow_other_workers=True
+            )
+        flight.is_direct = True
+
+        def when_sent() -> None:
+            flight.is_sent = True
+
+        loop = asyncio.get_running_loop()
+        flight.running = loop.create_task(self._transport.send(flight.address, chunk, when_sent))
+        timer = loop.call_later(_ATTEND_S, self._attend, flight)
+        try:
+            return await flight.running
+        finally:
+            timer.cancel()
+
+    def _attend(self, flight: Flight) -> None:
+        assert flight.address is not None
+        if not flight.is_dropped and self._transport.client.status == "running":
+            flight.attended = self._transport.attend(flight.key, flight.address)
+
+    def lose(self, flights: Iterable[Flight], alive: Collection[str]) -> None:
+        """End the wait for what is with workers that are not alive any more."""
+        for flight in flights:
+            if flight.is_direct and flight.address not in alive and flight.running is not None:
+                flight.is_lost = True
+                flight.running.cancel()
+
+    async def is_excused(self, flight: Flight, result: Outcomes | BaseException) -> bool:
+        """Tell whether a chunk that has no outcomes is to run again, whatever it has lost before."""
+        behind, flight.behind = flight.behind, ()
+        if flight.address is not None and isinstance(result, UnreachableError):
+            self._placement.shun(flight.address, now() + UNREACHABLE_S)
+            return True
+        if not isinstance(result, WorkerGoneError):
+            return False
+        self._placement.shun(result.address, math.inf)
+        # It has not begun when it was still on its way, or behind another one.
+        if flight.is_direct and not (flight.is_sent and all(f.has_ended for f in behind)):
+            return True
+        return self._was_taken is not None and await self._was_taken(result.address)
+
+    def recall(self, flights: Iterable[Flight]) -> Sequence[Awaitable[None]]:
+        """Have chunks that wait behind others on one worker given back, if another worker has nothing to do."""
+        if not self._placement.has_idle():
+            return []
+        waiting = {f.address: f for f in flights if f.is_direct and not f.is_recalled}
+        requests = []
+        for address in self._placement.crowded(a for a in waiting if a is not None):
+            flight = waiting[address]  # the last one that was sent there
+            flight.is_recalled = True
+            requests.append(self._transport.take_back(address, [flight.key]))
+        return requests
