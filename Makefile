@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-313 soak lint types clean system-packages
+.PHONY: help demo test test-fast test-313 soak bench lint types clean system-packages
 
 help: ## Show this list
 	@echo "Targets (PYTHON=$(PYTHON), PYTEST_WORKERS=$(PYTEST_WORKERS)):"
@@ -54,6 +54,9 @@ test-313: $(VENV)/.test
 
 soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_RUNS=50, SOAK_SEED for the same again)
 	@$(BIN)/python -m pytest -m soak tests/soak -s -q
+
+bench: $(VENV)/.bench ## Time skyward beside Dask, loky and Ray (BENCH='--rounds 5 --only latency')
+	@$(BIN)/python benchmarks/bench.py $(BENCH)
 
 lint: $(VENV)/.test types ## Check style, types and which module may import which
 	@$(BIN)/ruff check .
@@ -91,4 +94,11 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.made-for
 $(VENV)/.test: pyproject.toml $(VENV)/.made-for | system-packages
 	@echo "Installing skyward and what its tests need into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.made-for
+	@echo "Installing skyward and what it is compared with into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]' || { \
+	    echo "Trying again without Ray."; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'; }
 	@touch $@

@@ -1,11 +1,11 @@
 """How long a pool on a machine reached over SSH takes to its first result, beside plain ssh, venv and pip.
 
-Usage: python benchmarks/startup.py [--rounds N] [--json FILE]
+Usage: python benchmarks/startup.py [--aws [--nodes N] [--boot-s S ...]] [--rounds N] [--json FILE]
 
 Needs Linux and root: the machines are cloudbox machines on this host (see tests/cloudbox). Each round boots two, one
 for skyward and one for the floor: the openssh client, `python3 -m venv`, `pip install` of the very same requirements
 and constraints, and a `python` that prints. Both start cold, then with nothing but their download caches, then with
-all that is there from before.
+all that is there from before. With --aws: pools on the emulated AWS, beside dask-cloudprovider; see startup_aws.py.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class Timings:
 
     starts: list[dict[str, float]] = field(default_factory=list)
 
-    def median(self, phase: str) -> float:
-        return statistics.median(start.get(phase, 0.0) for start in self.starts)
+    def median(self, *phases: str) -> float:
+        """Return the median of what these phases take together."""
+        return statistics.median(sum(start.get(phase, 0.0) for phase in phases) for start in self.starts)
 
     @property
     def total(self) -> float:
@@ -195,16 +196,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing into it")
+    parser.add_argument("--aws", action="store_true", help="measure on the emulated AWS instead")
+    parser.add_argument("--nodes", type=int, default=3, help="with --aws: machines of each pool and cluster")
+    late: dict[str, Any] = {"nargs": "+", "type": float, "default": [0.0, 10.0], "metavar": "S"}
+    parser.add_argument("--boot-s", **late, help="with --aws: seconds by which machines boot late, to try in turn")
     options = parser.parse_args()
     if reason := why_not():
         sys.exit(f"not measured: {reason}")
-    found = measure(options.rounds, lambda line: print(line, file=sys.stderr, flush=True))
-    print_table(found, options.rounds)
-    print("\n" + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    if options.json:
+    facts: dict[str, Any] = {"versions": versions(), "cores": os.cpu_count()}
+    if options.aws:
+        import startup_aws
+
+        starts = startup_aws.measure(options.rounds, _report, nodes=options.nodes, boot_s=options.boot_s)
+        startup_aws.print_table(starts, options.rounds, nodes=options.nodes)
+        facts["versions"] |= {"peer": startup_aws.PEER}
+        facts["starts"] = [{"boot_s": late_s, "kind": kind, **asdict(a)} for (late_s, kind), a in starts.items()]
+    else:
+        found = measure(options.rounds, _report)
+        print_table(found, options.rounds)
         timings = {state: {"skyward": asdict(a), "floor": asdict(b)} for state, (a, b) in found.items()}
-        facts = {"versions": versions(), "cores": os.cpu_count(), "states": STATES, "timings": timings}
+        facts |= {"states": STATES, "timings": timings}
+    print("\n" + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    if options.json:
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

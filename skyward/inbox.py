@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import pickle
 import threading
 import time
 from concurrent.futures import Future
@@ -16,37 +17,40 @@ from typing import Any
 from skyward import runtime
 from skyward.wire import RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
 
-_here: dict[str, Future[Outcomes]] = {}  # chunks that wait or run in this process
+_here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
 _attended: set[str] = set()
 
 
 def install(worker: Any) -> None:
     """Let `worker`, a Dask worker in this process, take chunks."""
+    from distributed.protocol import to_serialize
 
-    async def run(chunk: Chunk) -> Any:
-        return await _run(worker, chunk)
+    async def run(chunk: bytes) -> Any:
+        outcomes = await _run(worker, pickle.loads(chunk))
+        if any(outcome.buffers for outcome in outcomes.items):
+            return to_serialize(outcomes)  # which keeps large buffers out of the pickle
+        return pickle.dumps(outcomes, 5)
 
     worker.handlers[RUN] = run
     worker.handlers[TAKE_BACK] = take_back
 
 
-async def _run(worker: Any, chunk: Chunk) -> Any:
+async def _run(worker: Any, chunk: Chunk) -> Outcomes:
     """Run `chunk` in the worker's thread; if it is taken back before that, no call of it has run."""
-    from distributed.protocol import to_serialize
-
     future = worker.executors["default"].submit(contextvars.copy_context().run, _in_thread, worker, chunk)
     _here[chunk.key] = future
     try:
+        outcomes: Outcomes
         outcomes, report = await asyncio.wrap_future(future)
     except asyncio.CancelledError:
         if not future.cancelled():
             raise
-        return to_serialize(Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls)))
+        return Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls))
     finally:
         del _here[chunk.key]
     if chunk.key not in _attended:
         worker.batched_send({"op": RAN, "key": chunk.key, **report})
-    return to_serialize(outcomes)
+    return outcomes
 
 
 def _in_thread(worker: Any, chunk: Chunk) -> tuple[Outcomes, dict[str, Any]]:

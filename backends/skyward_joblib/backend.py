@@ -207,14 +207,12 @@ class BatchSizes:
 
     def __init__(self) -> None:
         self.size = 1
-        self._seconds = 0.0  # per task, smoothed
+        self._seconds = self._tasks = 0.0  # the last batches' count most, and among them the large ones'
 
     def observe(self, tasks: int, seconds: float) -> None:
-        if not tasks:
-            return
-        mean = seconds / tasks
-        self._seconds = mean if not self._seconds else 0.5 * (self._seconds + mean)
-        ideal = int(self.TARGET_S / max(self._seconds, 1e-6))
+        self._seconds = 0.5 * self._seconds + seconds
+        self._tasks = 0.5 * self._tasks + tasks
+        ideal = int(self.TARGET_S * self._tasks / max(self._seconds, 1e-6))
         self.size = max(1, min(ideal, self.GROWTH * self.size))
 
 

@@ -183,23 +183,29 @@ class Estimates:
     """After this many seconds a worker returns the calls of a chunk that it has not begun."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self._totals: dict[str, tuple[float, float]] = {}  # seconds and calls
 
     def observe(self, digest: str, seconds: float, calls: int) -> None:
         if not calls:
             return
-        mean = seconds / calls
-        known = self._seconds.get(digest)
-        self._seconds[digest] = mean if known is None else 0.5 * known + 0.5 * mean
+        # The last chunks count most, and among them the large ones.
+        before, runs = self._totals.get(digest, (0.0, 0.0))
+        self._totals[digest] = 0.5 * before + seconds, 0.5 * runs + calls
+
+    def mean(self, digest: str) -> float | None:
+        """Return the seconds that a call of a function takes; None when that is not known."""
+        seconds, calls = self._totals.get(digest, (0.0, 0.0))
+        return seconds / calls if calls else None
 
     def is_short(self, digest: str) -> bool:
         """Tell whether calls of a function are known to take less than `LONG_S`."""
-        return self._seconds.get(digest, self.LONG_S) < self.LONG_S
+        seconds = self.mean(digest)
+        return seconds is not None and seconds < self.LONG_S
 
     def chunk_size(self, digest: str, remaining: int, slots: int) -> int:
         """Return how many of the `remaining` calls of one function the next chunk should hold; at least 1."""
         share = max(1, remaining // (2 * max(1, slots)))  # two chunks a slot are left: small ones at the end
-        seconds = self._seconds.get(digest)
+        seconds = self.mean(digest)
         if seconds is None:
             # Nothing is known. A few at a time when there are plenty; the budget mends a wrong guess.
             return max(1, min(16, share // 8))

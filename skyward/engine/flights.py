@@ -28,7 +28,7 @@ class Flight:
     group: Group
     items: list[Item]
     address: str | None  # of the worker that it was sent to; None: the scheduler chooses
-    running: asyncio.Task[Outcomes] | None = None
+    waiting: asyncio.Task[Any] | None = None  # what waits for the outcomes of a chunk that was sent directly
     is_direct: bool = False
     is_sent: bool = False
     is_recalled: bool = False
@@ -80,12 +80,12 @@ class Flights:
         def when_sent() -> None:
             flight.is_sent = True
 
-        loop = asyncio.get_running_loop()
-        flight.running = loop.create_task(self._transport.send(flight.address, chunk, when_sent))
-        timer = loop.call_later(_ATTEND_S, self._attend, flight)
+        timer = asyncio.get_running_loop().call_later(_ATTEND_S, self._attend, flight)
+        flight.waiting = asyncio.current_task()
         try:
-            return await flight.running
+            return await self._transport.send(flight.address, chunk, when_sent)
         finally:
+            flight.waiting = None
             timer.cancel()
 
     def _attend(self, flight: Flight) -> None:
@@ -96,9 +96,9 @@ class Flights:
     def lose(self, flights: Iterable[Flight], alive: Collection[str]) -> None:
         """End the wait for what is with workers that are not alive any more."""
         for flight in flights:
-            if flight.is_direct and flight.address not in alive and flight.running is not None:
+            if flight.waiting is not None and flight.address not in alive:
                 flight.is_lost = True
-                flight.running.cancel()
+                flight.waiting.cancel()
 
     async def is_excused(self, flight: Flight, result: Outcomes | BaseException) -> bool:
         """Tell whether a chunk that has no outcomes is to run again, whatever it has lost before."""

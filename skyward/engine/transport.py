@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from distributed.comm import CommClosedError
 from distributed.core import send_recv
-from distributed.protocol import to_serialize
 
 from skyward import inbox, interrupts, runtime
 from skyward.engine.store import Store
@@ -70,7 +70,7 @@ class Transport:
         return bool(lost)
 
     async def send(self, address: str, chunk: Chunk, when_sent: Callable[[], None]) -> Outcomes:
-        """Run a chunk on one worker, and tell when it is on its way there. Cancelling this leaves it to `interrupt`.
+        """Run a chunk on one worker, and tell when it is on its way there. Cancelling this does not end the chunk.
 
         Raises
         ------
@@ -79,15 +79,13 @@ class Transport:
         UnreachableError
             It could not be reached in the first place.
         """
-        sent = asyncio.ensure_future(self._send(address, RUN, when_sent, chunk=to_serialize(chunk)))
-        sent.add_done_callback(_retrieve)
         try:
-            # Shielded: a connection that is left in the middle of an answer would be closed.
-            outcomes: Outcomes = await asyncio.shield(sent)
+            answer = await self._send(address, RUN, when_sent, chunk=pickle.dumps(chunk, 5))
         except CommClosedError as exc:
             raise WorkerGoneError(address) from exc
         except OSError as exc:
             raise UnreachableError(address) from exc
+        outcomes: Outcomes = pickle.loads(answer) if isinstance(answer, bytes) else answer
         return outcomes
 
     async def _send(
