@@ -1,7 +1,7 @@
 """How chunks reach a worker without a task of the scheduler in between: its own handlers, for the engine to call.
 
-A chunk waits for the worker's thread as any Dask task does. The scheduler is told: of a chunk that takes a while by
-`attend`, a task that lasts as long, so that it counts as work on that worker; of a short one by a report afterwards.
+A chunk waits for the worker's thread as any Dask task does, and tasks wait for it. The scheduler is told: of a chunk
+that takes long by `attend`, a task that is on that worker as long; of every one by a report afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from skyward import runtime
 from skyward.wire import RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
 
 _here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
-_attended: set[str] = set()
 
 
 def install(worker: Any) -> None:
@@ -37,6 +36,7 @@ def install(worker: Any) -> None:
 
 async def _run(worker: Any, chunk: Chunk) -> Outcomes:
     """Run `chunk` in the worker's thread; if it is taken back before that, no call of it has run."""
+    _lend_thread(worker, -1)  # so that tasks wait where the scheduler can move them, and not for the thread
     future = worker.executors["default"].submit(contextvars.copy_context().run, _in_thread, worker, chunk)
     _here[chunk.key] = future
     try:
@@ -48,9 +48,18 @@ async def _run(worker: Any, chunk: Chunk) -> Outcomes:
         return Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls))
     finally:
         del _here[chunk.key]
-    if chunk.key not in _attended:
-        worker.batched_send({"op": RAN, "key": chunk.key, **report})
+        _lend_thread(worker, +1)
+    worker.batched_send({"op": RAN, "key": chunk.key, **report})
     return outcomes
+
+
+def _lend_thread(worker: Any, by: int) -> None:
+    """Change how many tasks the worker may run at once."""
+    from distributed.worker_state_machine import UnpauseEvent
+
+    worker.state.nthreads += by
+    if by > 0 and worker.state.running:
+        worker.handle_stimulus(UnpauseEvent(stimulus_id="skyward-chunk-ended"))
 
 
 def _in_thread(worker: Any, chunk: Chunk) -> tuple[Outcomes, dict[str, Any]]:
@@ -73,13 +82,5 @@ async def take_back(keys: list[str]) -> None:
             _here[key].cancel()
 
 
-async def attend(key: str) -> None:
-    """Last as long as the chunk `key` runs here. A Dask task, which tells the scheduler of it."""
-    future = _here.get(key)
-    if future is None:
-        return
-    _attended.add(key)
-    try:
-        await asyncio.wait([asyncio.wrap_future(future)])
-    finally:
-        _attended.discard(key)
+def attend(key: str) -> None:
+    """Do nothing, when the worker has its thread back: until then the scheduler has a task there."""

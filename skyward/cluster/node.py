@@ -291,6 +291,9 @@ class _Agent:
                 "distributed.scheduler.reuse-broadcast-comm": True,
                 # Tasks may hold the interpreter lock for long; that alone is no reason for a warning.
                 "distributed.admin.tick.limit": "1h",
+                # What looks in often takes the interpreter lock, and time, from tasks.
+                "distributed.admin.tick.interval": "1s",
+                "distributed.worker.profile.interval": "50ms",
                 "distributed.worker.memory.target": False,
                 "distributed.worker.memory.spill": False,
                 "distributed.worker.memory.pause": False,

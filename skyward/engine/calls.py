@@ -173,13 +173,13 @@ def _unreadable(what: str, cause: Exception) -> SerializationError:
 class Estimates:
     """Running time per call of each function, from what workers measured."""
 
-    TARGET_S = 0.1
+    TARGET_S = 0.2
     """Seconds of work that a chunk should hold: much more than its overhead, little enough to share out evenly."""
     FLOOR_S = 0.005
     """A chunk is not made shorter than this for the sake of sharing; below it, overhead would rule."""
     LONG_S = 1.0
     """Beside a call of so many seconds, the wait for the next one is short, even where machines are far away."""
-    BUDGET_S = 0.2
+    BUDGET_S = 0.3
     """After this many seconds a worker returns the calls of a chunk that it has not begun."""
 
     def __init__(self) -> None:
@@ -202,6 +202,11 @@ class Estimates:
         seconds = self.mean(digest)
         return seconds is not None and seconds < self.LONG_S
 
+    def chunk_calls(self, digest: str) -> int:
+        """Return how many calls of a function a chunk holds when there are plenty; 1 when nothing is known of it."""
+        seconds = self.mean(digest)
+        return 1 if seconds is None else max(1, int(self.TARGET_S / max(seconds, 1e-7)))
+
     def chunk_size(self, digest: str, remaining: int, slots: int) -> int:
         """Return how many of the `remaining` calls of one function the next chunk should hold; at least 1."""
         share = max(1, remaining // (2 * max(1, slots)))  # two chunks a slot are left: small ones at the end
@@ -209,10 +214,8 @@ class Estimates:
         if seconds is None:
             # Nothing is known. A few at a time when there are plenty; the budget mends a wrong guess.
             return max(1, min(16, share // 8))
-        seconds = max(seconds, 1e-7)
-        most = max(1, int(self.TARGET_S / seconds))
-        least = max(1, int(self.FLOOR_S / seconds))
-        return min(most, max(share, least))
+        least = max(1, int(self.FLOOR_S / max(seconds, 1e-7)))
+        return min(self.chunk_calls(digest), max(share, least))
 
 
 def now() -> float:

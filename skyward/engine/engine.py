@@ -107,7 +107,7 @@ class Engine:
         self._layout = b""
         self._placement = Placement()
         self._flights = Flights(self._transport, self._placement, was_taken)
-        self._estimates = Estimates()
+        self.estimates = Estimates()
         self._ready: deque[Group] = deque()  # groups with pending calls, each once, served in turn
         self._dirty: set[Group] = set()  # groups that other threads have queued calls in
         self._dirty_lock = threading.Lock()
@@ -314,14 +314,14 @@ class Engine:
                 waiting = 0
                 self._send(group, items, address)
         if self._alive is not None:
-            for request in self._flights.recall(self._chunks.values()):
+            for request in self._flights.recall():
                 self._start(request)
 
     def _ahead(self, item: Item) -> int:
         """Return how many chunks a slot may have when one that begins with `item` is sent there."""
         # While a suspect is about, one: if it kills its worker, it takes no others with it. And what may take long does
         # not wait behind what may take long: the next free slot is soon enough.
-        is_sure = not self._suspects and (self._alive is None or self._estimates.is_short(item.function.digest))
+        is_sure = not self._suspects and (self._alive is None or self.estimates.is_short(item.function.digest))
         return _AHEAD if is_sure else 1
 
     def _take(self, group: Group) -> list[Item]:
@@ -339,7 +339,7 @@ class Engine:
             group._bytes_taken += item.size
             if not items:
                 digest = item.function.digest
-                most = 1 if single else self._estimates.chunk_size(digest, remaining, slots)
+                most = 1 if single else self.estimates.chunk_size(digest, remaining, slots)
             size += item.size
             items.append(item)
         return items
@@ -347,13 +347,11 @@ class Engine:
     def _send(self, group: Group, items: list[Item], address: str | None) -> None:
         key = f"{batch_label(items)}-{uuid.uuid4().hex}"
         group.in_flight[key] = items
-        behind = tuple(f for f in self._chunks.values() if address is not None and f.address == address)
-        flight = self._chunks[key] = Flight(key, group, items, address, behind=behind)
+        flight = self._chunks[key] = Flight(key, group, items, address)
         for item in items:
             if isinstance(item.sink, CallFuture):
                 item.sink.sent = True
-        if address is not None:
-            self._placement.add(address)
+        self._flights.take_off(flight)
         self._start(self._run_chunk(flight))
 
     def _start(self, coroutine: Any) -> None:
@@ -410,7 +408,7 @@ class Engine:
                 again.append(item)
             else:
                 done.append((item, outcome))
-        self._estimates.observe(items[0].function.digest, seconds, runs)
+        self.estimates.observe(items[0].function.digest, seconds, runs)
         self._requeue(group, again)
         if done:
             group.deliver(done)

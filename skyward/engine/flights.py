@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from skyward.engine.calls import Item, now
+from skyward.engine.calls import Estimates, Item, now
 from skyward.engine.group import Group
 from skyward.engine.placement import Placement
 from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
@@ -16,8 +17,8 @@ from skyward.wire import Chunk, Outcomes
 
 UNREACHABLE_S = 1.0
 """Seconds for which a worker that could not be reached gets nothing more. By feel: it is back by then, or gone."""
-_ATTEND_S = 0.05
-"""Seconds after which the scheduler is told of a chunk that runs. By feel: what is shorter, it need not plan with."""
+_ATTEND_S = 1.5 * Estimates.BUDGET_S
+"""Seconds after which the scheduler is told of a chunk that runs: only calls that are long themselves take so long."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +49,14 @@ class Flights:
         self._transport = transport
         self._placement = placement
         self._was_taken = was_taken
+        self._at: dict[str, list[Flight]] = defaultdict(list)  # in the order in which they were sent there
+
+    def take_off(self, flight: Flight) -> None:
+        """Count a chunk as one of its worker's. Whoever calls also calls `land`."""
+        if flight.address is not None:
+            self._placement.add(flight.address)
+            flight.behind = tuple(self._at[flight.address])
+            self._at[flight.address].append(flight)
 
     async def land(self, flight: Flight, chunk: Chunk) -> Outcomes | BaseException:
         """Return the outcomes of a chunk, or why there are none."""
@@ -60,6 +69,9 @@ class Flights:
         finally:
             if flight.address is not None:
                 self._placement.remove(flight.address)
+                self._at[flight.address].remove(flight)
+                if not self._at[flight.address]:
+                    del self._at[flight.address]
             if flight.attended is not None:
                 flight.attended.release()
         flight.has_ended, flight.behind = True, ()
@@ -114,14 +126,14 @@ class Flights:
             return True
         return self._was_taken is not None and await self._was_taken(result.address)
 
-    def recall(self, flights: Iterable[Flight]) -> Sequence[Awaitable[None]]:
+    def recall(self) -> Sequence[Awaitable[None]]:
         """Have chunks that wait behind others on one worker given back, if another worker has nothing to do."""
         if not self._placement.has_idle():
             return []
-        waiting = {f.address: f for f in flights if f.is_direct and not f.is_recalled}
         requests = []
-        for address in self._placement.crowded(a for a in waiting if a is not None):
-            flight = waiting[address]  # the last one that was sent there
-            flight.is_recalled = True
-            requests.append(self._transport.take_back(address, [flight.key]))
+        for address in self._placement.crowded():
+            last = self._at[address][-1] if address in self._at else None
+            if last is not None and last.is_direct and not last.is_recalled:
+                last.is_recalled = True
+                requests.append(self._transport.take_back(address, [last.key]))
         return requests

@@ -15,6 +15,10 @@ from skyward.engine.engine import Engine
 from skyward.engine.group import Delivery, Group
 from skyward.wire import Outcome
 
+_CHUNKS_AHEAD = 4
+"""Chunks per slot that may be on their way: some run, some wait, and some are being made meanwhile."""
+_AHEAD_CALLS = 50_000
+"""Calls that may be on their way, where there are not even more slots. By feel: a few dozen MB of small ones."""
 _AHEAD_BYTES = 256 << 20
 """Pickled arguments that may wait for a slot (bytes). By feel: enough to keep slots busy, little enough to hold."""
 
@@ -68,14 +72,14 @@ def _outcomes(
     known = len(calls) if isinstance(calls, (list, tuple)) else None
     early: dict[int, tuple[Item, Outcome | BaseException]] = {}
     fed = ended = turn = 0
+    digest = ""  # of the last function
     exhausted = False
     finished = False
     try:
         while True:
-            most = _window(engine, group)
             while (
                 not exhausted
-                and fed - ended < most
+                and fed - ended < (most := _window(engine, digest))
                 and len(early) < 4 * most
                 and group.pending_bytes < _AHEAD_BYTES
             ):
@@ -85,7 +89,9 @@ def _outcomes(
                     break
                 fed += 1
                 group.expected = None if known is None else known - fed
-                group.put(group.packer.pack(call, index))
+                item = group.packer.pack(call, index)
+                digest = item.function.digest
+                group.put(item)
             if fed == ended:
                 finished = True
                 return
@@ -109,7 +115,8 @@ def _outcomes(
             group.cancel()
 
 
-def _window(engine: Engine, group: Group) -> int:
-    """Return how many calls may be on their way: a few chunks per slot, whatever chunks hold at present."""
-    size = max((len(items) for items in list(group.in_flight.values())), default=1)
-    return max(64, 8 * engine.slots, 4 * max(1, engine.slots) * size)
+def _window(engine: Engine, digest: str) -> int:
+    """Return how many calls of a function may be on their way: a few chunks per slot, as far as their size is known."""
+    slots = max(1, engine.slots)
+    chunks = _CHUNKS_AHEAD * slots * engine.estimates.chunk_calls(digest)
+    return max(64, 8 * slots, min(chunks, _AHEAD_CALLS))
