@@ -64,6 +64,8 @@ class PoolOptions(TypedDict, total=False):
     retries: int
 
 
+_DASHBOARD_S = 10.0
+"""Seconds to wait for the dashboard at most. By feel: it takes less than one."""
 _LINES_KEPT = 10_000
 """Lines of output kept per node for `ComputePool.logs`."""
 
@@ -322,7 +324,8 @@ class ComputePool:
 
     @property
     def dashboard_link(self) -> str:
-        """URL of the Dask dashboard."""
+        """URL of the Dask dashboard, which comes up a moment after the pool: this waits for it."""
+        self.cluster.has_dashboard.wait(_DASHBOARD_S)
         return str(self.cluster.dashboard_link)
 
     @property

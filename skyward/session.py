@@ -15,31 +15,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distributed import Client
-from distributed.versions import VersionMismatchWarning
-
 from skyward import events
-from skyward.cluster import joined
-from skyward.cluster.cluster import AgentCluster, SkyCluster
-from skyward.cluster.joined import JoinedCluster
-from skyward.cluster.local import local_cluster
-from skyward.cluster.machines import machine_cluster
-from skyward.cluster.record import Record
-from skyward.cluster.slot import LOG_TOPIC
 from skyward.console import Console
-from skyward.engine import Engine
 from skyward.errors import PoolBudgetError, PoolTimeoutError
 from skyward.logfile import LogFile
-from skyward.plan import make_plan
 from skyward.providers.base import Cloud, Machine
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
 from skyward.providers.ssh import SSH
-from skyward.provision import Provisioner
 from skyward.termination import unwind_on_termination
 
+# Dask and what needs it is imported where it is used: a local pool's agent starts meanwhile.
 if TYPE_CHECKING:
+    from distributed import Client
+
+    from skyward.cluster.cluster import AgentCluster, SkyCluster
+    from skyward.cluster.record import Record
+    from skyward.engine import Engine
     from skyward.pool import ComputePool
+    from skyward.provision import Provisioner
 
 
 _LOOK_AT_COST_S = 1.0
@@ -91,6 +85,11 @@ class Session:
         self.emit(events.InfraCreating())
 
         self.cluster = cluster = self._make_cluster(share)
+        from skyward.cluster import joined
+        from skyward.cluster.cluster import AgentCluster
+        from skyward.cluster.slot import LOG_TOPIC
+        from skyward.engine import Engine
+
         own = cluster if isinstance(cluster, AgentCluster) else None
         stack.callback(cluster.stop)
         joblib = threading.Thread(target=_register_joblib, name="skyward-joblib", daemon=True)
@@ -101,7 +100,7 @@ class Session:
         self.client = client = _connect(cluster, direct)
         stack.callback(client.close)
         see_share = direct
-        if isinstance(cluster, JoinedCluster):
+        if isinstance(cluster, joined.JoinedCluster):
             stack.callback(joined.forget, client, cluster)
             assert share is not None
             see_share = joined.prepare(client, cluster, share, spec.image.pip)
@@ -143,11 +142,18 @@ class Session:
         provider, spec = self.pool.provider, self.pool.spec
         match provider:
             case Dask():
+                from skyward.cluster import joined
+
                 return joined.joined_cluster(provider, self.pool_id)
             case Local():
+                from skyward.cluster.local import local_cluster
+
                 assert share is not None
                 return local_cluster(provider, spec, self.pool_id, share)
             case SSH():
+                from skyward.cluster.machines import machine_cluster
+                from skyward.cluster.record import Record
+
                 machines = provider.machines(spec.nodes)
                 self._record = record = Record(self.pool_id, provider.name, self._expires, machines)
                 self._stack.callback(record.close)
@@ -158,6 +164,11 @@ class Session:
                 return self._launch_cluster(provider)
 
     def _launch_cluster(self, clouds: tuple[Cloud, ...]) -> AgentCluster:
+        from skyward.cluster.machines import machine_cluster
+        from skyward.cluster.record import Record
+        from skyward.plan import make_plan
+        from skyward.provision import Provisioner
+
         spec = self.pool.spec
         plan = make_plan(clouds, spec)
         names = " or ".join(dict.fromkeys(cloud.name for cloud in clouds))
@@ -278,6 +289,11 @@ _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
 
 
 def _connect(cluster: SkyCluster, direct: bool) -> Client:
+    from distributed import Client
+    from distributed.versions import VersionMismatchWarning
+
+    from skyward.cluster.joined import JoinedCluster
+
     with _filtering, warnings.catch_warnings():
         if not isinstance(cluster, JoinedCluster):
             # What has to be the same on both sides is pinned; Dask also tells of packages that nobody asked for there.

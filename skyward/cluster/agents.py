@@ -81,7 +81,11 @@ class LocalAgent:
     def instance_id(self, node: int) -> str:
         return f"local-{self._config.pool_id}-{node}"
 
-    async def start(self, heard: Heard) -> None:
+    def spawn(self) -> None:
+        """Start its process before there is anyone to hear it: what we still have to import takes as long as it does.
+
+        Whoever calls also calls `stop`, or `kill` where there is no event loop.
+        """
         self._process = subprocess.Popen(
             [sys.executable, "-m", "skyward.cluster.node"],
             stdin=subprocess.PIPE,
@@ -90,9 +94,11 @@ class LocalAgent:
             start_new_session=True,  # a process group of its own: Ctrl-C does not reach it, one kill ends it all
         )
         _forget_after_fork(self._process)
+        self._write(self._config.to_json())
+
+    async def start(self, heard: Heard) -> None:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._listen, args=[loop, heard], name="skyward-agent", daemon=True).start()
-        self._write(self._config.to_json())
 
     def _listen(self, loop: asyncio.AbstractEventLoop, heard: Heard) -> None:
         assert self._process is not None
@@ -130,15 +136,22 @@ class LocalAgent:
                 await asyncio.to_thread(process.wait, 3)
             except subprocess.TimeoutExpired:
                 logger.debug("agent %s did not stop, killed", process.pid)
+        await asyncio.to_thread(self.kill)
+        return None
+
+    def kill(self) -> None:
+        """End all that is left of it at once, e.g. processes that tasks have started, and remove its files."""
+        self._stopping = True
+        process = self._process
+        if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, 9)  # whatever of its group is left, e.g. processes that tasks have started
-            await asyncio.to_thread(process.wait)
+                os.killpg(process.pid, 9)
+            process.wait()
             if process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
         for folder in (self._config.folder, *self._config.remove):
             shutil.rmtree(folder, ignore_errors=True)
-        return None
 
 
 def _forget_after_fork(process: subprocess.Popen[bytes]) -> None:

@@ -48,6 +48,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
         self.on_change: Callable[[], None] = lambda: None
         self.on_lost: Callable[[BaseException], None] = lambda _: None
         self.changed = asyncio.Event()
+        self.has_dashboard = threading.Event()  # set when `dashboard_link` leads to something
         self._loop_runner.start()
 
     def instance_id(self, node: int) -> str:
@@ -213,6 +214,8 @@ class AgentCluster(SkyCluster):
                 self._dashboard_port = event["dashboard"]
                 if self._address is not None and not self._address.done():
                     self._address.set_result(event["address"])
+            case "dashboard":
+                self.has_dashboard.set()
             case "failed":
                 lines = tuple(event.get("last_lines", ()))
                 self._fail(

@@ -35,6 +35,7 @@ class JoinedCluster(SkyCluster):
     def __init__(self, name: str, address: str, security: Any) -> None:
         super().__init__(name, security)
         self._address = address
+        self.has_dashboard.set()  # or it never will have one
 
     def start(self) -> None:
         try:

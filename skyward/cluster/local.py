@@ -6,11 +6,11 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dask.system
 
 from skyward.cluster.agents import LocalAgent
-from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.overlay import overlay
 from skyward.cluster.security import make_credentials
@@ -19,9 +19,12 @@ from skyward.providers.local import Local
 from skyward.runtime import thread_environment
 from skyward.spec import PoolSpec
 
+if TYPE_CHECKING:
+    from skyward.cluster.cluster import AgentCluster
+
 
 def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) -> AgentCluster:
-    """Return the cluster, not yet started. What the pool asks for and this machine lacks is found here."""
+    """Return the cluster, whose agent begins to start. What the pool asks for and this machine lacks is found here."""
     count = spec.accelerator.count if spec.accelerator else 0
     for node in range(spec.nodes):
         provider.devices(node, spec.nodes, count)
@@ -49,14 +52,23 @@ def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) ->
         },
         remove=(str(share),),
     )
-    return AgentCluster(
-        pool_id,
-        [LocalAgent(config, _environment(pool_id, site))],
-        security=credentials.security(),
-        slots_per_node=spec.concurrency,
-        timeout_s=spec.timeout,
-        node_spec=make_node,
-    )
+    agent = LocalAgent(config, _environment(pool_id, site))
+    try:
+        agent.spawn()
+        # It takes as long to import as the agent takes to start.
+        from skyward.cluster.cluster import AgentCluster
+
+        return AgentCluster(
+            pool_id,
+            [agent],
+            security=credentials.security(),
+            slots_per_node=spec.concurrency,
+            timeout_s=spec.timeout,
+            node_spec=make_node,
+        )
+    except BaseException:
+        agent.kill()
+        raise
 
 
 def _environment(pool_id: str, site: Path | None) -> dict[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,7 @@ class _Agent:
         self._nannies: dict[tuple[int, int], Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._security: Any = None
+        self._show_dashboard: Callable[[], Coroutine[Any, Any, None]] | None = None
 
     # --- to and from the caller -----------------------------------------------------------------------------
 
@@ -337,12 +340,20 @@ class _Agent:
             port=0,
             protocol="tls",
             security=self._security,
+            dashboard=False,  # for now: see `_add_dashboard`
             dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
             plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin()],
         )
         await stack.enter_async_context(scheduler)
         self._scheduler.set_result(scheduler.address)
+        self._show_dashboard = lambda: self._add_dashboard(scheduler)
         self._tell("scheduler", address=scheduler.address, dashboard=_http_port(scheduler))
+
+    async def _add_dashboard(self, scheduler: Any) -> None:
+        """Add the dashboard to the scheduler's server, late: what it imports would keep the pool waiting."""
+        dashboard = await asyncio.to_thread(importlib.import_module, "distributed.dashboard.scheduler")
+        dashboard.connect(scheduler.http_application, scheduler.http_server, scheduler)
+        self._tell("dashboard")
 
     def _add(self, node: NodeSpec) -> None:
         for slot in range(len(node.environments)):
@@ -365,6 +376,9 @@ class _Agent:
                 await asyncio.sleep(0 if failures < _ATTEMPTS else _AGAIN_S)
                 continue
             failures, came_up = 0, True
+            if self._show_dashboard is not None:
+                self._spawn(self._show_dashboard())
+                self._show_dashboard = None
             self._tell("worker", node=node.node, slot=slot, address=nanny.worker_address, pid=nanny.pid)
             await nanny.finished()
 
@@ -398,6 +412,8 @@ class _Agent:
 
 async def _close(server: asyncio.Server) -> None:
     server.close()
+
+
 
 
 def _http_port(scheduler: Any) -> int | None:
