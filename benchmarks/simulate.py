@@ -79,7 +79,7 @@ def main() -> None:
         call, chunk = min(measure(client, calls, workers) for _ in range(3 if calls <= 200_000 else 1))
         most = CALL_S / call
         print(f"| {calls:,} | {workers:,} | {call * 1e6:.1f} | {chunk * 1e3:.2f} | {most:.0f} |")
-    print(f"\nCalls of {CALL_S * 1e3:g} ms in chunks of up to {Estimates.TARGET_S:g} s. Of calls that take a second one caller")
+    print(f"\nCalls of {CALL_S * 1e3:g} ms in chunks of up to {Estimates.TARGET_S:g} s. Of calls of a second it")
     print("keeps a thousand times as many workers busy.")
 
 
