@@ -1,0 +1,20 @@
+"""The cases of `bench.py`, each in a module of its own."""
+
+from benchmarks.case import Case
+from benchmarks.cases import (
+    array,
+    broadcast,
+    durations,
+    estimators,
+    gather,
+    latency,
+    memory,
+    model,
+    noops,
+    results,
+    start,
+    stream,
+)
+
+_MODULES = (latency, gather, durations, noops, array, memory, model, results, broadcast, stream, estimators, start)
+CASES: dict[str, Case] = {module.CASE.name: module.CASE for module in _MODULES}
