@@ -285,6 +285,8 @@ class _Hosts:
         """Leave it: it is the user's."""
 
 
+_MOST_CHUNKS = 16_384
+"""Chunks that may be on their way at once, each with a connection of its own: two for each of many thousand slots."""
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
 
 
@@ -301,7 +303,9 @@ def _connect(cluster: SkyCluster, direct: bool) -> Client:
         client = Client.__new__(Client)
         try:
             # Not the default client: that is for the caller to choose.
-            client.__init__(cluster, set_as_default=False, direct_to_workers=direct)
+            client.__init__(
+                cluster, set_as_default=False, direct_to_workers=direct, connection_limit=_MOST_CHUNKS
+            )
         except BaseException:
             # Ctrl-C as a rule. Left to the garbage collector, it would wait for an event loop that has ended by then.
             with contextlib.suppress(Exception):
