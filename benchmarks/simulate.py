@@ -32,9 +32,10 @@ class Instant:
 
     def __init__(self) -> None:
         self.chunks = 0
+        self.delivery = SimpleNamespace(update=lambda *_: None)
 
-    async def arguments(self, chunk: Chunk) -> list[Any]:
-        return [chunk]
+    async def prepare(self, *_: Any) -> None:
+        pass
 
     async def send(self, _: str, chunk: Chunk, when_sent: Any) -> Outcomes:
         when_sent()

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from skyward import interrupts, pickling
+from skyward import interrupts, pickling, shelf
 from skyward.errors import SerializationError
 from skyward.wire import (
     BlobRef,
@@ -339,16 +339,17 @@ class _Shipped:
         return fn
 
     def _buffer(self, ref: BlobRef) -> Any:
-        if ref.path is None:
+        if ref.digest in self._blobs:
             return memoryview(self._blobs[ref.digest]).toreadonly()
-        found = _maps.get(ref.path)
+        path = ref.path or str(shelf.path_of(ref.digest))
+        found = _maps.get(path)
         if found is None:
-            fd = os.open(ref.path, os.O_RDONLY)
+            fd = os.open(path, os.O_RDONLY)
             try:
                 found = mmap.mmap(fd, ref.nbytes, access=mmap.ACCESS_READ)
             finally:
                 os.close(fd)
-            _maps[ref.path] = found
+            _maps[path] = found
         return found
 
 

@@ -22,7 +22,7 @@ class BlobRef(NamedTuple):
 
     digest: str
     nbytes: int
-    path: str | None  # None: the data comes with the task, under this digest
+    path: str | None  # None: the data comes with the task, under this digest, or lies on the node's shelf
 
 
 class FunctionRef(NamedTuple):
@@ -53,6 +53,10 @@ class Participant(NamedTuple):
 
 RUN, TAKE_BACK, RAN = "skyward_run", "skyward_take_back", "skyward-ran"
 """What a worker is asked to do with a chunk, and what it tells the scheduler afterwards."""
+KEEP, READ, FETCH, DROP = "skyward_keep", "skyward_read", "skyward_fetch", "skyward_drop"
+"""What a worker is asked to do with a large buffer."""
+PIECE = 32 << 20
+"""Bytes of a large buffer that travel in one message."""
 
 
 def barrier_handler(pool_id: str, *, abort: bool = False) -> str:

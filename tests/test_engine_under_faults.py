@@ -59,6 +59,7 @@ class Workers:
         self.fates = iter(fates)
         self.engine: Engine
         self.losses: Counter[int] = Counter()  # of calls that had begun
+        self.delivery = SimpleNamespace(update=lambda *_: None)
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._waiting: set[str] = set()
         self._taken_back: set[str] = set()
@@ -67,8 +68,8 @@ class Workers:
     def slots(self) -> list[Slot]:
         return [Slot(address, 0, number) for number, address in enumerate(self.alive)]
 
-    async def arguments(self, chunk: Chunk) -> list[Any]:
-        return [chunk]
+    async def prepare(self, *_: Any) -> None:
+        pass
 
     async def send(self, address: str, chunk: Chunk, when_sent: Any) -> Outcomes:
         chunk = pickle.loads(pickle.dumps(chunk))

@@ -27,6 +27,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from skyward import shelf
 from skyward.bootstrap import POWER_OFF
 from skyward.cluster import metrics, notice
 from skyward.cluster.config import AgentConfig, NodeSpec
@@ -392,7 +393,12 @@ class _Agent:
             host=self.config.host,
             security=self._security,
             protocol="tls",
-            env={**node.environments[slot], "SKYWARD_NODE": str(node.node), "SKYWARD_SLOT": str(slot)},
+            env={
+                **node.environments[slot],
+                shelf.VARIABLE: f"{self.config.folder}/shelf",
+                "SKYWARD_NODE": str(node.node),
+                "SKYWARD_SLOT": str(slot),
+            },
             resources=node.resources[slot],
             memory_limit=0,
             local_directory=self.config.folder,

@@ -13,7 +13,7 @@ import time
 import warnings
 from typing import Any
 
-from skyward import inbox, interrupts, runtime
+from skyward import inbox, interrupts, runtime, shelf
 
 LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
@@ -24,6 +24,7 @@ _LINES_KEPT = 2_000
 async def dask_setup(worker: Any) -> None:
     interrupts.may_restart = True
     inbox.install(worker)
+    shelf.install(worker)
     _die_with_parent()
     # Every warning goes to the caller, whose own filters then decide what is shown.
     warnings.simplefilter("always")

@@ -126,8 +126,7 @@ class Broadcaster:
     ) -> Outcome | BaseException:
         self._engine._placement.add(address)
         try:
-            arguments = await self._engine._transport.arguments(self._engine._chunk(key, [item], part))
-            result = await self._engine._transport.run(key, arguments, workers=[address], priority=100)
+            result = await self._engine._run_part(self._engine._chunk(key, [item], part), address)
         except WorkerGoneError:
             return WorkerDiedError(
                 f"the worker of part {part.rank} of {part.size} died during the broadcast of "

@@ -279,6 +279,7 @@ class Engine:
         self._read.set()
         if self._alive is not None:
             self._flights.lose(self._chunks.values(), self._alive())
+            self._transport.delivery.update(self._placement.nodes(), self._alive())
         self._pump()
 
     def _take_dirty(self) -> None:
@@ -388,6 +389,15 @@ class Engine:
         else:
             self._lost(group, items, result, now() - began)
         self._pump()
+
+    async def _run_part(self, chunk: Chunk, address: str) -> Outcomes:
+        """Run a part of a broadcast on its worker, before all else that waits there."""
+        if self._alive is None:
+            arguments = await self._transport.arguments(chunk)
+        else:
+            await self._transport.prepare(chunk, self._placement.node(address), address)
+            arguments = [chunk]
+        return await self._transport.run(chunk.key, arguments, workers=[address], priority=100)
 
     # --- in the loop: outcomes ------------------------------------------------------------------------------
 

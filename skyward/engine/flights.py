@@ -78,15 +78,14 @@ class Flights:
         return outcomes
 
     async def _outcomes(self, flight: Flight, chunk: Chunk) -> Outcomes:
-        arguments = await self._transport.arguments(chunk)
+        if flight.address is None:
+            arguments = await self._transport.arguments(chunk)
+            if flight.is_dropped:
+                raise asyncio.CancelledError
+            return await self._transport.run(flight.key, arguments)
+        await self._transport.prepare(chunk, self._placement.node(flight.address), flight.address)
         if flight.is_dropped:
             raise asyncio.CancelledError
-        if flight.address is None:
-            return await self._transport.run(flight.key, arguments)
-        if len(arguments) > 1:  # what lies on the cluster reaches a chunk that is a task
-            return await self._transport.run(
-                flight.key, arguments, workers=[flight.address], allow_other_workers=True
-            )
         flight.is_direct = True
 
         def when_sent() -> None:

@@ -17,7 +17,7 @@ class Placement:
     def __init__(self) -> None:
         self._load: dict[str, int] = {}  # of workers that have something, also of those that are gone
         self._levels: list[dict[str, None]] = [{}]  # present workers by their load
-        self._names: dict[str, str] = {}  # of all workers that ever were, for messages
+        self._places: dict[str, Slot] = {}  # of all workers that ever were
         self._shunned: dict[str, float] = {}
         self.count = 0
 
@@ -25,7 +25,7 @@ class Placement:
         """Take note of the slots that there are now."""
         self._levels = [{}]
         for slot in slots:
-            self._names[slot.address] = f"{slot.node}-{slot.number}"
+            self._places[slot.address] = slot
             self._level(self._load.get(slot.address, 0))[slot.address] = None
         self.count = sum(slot.threads for slot in slots)
         there = {slot.address for slot in slots}
@@ -81,5 +81,13 @@ class Placement:
         """Return the addresses of workers that have something to do."""
         return set(self._load)
 
+    def node(self, address: str) -> int:
+        return self._places[address].node
+
+    def nodes(self) -> set[int]:
+        """Return the nodes that there are now."""
+        return {self._places[address].node for level in self._levels for address in level}
+
     def name(self, address: str) -> str:
-        return self._names.get(address, address)
+        slot = self._places.get(address)
+        return f"{slot.node}-{slot.number}" if slot is not None else address

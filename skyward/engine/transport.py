@@ -1,7 +1,7 @@
 """The engine's way to the cluster and back: chunks go to workers, are ended there, large buffers are scattered.
 
 A chunk for a certain worker goes to it directly, or through the scheduler where the caller does not reach workers: a
-Dask task costs ten times as long. It is a task where it is for any worker, or needs buffers that lie on the cluster.
+Dask task takes ten times as long. It is a task where the scheduler chooses the worker.
 
 Used in the event loop of the Dask client only.
 """
@@ -18,6 +18,7 @@ from distributed.comm import CommClosedError
 from distributed.core import send_recv
 
 from skyward import inbox, interrupts, runtime
+from skyward.engine.delivery import Delivery
 from skyward.engine.store import Store
 from skyward.wire import RUN, TAKE_BACK, Chunk, Outcomes
 
@@ -45,12 +46,25 @@ class Transport:
         self._store = store
         self._direct = direct
         self._scattered: dict[str, asyncio.Task[Any]] = {}
+        self.delivery = Delivery(store, self._send)
+
+    async def prepare(self, chunk: Chunk, node: int, address: str) -> None:
+        """Bring the large buffers that a chunk needs to the node of the worker that it is for.
+
+        Raises
+        ------
+        UnreachableError
+            One did not arrive.
+        """
+        if digests := _not_in_files(chunk):
+            try:
+                await self.delivery.bring(digests, node, address)
+            except OSError as exc:
+                raise UnreachableError(address) from exc
 
     async def arguments(self, chunk: Chunk) -> list[Any]:
         """Return the chunk and the futures of those large buffers that lie on the cluster rather than in files."""
-        digests: dict[str, None] = {}
-        for refs in [*(f.buffers for f in chunk.functions), *(c.buffers for c in chunk.calls)]:
-            digests.update((r.digest, None) for r in refs if r.path is None)
+        digests = _not_in_files(chunk)
         for digest in self._store.dropped:
             self._scattered.pop(digest, None)
         self._store.dropped.clear()
@@ -166,8 +180,17 @@ class Transport:
             await asyncio.sleep(0.05)
 
     def forget(self) -> None:
-        """Let go of what was scattered."""
+        """Let go of what was scattered, and of what is on its way."""
         self._scattered.clear()
+        self.delivery.close()
+
+
+def _not_in_files(chunk: Chunk) -> dict[str, None]:
+    """Return the digests of the large buffers that a chunk needs and that are not in files which the worker sees."""
+    digests: dict[str, None] = {}
+    for refs in [*(f.buffers for f in chunk.functions), *(c.buffers for c in chunk.calls)]:
+        digests.update((r.digest, None) for r in refs if r.path is None)
+    return digests
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,8 +121,8 @@ def boot(site: Site, baked: Path) -> Iterator[Callable[..., list[Machine]]]:
     """Boots so many machines with the environment for `IMAGE`, for the tests of one file."""
     booted: list[Machine] = []
 
-    def boot(count: int) -> list[Machine]:
-        machines = site.boot(count, baked=baked)
+    def boot(count: int, **options: Any) -> list[Machine]:
+        machines = site.boot(count, baked=baked, **options)
         booted.extend(machines)
         return machines
 

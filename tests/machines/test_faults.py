@@ -22,7 +22,7 @@ from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 from tests.waiting import wait_until
 
-Boot = Callable[[int], list[Machine]]
+Boot = Callable[..., list[Machine]]
 AGENT = "skyward.cluster.nod[e]"  # as a pattern, which does not find its own command line
 
 
@@ -214,6 +214,38 @@ def test_a_large_argument_is_sent_again_when_the_worker_that_had_it_is_lost(site
         for machine, pid in zip(machines, sky.compute(os.getpid)() @ pool, strict=True):
             machine.run(f"kill -KILL {pid}")  # one of them has the copy that the others take theirs from
             assert total(array) >> pool == 400_000
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_large_argument_lies_once_on_each_machine(site: Site, boot: Boot) -> None:
+    import numpy as np
+
+    machines = boot(3)
+    array = np.arange(9_000_000, dtype=np.int64)  # 72 MB: in several pieces
+
+    @sky.compute
+    def total(a: Any) -> tuple[int, bool]:
+        return int(a.sum()), bool(a.flags.writeable)
+
+    with open_pool(site, machines, concurrency=2) as pool:
+        assert total(array) @ pool.slots == ((int(array.sum()), False),) * 6
+        assert sky.gather(*(total(array) for _ in range(12))) >> pool == ((int(array.sum()), False),) * 12
+        for machine in machines:
+            (size,) = machine.run("stat -c %s /tmp/skyward-*/shelf/*").split()
+            assert int(size) == array.nbytes
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_large_argument_without_room_is_an_error_and_the_pool_goes_on(site: Site, boot: Boot) -> None:
+    import numpy as np
+
+    (machine,) = boot(1, disk="200m")
+    total = sky.compute(lambda a: int(a.sum()))
+
+    with open_pool(site, [machine]) as pool:
+        with pytest.raises(sky.PoolError, match=r"argument of 320 MB can't be kept on .*: No space left"):
+            total(np.ones(40_000_000)) >> pool
+        assert total(np.ones(200_000)) >> pool == 200_000
 
 
 @pytest.mark.usefixtures("data_folder")

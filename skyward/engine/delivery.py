@@ -1,0 +1,117 @@
+"""Large buffers on their way to nodes that share no files with the caller: each once per node.
+
+The caller sends a buffer to one node; the others have it from those that have it already, two at a time from each, so
+that a broadcast to many nodes takes no longer than a few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Any
+
+from skyward.engine.store import Store
+from skyward.wire import DROP, FETCH, KEEP, PIECE
+
+_READERS = 2
+"""Nodes that a node sends a buffer to at once. By feel: more would share its line."""
+
+
+class Delivery:
+    """Brings buffers of `store` to nodes. `send` calls a handler of the worker at an address. In the event loop."""
+
+    def __init__(self, store: Store, send: Callable[..., Awaitable[Any]]) -> None:
+        self._store = store
+        self._send = send
+        self._there: dict[tuple[int, str], asyncio.Task[None]] = {}  # by node and digest
+        self._sources: dict[str, asyncio.Queue[str | None]] = {}  # who may send it next; None: the caller
+        self._alive: Collection[str] = ()
+        self._writers: dict[tuple[int, str], str] = {}  # the workers that have received them
+        self._removals: set[asyncio.Task[None]] = set()
+
+    async def bring(self, digests: Iterable[str], node: int, address: str) -> None:
+        """Return when the node has the buffers; the worker at `address`, one of its own, receives those it lacks.
+
+        Raises
+        ------
+        OSError
+            A buffer did not arrive.
+        RuntimeError
+            There is no room for it.
+        """
+        self._drop()
+        coming = []
+        for digest in digests:
+            task = self._there.get((node, digest))
+            if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+                task = self._there[node, digest] = asyncio.ensure_future(self._bring(digest, node, address))
+            coming.append(task)
+        for task in coming:
+            await asyncio.shield(task)
+
+    async def _bring(self, digest: str, node: int, address: str) -> None:
+        sources = self._sources.get(digest)
+        if sources is None:
+            sources = self._sources[digest] = asyncio.Queue()
+            sources.put_nowait(None)
+        source = await sources.get()
+        if source not in self._alive:
+            source = None
+        try:
+            if source is None:
+                await self._upload(digest, address)
+            else:
+                total = len(self._store.data(digest))
+                await self._ask(address, FETCH, digest=digest, total=total, source=source)
+        except BaseException:
+            sources.put_nowait(None)  # whoever is next has it from the caller
+            raise
+        self._writers[node, digest] = address
+        for _ in range(_READERS):
+            sources.put_nowait(address)
+        if source is not None:
+            sources.put_nowait(source)
+
+    async def _upload(self, digest: str, address: str) -> None:
+        from distributed.protocol import to_serialize
+
+        data = memoryview(self._store.data(digest))
+        for start in range(0, data.nbytes, PIECE):
+            piece = to_serialize(data[start : start + PIECE])
+            await self._ask(address, KEEP, digest=digest, start=start, total=data.nbytes, data=piece)
+
+    async def _ask(self, address: str, op: str, **what: Any) -> None:
+        refusal = await self._send(address, op, **what)
+        if refusal is not None:
+            kind, text = refusal
+            raise OSError(text) if kind == "source" else RuntimeError(text)
+
+    def update(self, nodes: Collection[int], workers: Collection[str]) -> None:
+        """Take note of the nodes and workers that there are now: what others had is forgotten."""
+        self._alive = workers
+        for key in [key for key in self._there if key[0] not in nodes]:
+            del self._there[key]
+            self._writers.pop(key, None)
+
+    def _drop(self) -> None:
+        """Let nodes remove what the store has dropped."""
+        dropped, self._store.dropped[:] = set(self._store.dropped), []
+        for key in [key for key in self._there if key[1] in dropped]:
+            del self._there[key]
+            if address := self._writers.pop(key, None):
+                removal = asyncio.ensure_future(self._remove(address, key[1]))
+                self._removals.add(removal)
+                removal.add_done_callback(self._removals.discard)
+        for digest in dropped:
+            self._sources.pop(digest, None)
+
+    async def _remove(self, address: str, digest: str) -> None:
+        with contextlib.suppress(OSError):  # the worker is gone; the node removes all of the pool's files at its end
+            await self._send(address, DROP, digests=[digest])
+
+    def close(self) -> None:
+        """Stop whatever is on its way."""
+        for task in (*self._there.values(), *self._removals):
+            task.cancel()
+        self._there.clear()
