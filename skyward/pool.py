@@ -177,6 +177,7 @@ class ComputePool:
         self._ended: BaseException | None = None
         self._last_cost = 0.0
         self._logs: dict[int, deque[str]] = {}
+        self._seen: dict[str, int] = {}  # lines of each worker process that have come
 
     # --- life -----------------------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class ComputePool:
                 raise PoolError("this pool is active already; make a second ComputePool to have another one")
             self._ended = None
             self._last_cost = 0.0
-            self._logs = {}
+            self._logs, self._seen = {}, {}
             from skyward.session import Session
 
             self._session = Session(self)
@@ -445,12 +446,16 @@ class ComputePool:
             return
         from skyward.events import LogLine
 
-        _, message = event
+        message = event[1] if isinstance(event, tuple) else event
         node = message["node"]
         kept = self._logs.setdefault(node, deque(maxlen=_LINES_KEPT))
-        lines = message["lines"]
+        # The same lines may come twice, by two ways: see `_Shipper`.
+        seen = self._seen.get(message["process"], 0)
+        lines = message["lines"][max(0, seen - message["first"]) :]
+        self._seen[message["process"]] = max(seen, message["first"] + len(message["lines"]))
         if message["dropped"]:
-            lines = [(lines[0][0], f"... {message['dropped']} lines dropped ..."), *lines]
+            stamp = message["lines"][0][0]
+            lines = [(stamp, f"... {message['dropped']} lines dropped ..."), *lines]
         instance_id = session.cluster.instance_id(node)
         for stamp, line in lines:
             kept.append(line)

@@ -147,8 +147,12 @@ def _host(address: str) -> str:
 # --- running calls ------------------------------------------------------------------------------------------
 
 
-before_result: list[Callable[[], None]] = []
-"""Called when a chunk is done, before its outcomes leave: what tasks have printed goes out first."""
+def _no_output() -> Any:
+    return None
+
+
+take_output: Callable[[], Any] = _no_output
+"""Called when a chunk is done: what tasks have printed travels with their outcomes, so that it is there before them."""
 
 
 def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
@@ -169,9 +173,7 @@ def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
     except interrupts.Interrupted:  # between two calls
         pass
     outcomes += [Outcome(why)] * (len(chunk.calls) - len(outcomes))
-    for hook in before_result:
-        hook()
-    return Outcomes(outcomes)
+    return Outcomes(outcomes, take_output())
 
 
 def _run_calls(

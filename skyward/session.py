@@ -116,6 +116,7 @@ class Session:
             was_taken=own.was_taken if own is not None else None,
             share=share if see_share else None,
             direct=direct,
+            on_output=pool._receive_lines,
             cores_per_slot=own.cores_per_slot if own is not None else 1,
             accelerator=accelerator.name if accelerator else None,
             accelerators_per_node=accelerator.count if accelerator else 0,

@@ -121,16 +121,17 @@ class Outcome(NamedTuple):
 
 @dataclass(slots=True)
 class Outcomes:
-    """One outcome per call of a chunk. Large buffers inside leave the pickle uncopied."""
+    """One outcome per call of a chunk, and what was printed until then. Large buffers leave the pickle uncopied."""
 
     items: list[Outcome] = field(default_factory=list)
+    output: Any = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if int(protocol) < 5:
             items = [o._replace(buffers=tuple(bytes(b) for b in o.buffers)) if o.buffers else o for o in self.items]
-            return Outcomes, (items,)
+            return Outcomes, (items, self.output)
         items = [
             o._replace(buffers=tuple(pickle.PickleBuffer(b) for b in o.buffers)) if o.buffers else o
             for o in self.items
         ]
-        return Outcomes, (items,)
+        return Outcomes, (items, self.output)

@@ -166,3 +166,19 @@ def test_workers_are_crowded_when_something_waits_there() -> None:
     placement.remove("w0")
     placement.remove("w1")
     assert placement.busy() == set()
+
+
+# --- what calls print ---------------------------------------------------------------------------------------
+
+
+def test_what_a_call_prints_is_there_once_and_in_order_when_its_result_is(pool: sky.ComputePool) -> None:
+    @sky.compute
+    def say(i: int) -> None:
+        print(f"{i} begins")
+        time.sleep(0.15)  # meanwhile that is sent
+        print(f"{i} ends")
+
+    before = len(pool.logs())
+    for i in range(4):
+        say(i) >> pool
+        assert pool.logs()[before:] == [f"{n} {word}" for n in range(i + 1) for word in ("begins", "ends")]

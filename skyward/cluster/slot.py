@@ -10,13 +10,17 @@ import os
 import sys
 import threading
 import time
+import uuid
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from skyward import inbox, interrupts, runtime, shelf
 
 LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
+_AGAIN_S = 1.0
+"""Seconds for which lines that were sent go again with outcomes. By feel: events take a few dozen milliseconds."""
 _LINES_KEPT = 2_000
 """Lines that wait to be sent; a storm drops the oldest and says how many. By feel: a screenful many times over."""
 
@@ -31,7 +35,7 @@ async def dask_setup(worker: Any) -> None:
     shipper = _Shipper(worker)
     sys.stdout = _Lines(shipper)
     sys.stderr = _Lines(shipper)
-    runtime.before_result.append(shipper.flush)
+    runtime.take_output = shipper.take
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -49,7 +53,11 @@ def _die_with_parent() -> None:
 
 
 class _Shipper:
-    """Sends lines to the caller through Dask's event stream, in order, a batch at a time."""
+    """Sends lines to the caller, in order, a batch at a time: through Dask's event stream, and with outcomes.
+
+    Outcomes may be faster than events. So they bring the last second's lines again, and the caller, who knows by the
+    lines' numbers which it has, leaves out the others.
+    """
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -57,6 +65,9 @@ class _Shipper:
         self._slot = int(os.environ.get("SKYWARD_SLOT", "0"))
         self._lines: collections.deque[tuple[float, str]] = collections.deque()
         self._dropped = 0
+        self._sent: collections.deque[tuple[float, float, str]] = collections.deque(maxlen=_LINES_KEPT)  # lately
+        self._count = 0
+        self._id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._wanted = threading.Event()
         threading.Thread(target=self._run, name="skyward-logs", daemon=True).start()
@@ -71,13 +82,30 @@ class _Shipper:
 
     def flush(self) -> None:
         with self._lock:
-            lines, dropped = list(self._lines), self._dropped
-            self._lines.clear()
-            self._dropped = 0
-            if lines:
-                message = {"node": self._node, "slot": self._slot, "dropped": dropped, "lines": lines}
+            if message := self._take():
                 # Under the lock: two flushes must not change the order of lines.
                 self._worker.log_event(LOG_TOPIC, message)
+
+    def take(self) -> dict[str, Any] | None:
+        """Return what has not been sent, and what was sent just now."""
+        with self._lock:
+            return self._take(list(self._sent))
+
+    def _take(self, again: Sequence[tuple[float, float, str]] = ()) -> dict[str, Any] | None:
+        now = time.monotonic()
+        while self._sent and self._sent[0][0] < now - _AGAIN_S:
+            self._sent.popleft()
+        again = [entry for entry in again if entry[0] >= now - _AGAIN_S]
+        new = [(now, *line) for line in self._lines]
+        self._lines.clear()
+        self._sent.extend(new)
+        first = self._count - len(again)
+        self._count += len(new)
+        dropped, self._dropped = self._dropped, 0
+        if not (again or new):
+            return None
+        lines = [entry[1:] for entry in (*again, *new)]
+        return {"node": self._node, "process": self._id, "first": first, "dropped": dropped, "lines": lines}
 
     def _run(self) -> None:
         while True:

@@ -68,6 +68,8 @@ class Engine:
         Folder that caller and workers both see, for large buffers; None when there is no such folder.
     direct
         Whether the client may fetch results from workers directly rather than through the scheduler.
+    on_output
+        Hears, in the loop, what tasks have printed, before their outcomes are delivered.
     cores_per_slot
         Cores that a call may use.
     head_port
@@ -86,6 +88,7 @@ class Engine:
         was_taken: Callable[[str], Awaitable[bool]] | None = None,
         share: Path | None = None,
         direct: bool = True,
+        on_output: Callable[[Any], None] = lambda _: None,
         cores_per_slot: int = 1,
         head_port: int = 29500,
         accelerator: str | None = None,
@@ -100,7 +103,7 @@ class Engine:
         self._slots = slots
         self._expected = expected
         self._alive = alive
-        self._transport = Transport(client, self.store, direct=direct)
+        self._transport = Transport(client, self.store, direct=direct, on_output=on_output)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
         self._thread: int | None = None
         self._facts = (pool_id, head_port, accelerator, accelerators_per_node)

@@ -39,10 +39,16 @@ class UnreachableError(Exception):
 
 
 class Transport:
-    """Sends chunks through one Dask client. `direct`: the caller reaches workers without the scheduler's help."""
+    """Sends chunks through one Dask client. `direct`: the caller reaches workers without the scheduler's help.
 
-    def __init__(self, client: Any, store: Store, *, direct: bool) -> None:
+    `on_output` hears, in the loop, what tasks have printed, before their outcomes are returned.
+    """
+
+    def __init__(
+        self, client: Any, store: Store, *, direct: bool, on_output: Callable[[Any], None] = lambda _: None
+    ) -> None:
         self.client = client
+        self._on_output = on_output
         self._store = store
         self._direct = direct
         self._scattered: dict[str, asyncio.Task[Any]] = {}
@@ -99,7 +105,11 @@ class Transport:
             raise WorkerGoneError(address) from exc
         except OSError as exc:
             raise UnreachableError(address) from exc
-        outcomes: Outcomes = pickle.loads(answer) if isinstance(answer, bytes) else answer
+        return self._heard(pickle.loads(answer) if isinstance(answer, bytes) else answer)
+
+    def _heard(self, outcomes: Outcomes) -> Outcomes:
+        if outcomes.output is not None:
+            self._on_output(outcomes.output)
         return outcomes
 
     async def _send(
@@ -144,13 +154,12 @@ class Transport:
         gathering = asyncio.ensure_future(self.client.gather(future, direct=self._direct, asynchronous=True))
         gathering.add_done_callback(_retrieve)
         try:
-            outcomes: Outcomes = await asyncio.shield(gathering)
+            return self._heard(await asyncio.shield(gathering))
         except Exception as exc:
             if type(exc).__name__ != "KilledWorker":
                 raise
             worker = getattr(exc, "last_worker", None)
             raise WorkerGoneError(getattr(worker, "address", ""), getattr(worker, "name", None)) from exc
-        return outcomes
 
     async def interrupt(self, keys: list[str]) -> set[str]:
         """Take tasks off the cluster: queued ones are dropped, running ones interrupted.
