@@ -51,12 +51,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._file.seek(0)
         self._file.truncate()
         self._buffers = []
-        self.clear_memo()
         try:
             self.dump(obj)
             return self._file.getvalue(), self._buffers
         finally:
             self._buffers = []
+            self.clear_memo()  # which keeps alive what was pickled
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (FunctionType, type)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,16 @@ def test_only_large_buffers_leave_the_pickle() -> None:
     assert [b.raw().nbytes for b in buffers] == [large.nbytes]
     assert len(data) < 2000
     np.testing.assert_array_equal(pickling.loads(data, buffers)[1], large)
+
+
+def test_what_was_pickled_is_not_kept_alive() -> None:
+    array = np.ones(10)
+    gone = weakref.ref(array)
+
+    pickling.dumps([array])
+    del array
+
+    assert gone() is None
 
 
 def test_modules_of_site_packages_travel_by_name() -> None:
