@@ -37,6 +37,9 @@ class Instant:
     async def prepare(self, *_: Any) -> None:
         pass
 
+    async def settle(self) -> None:
+        pass
+
     async def send(self, _: str, chunk: Chunk, when_sent: Any) -> Outcomes:
         when_sent()
         self.chunks += 1

@@ -71,6 +71,9 @@ class Workers:
     async def prepare(self, *_: Any) -> None:
         pass
 
+    async def settle(self) -> None:
+        pass
+
     async def send(self, address: str, chunk: Chunk, when_sent: Any) -> Outcomes:
         chunk = pickle.loads(pickle.dumps(chunk))
         await asyncio.sleep(0)

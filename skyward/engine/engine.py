@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import threading
@@ -26,7 +27,7 @@ from skyward.engine.flights import UNREACHABLE_S, Flight, Flights
 from skyward.engine.group import CallFuture, Group
 from skyward.engine.placement import Placement
 from skyward.engine.store import Store
-from skyward.engine.transport import Transport, WorkerGoneError
+from skyward.engine.transport import SETTLE_S, Transport, WorkerGoneError
 from skyward.errors import PoolError
 from skyward.wire import Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
 
@@ -211,6 +212,9 @@ class Engine:
     def close(self, reason: BaseException | None = None) -> None:
         """Cancel everything and forget it. Blocks until the loop has done so; may be called twice."""
         self.fail(reason or PoolError("the pool is closed"))
+        if self._loop.is_running():
+            with contextlib.suppress(Exception):  # one that is stuck, or ends now, and its connections with it
+                asyncio.run_coroutine_threadsafe(self._transport.settle(), self._loop).result(2 * SETTLE_S)
         self._callbacks.close()
         self.store.close()
 

@@ -24,6 +24,9 @@ from skyward.wire import RUN, TAKE_BACK, Chunk, Outcomes
 
 logger = logging.getLogger(__name__)
 
+SETTLE_S = 1.0
+"""Seconds that connections have to be made at the end. By feel: it takes milliseconds."""
+
 
 class WorkerGoneError(Exception):
     """The worker process that had the chunk has ended. `address` and `name` are Dask's, as far as they are known."""
@@ -52,6 +55,7 @@ class Transport:
         self._store = store
         self._direct = direct
         self._scattered: dict[str, asyncio.Task[Any]] = {}
+        self._connecting: set[asyncio.Future[Any]] = set()
         self.delivery = Delivery(store, self._send)
 
     async def prepare(self, chunk: Chunk, node: int, address: str) -> None:
@@ -120,13 +124,30 @@ class Transport:
                 when_sent()
             return await self.client.scheduler.proxy(msg={"op": op, **arguments}, worker=address)
         pool = self.client.rpc
-        comm = await pool.connect(address)
+        comm = await self._connect(address)
         if when_sent is not None:
             when_sent()
         try:
             return await send_recv(comm, op=op, **arguments)
         finally:
             pool.reuse(address, comm)
+
+    async def _connect(self, address: str) -> Any:
+        """Return a connection to a worker, for `reuse`. One that is being made when this is cancelled is kept."""
+        pool = self.client.rpc
+        connecting = asyncio.ensure_future(pool.connect(address))
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+        try:
+            return await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            connecting.add_done_callback(lambda done: _succeeded(done) and pool.reuse(address, done.result()))
+            raise
+
+    async def settle(self) -> None:
+        """Wait for connections that are being made: cut short, they would stay half open."""
+        if self._connecting:
+            await asyncio.wait(self._connecting, timeout=SETTLE_S)
 
     async def take_back(self, address: str, keys: list[str]) -> None:
         """Ask a worker to give back chunks that it has not begun: they come back as not run."""
@@ -205,3 +226,7 @@ def _not_in_files(chunk: Chunk) -> dict[str, None]:
 def _retrieve(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()
+
+
+def _succeeded(task: asyncio.Future[Any]) -> bool:
+    return not task.cancelled() and task.exception() is None
