@@ -27,6 +27,7 @@ NOT_FOR_US = {
     "test_search_callbacks_receive_search_instance": "asserts that a callback gets the search itself, not its equal",
     "test_search_callbacks_with_partial_fit_failures": "sends a class of a function's body with plain pickle",
     "test_cross_val_predict_decision_function_shape": _ORDER,
+    "test_learning_curve_params": _ORDER,
     "test_cross_val_score_score_func": "its scorer appends to a list in this process",
     "test_validation_functions_routing": _REGISTRY,
     "test_learning_curve_exploit_incremental_learning_routing": _REGISTRY,
