@@ -439,14 +439,13 @@ class ComputePool:
         """Return who hears of this pool's events: `on_event`, and what `on` has added."""
         return [*([self.spec.on_event] if self.spec.on_event is not None else []), *self._handlers]
 
-    def _receive_lines(self, event: Any) -> None:
+    def _receive_lines(self, message: Any) -> None:
         """Take a batch of lines that a worker has sent; runs in the client's event loop."""
         session = self._session
         if session is None:
             return
         from skyward.events import LogLine
 
-        message = event[1] if isinstance(event, tuple) else event
         node = message["node"]
         kept = self._logs.setdefault(node, deque(maxlen=_LINES_KEPT))
         # The same lines may come twice, by two ways: see `_Shipper`.

@@ -131,7 +131,7 @@ class Session:
             own.on_node_replaced = self._node_replaced
             own.on_metrics = self._metrics
         engine.wait_ready()
-        client.subscribe_topic(LOG_TOPIC, pool._receive_lines)
+        client.subscribe_topic(LOG_TOPIC, lambda event: pool._receive_lines(event[1]))
         joblib.join()
         if self._record is not None:
             self._record.running()

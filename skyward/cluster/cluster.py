@@ -186,6 +186,7 @@ class AgentCluster(SkyCluster):
         host, port = await self._agents[0].reach_scheduler(address)
         self._open_rpc(f"tls://{host}:{port}")
         await super()._start()
+        self._note_places()  # of workers that were there before
         if self._dashboard_port is not None:
             host, port = await self._agents[0].reach(self._dashboard_port)
             self._dashboard = f"http://{host}:{port}/status"
@@ -297,9 +298,9 @@ class AgentCluster(SkyCluster):
 
     async def _is_busy(self, addresses: Sequence[str]) -> bool:
         """Tell whether workers run something, as they said within the last second or two."""
-        workers = (await self.scheduler_comm.identity(n_workers=-1))["workers"]
         if self.busy().intersection(addresses):
             return True
+        workers = (await self.scheduler_comm.identity(n_workers=-1))["workers"]
         return any(workers[a]["metrics"].get("executing", 0) for a in addresses if a in workers)
 
     def addresses(self) -> set[str]:
@@ -308,6 +309,9 @@ class AgentCluster(SkyCluster):
 
     def _update_worker_status(self, op: str, msg: Any) -> None:
         super()._update_worker_status(op, msg)
+        self._note_places()
+
+    def _note_places(self) -> None:
         for address, worker in self.scheduler_info["workers"].items():
             self._places[address] = int(str(worker["name"]).partition("-")[0])
 
@@ -326,8 +330,7 @@ class AgentCluster(SkyCluster):
         return address in self._excused
 
     def _addresses(self, agent: Agent) -> list[str]:
-        workers = self.scheduler_info["workers"].items()
-        return [address for address, w in workers if int(str(w["name"]).partition("-")[0]) in agent.nodes]
+        return [address for address in self.scheduler_info["workers"] if self._places.get(address) in agent.nodes]
 
     def _replace(self, agent: Agent) -> None:
         if self._discard is not None and not self._stopping:

@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from skyward import inbox, interrupts, runtime, shelf
@@ -62,7 +61,6 @@ class _Shipper:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._node = int(os.environ.get("SKYWARD_NODE", "0"))
-        self._slot = int(os.environ.get("SKYWARD_SLOT", "0"))
         self._lines: collections.deque[tuple[float, str]] = collections.deque()
         self._dropped = 0
         self._sent: collections.deque[tuple[float, float, str]] = collections.deque(maxlen=_LINES_KEPT)  # lately
@@ -82,29 +80,29 @@ class _Shipper:
 
     def flush(self) -> None:
         with self._lock:
-            if message := self._take():
+            if message := self._take(again=False):
                 # Under the lock: two flushes must not change the order of lines.
                 self._worker.log_event(LOG_TOPIC, message)
 
     def take(self) -> dict[str, Any] | None:
         """Return what has not been sent, and what was sent just now."""
         with self._lock:
-            return self._take(list(self._sent))
+            return self._take(again=True)
 
-    def _take(self, again: Sequence[tuple[float, float, str]] = ()) -> dict[str, Any] | None:
+    def _take(self, *, again: bool) -> dict[str, Any] | None:
         now = time.monotonic()
         while self._sent and self._sent[0][0] < now - _AGAIN_S:
             self._sent.popleft()
-        again = [entry for entry in again if entry[0] >= now - _AGAIN_S]
+        old = list(self._sent) if again else []
         new = [(now, *line) for line in self._lines]
         self._lines.clear()
         self._sent.extend(new)
-        first = self._count - len(again)
+        first = self._count - len(old)
         self._count += len(new)
         dropped, self._dropped = self._dropped, 0
-        if not (again or new):
+        if not (old or new):
             return None
-        lines = [entry[1:] for entry in (*again, *new)]
+        lines = [entry[1:] for entry in (*old, *new)]
         return {"node": self._node, "process": self._id, "first": first, "dropped": dropped, "lines": lines}
 
     def _run(self) -> None:

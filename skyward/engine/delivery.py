@@ -24,10 +24,9 @@ class Delivery:
     def __init__(self, store: Store, send: Callable[..., Awaitable[Any]]) -> None:
         self._store = store
         self._send = send
-        self._there: dict[tuple[int, str], asyncio.Task[None]] = {}  # by node and digest
+        self._there: dict[tuple[int, str], asyncio.Task[str]] = {}  # by node and digest; the worker that received it
         self._sources: dict[str, asyncio.Queue[str | None]] = {}  # who may send it next; None: the caller
         self._alive: Collection[str] = ()
-        self._writers: dict[tuple[int, str], str] = {}  # the workers that have received them
         self._removals: set[asyncio.Task[None]] = set()
 
     async def bring(self, digests: Iterable[str], node: int, address: str) -> None:
@@ -44,13 +43,13 @@ class Delivery:
         coming = []
         for digest in digests:
             task = self._there.get((node, digest))
-            if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-                task = self._there[node, digest] = asyncio.ensure_future(self._bring(digest, node, address))
+            if task is None or (task.done() and not succeeded(task)):
+                task = self._there[node, digest] = asyncio.ensure_future(self._bring(digest, address))
             coming.append(task)
         for task in coming:
             await asyncio.shield(task)
 
-    async def _bring(self, digest: str, node: int, address: str) -> None:
+    async def _bring(self, digest: str, address: str) -> str:
         sources = self._sources.get(digest)
         if sources is None:
             sources = self._sources[digest] = asyncio.Queue()
@@ -67,11 +66,11 @@ class Delivery:
         except BaseException:
             sources.put_nowait(None)  # whoever is next has it from the caller
             raise
-        self._writers[node, digest] = address
         for _ in range(_READERS):
             sources.put_nowait(address)
         if source is not None:
             sources.put_nowait(source)
+        return address
 
     async def _upload(self, digest: str, address: str) -> None:
         from distributed.protocol import to_serialize
@@ -92,15 +91,14 @@ class Delivery:
         self._alive = workers
         for key in [key for key in self._there if key[0] not in nodes]:
             del self._there[key]
-            self._writers.pop(key, None)
 
     def _drop(self) -> None:
         """Let nodes remove what the store has dropped."""
         dropped, self._store.dropped[:] = set(self._store.dropped), []
         for key in [key for key in self._there if key[1] in dropped]:
-            del self._there[key]
-            if address := self._writers.pop(key, None):
-                removal = asyncio.ensure_future(self._remove(address, key[1]))
+            task = self._there.pop(key)
+            if task.done() and succeeded(task):
+                removal = asyncio.ensure_future(self._remove(task.result(), key[1]))
                 self._removals.add(removal)
                 removal.add_done_callback(self._removals.discard)
         for digest in dropped:
@@ -115,3 +113,8 @@ class Delivery:
         for task in (*self._there.values(), *self._removals):
             task.cancel()
         self._there.clear()
+
+
+def succeeded(done: asyncio.Future[Any]) -> bool:
+    """Tell whether a future that is done has a result."""
+    return not done.cancelled() and done.exception() is None

@@ -285,8 +285,9 @@ class Engine:
         self._layout = pickling.dumps(layout)[0]
         self._read.set()
         if self._alive is not None:
-            self._flights.lose(self._chunks.values(), self._alive())
-            self._transport.delivery.update(self._placement.nodes(), self._alive())
+            alive = self._alive()
+            self._flights.lose(self._chunks.values(), alive)
+            self._transport.delivery.update(self._placement.nodes(), alive)
         self._pump()
 
     def _take_dirty(self) -> None:

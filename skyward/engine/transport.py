@@ -18,7 +18,7 @@ from distributed.comm import CommClosedError
 from distributed.core import send_recv
 
 from skyward import inbox, interrupts, runtime
-from skyward.engine.delivery import Delivery
+from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.store import Store
 from skyward.wire import RUN, TAKE_BACK, Chunk, Outcomes
 
@@ -141,7 +141,7 @@ class Transport:
         try:
             return await asyncio.shield(connecting)
         except asyncio.CancelledError:
-            connecting.add_done_callback(lambda done: _succeeded(done) and pool.reuse(address, done.result()))
+            connecting.add_done_callback(lambda done: succeeded(done) and pool.reuse(address, done.result()))
             raise
 
     async def settle(self) -> None:
@@ -226,7 +226,3 @@ def _not_in_files(chunk: Chunk) -> dict[str, None]:
 def _retrieve(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()
-
-
-def _succeeded(task: asyncio.Future[Any]) -> bool:
-    return not task.cancelled() and task.exception() is None
