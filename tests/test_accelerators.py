@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.accelerators import mig_profiles
+from skyward.catalogue import mig_profiles
 
 GPU = sky.Accelerator.NVIDIA
 
