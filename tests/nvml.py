@@ -18,7 +18,7 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
-    class NVMLError_NotFound(NVMLError):  # noqa: N801 - the library's name
+    class NVMLError_NotFound(NVMLError):  # noqa: N801, N818 - the library's name
         pass
 
     def __init__(self, machine: str) -> None:
