@@ -14,6 +14,7 @@ class FakeNvml:
     """One machine's library. Handles are the entries of its file; a call it does not know is an AttributeError."""
 
     NVML_DEVICE_MIG_ENABLE = 1
+    NVML_TEMPERATURE_GPU = 0
 
     class NVMLError(Exception):
         pass
@@ -45,7 +46,16 @@ class FakeNvml:
         return handle["name"]
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
-        return SimpleNamespace(total=handle["memory_total"])
+        return SimpleNamespace(total=handle["memory_total"], used=handle["memory_total"] // 4)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: Any) -> Any:  # noqa: N802
+        if handle["mig_mode"] == [1, 1]:
+            raise self.NVMLError("Not Supported")
+        return SimpleNamespace(gpu=50, memory=10)
+
+    def nvmlDeviceGetTemperature(self, handle: Any, sensor: int) -> int:  # noqa: N802
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        return 40
 
     def nvmlDeviceGetMigMode(self, handle: Any) -> list[int]:  # noqa: N802
         if handle["mig_mode"] is None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
+from skyward.cluster import metrics
 from skyward.cluster.slots import node_spec
 from skyward.devices import Device, Reading, declared, environments, lack, names, read, read_nvml
 from tests.nvml import FakeNvml
@@ -114,6 +115,20 @@ def test_amds_gpus_are_told_from_processors(tmp_path: Path) -> None:
         (node / "properties").write_text(f"cpu_cores_count 0\nsimd_count {units}\n")
 
     assert len(read("AMD", tmp_path).devices) == 2
+
+
+@pytest.mark.parametrize(("machine", "utilization"), [("h100x8", 50.0), ("a100-mig", None)])
+def test_how_busy_gpus_are_is_told_as_far_as_the_driver_says(
+    monkeypatch: pytest.MonkeyPatch, machine: str, utilization: float | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(machine))  # type: ignore[arg-type]
+    total = sum(device.memory_bytes for device in seen(machine).devices) / 1e6
+
+    figures = metrics.sample()
+
+    assert figures.get("gpu_utilization") == utilization
+    assert (figures["gpu_memory_used_mb"], figures["gpu_memory_total_mb"]) == (total / 4, total)
+    assert figures["gpu_temperature"] == 40
 
 
 # --- what was asked for -------------------------------------------------------------------------------------

@@ -59,3 +59,57 @@ def test_without_nvidias_driver_it_is_told_what_is_missing(site: Site, two_neuro
     assert "1 × T4 (16 GB) asked for, 0 there; the NVIDIA driver does not answer" in str(no_driver)
     assert no_tool.step == "mig"
     assert "install NVIDIA's driver" in str(no_tool)
+
+
+_TOOL = r"""#!/bin/sh
+echo "$*" >> /root/nvidia-smi.log
+case "$*" in
+    -L) echo "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)"
+        awk '{ print "  MIG " $1 "  Device " NR - 1 ": (UUID: MIG-" NR - 1 ")" }' /root/parts ;;
+    *mig.mode.current*) echo Enabled ;;
+    *-cgi*) echo "$5" | tr , '\n' | cut -d: -f1 > /root/parts ;;
+esac
+"""
+_LIBRARY = """
+from types import SimpleNamespace as _Facts
+NVML_DEVICE_MIG_ENABLE = 1
+class NVMLError(Exception): pass
+class NVMLError_NotFound(NVMLError): pass
+nvmlInit = nvmlShutdown = lambda: None
+nvmlDeviceGetCount = lambda: 1
+nvmlDeviceGetHandleByIndex = lambda i: ("GPU-0", "NVIDIA A100-SXM4-80GB")
+nvmlDeviceGetUUID = lambda handle: handle[0]
+nvmlDeviceGetName = lambda handle: handle[1]
+nvmlDeviceGetMemoryInfo = lambda handle: _Facts(total=85_899_345_920)
+nvmlDeviceGetMigMode = lambda handle: [1, 1]
+nvmlDeviceGetMaxMigDeviceCount = lambda handle: 7
+def nvmlDeviceGetMigDeviceHandleByIndex(handle, i):
+    parts = open("/root/parts").read().split()
+    if i >= len(parts):
+        raise NVMLError_NotFound
+    return f"MIG-{i}", f"NVIDIA A100-SXM4-80GB MIG {parts[i]}"
+"""
+
+
+def test_a_machines_gpu_is_partitioned_once_and_each_partition_is_a_worker(site: Site, two_neurons: Machine) -> None:
+    """With stand-ins for NVIDIA's tool and library, which keep the partitions in a file."""
+    machine, accelerator = two_neurons, sky.Accelerator.NVIDIA.A100(mig=["2g.20gb", "3g.40gb"])
+    fail_to_start(site, machine, accelerator="T4")  # so that the environment is there, to put the library into
+    machine.run(f"touch /root/parts; cat > /usr/local/bin/nvidia-smi <<'EOF'\n{_TOOL}\nEOF")
+    machine.run("chmod +x /usr/local/bin/nvidia-smi")
+    found = "$(find /root/.cache/skyward/envs -name pynvml.py)"
+    machine.run(f"cat > {found} <<'EOF'\n{_LIBRARY}\nEOF")
+    visible = sky.compute(lambda: os.environ["CUDA_VISIBLE_DEVICES"])()
+    options = {"accelerator": accelerator, "collect_metrics": False}
+    first, second = Steps(), Steps()
+
+    with open_pool(site, machine, steps=first, **options) as pool:
+        shares = visible @ pool
+    with open_pool(site, machine, steps=second, **options) as pool:
+        again = visible @ pool
+
+    # The larger one was made first, as the tool lists them: what counts is the order that was asked for.
+    listed = machine.run("cat /root/parts").split()
+    assert shares == again == tuple(f"MIG-{listed.index(profile)}" for profile in accelerator.mig)
+    assert first.seen == second.seen == ["ssh", "upload", "mig", "gpu", "agent"]
+    assert machine.run("grep -c -- -cgi /root/nvidia-smi.log").strip() == "1"
