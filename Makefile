@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-313 soak bench lint types clean system-packages
+.PHONY: help demo test test-fast test-313 test-gpu soak bench lint types clean system-packages
 
 help: ## Show this list
 	@echo "Targets (PYTHON=$(PYTHON), PYTEST_WORKERS=$(PYTEST_WORKERS)):"
@@ -51,6 +51,9 @@ test-313: $(VENV)/.test
 	else \
 	    echo "Not tested on Python 3.13: none found that runs and can make virtual environments."; \
 	fi
+
+test-gpu: $(VENV)/.gpu ## Run the tests that need an NVIDIA GPU; without one they say so
+	@$(BIN)/python -m pytest -m gpu tests/gpu -rs
 
 soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_RUNS=50, SOAK_SEED for the same again)
 	@$(BIN)/python -m pytest -m soak tests/soak -s -q
@@ -94,6 +97,11 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.made-for
 $(VENV)/.test: pyproject.toml $(VENV)/.made-for | system-packages
 	@echo "Installing skyward and what its tests need into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.test
+	@echo "Installing what asks NVIDIA's driver into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,gpu]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.made-for

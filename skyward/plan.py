@@ -170,8 +170,8 @@ def need_of(spec: PoolSpec) -> Need:
             architecture=spec.architecture, machine=spec.machine,
         )  # fmt: skip
     return Need(
-        cpu=spec.cpu or max(_LEAST_CPU, spec.concurrency),
-        memory_mb=spec.memory or max(_LEAST_MEMORY_MB, _MEMORY_PER_SLOT_MB * spec.concurrency),
+        cpu=spec.cpu or max(_LEAST_CPU, spec.slots_per_node),
+        memory_mb=spec.memory or max(_LEAST_MEMORY_MB, _MEMORY_PER_SLOT_MB * spec.slots_per_node),
         accelerator=spec.accelerator,
         architecture=spec.architecture,
     )

@@ -424,7 +424,7 @@ class ComputePool:
         state = "active" if self.is_active else "not active"
         spec, provider = self.spec, self.provider
         where = " or ".join(p.name for p in provider) if isinstance(provider, tuple) else provider.name
-        return f"<ComputePool {state}: {spec.nodes} nodes × {spec.concurrency} slots on {where}>"
+        return f"<ComputePool {state}: {spec.nodes} nodes × {spec.slots_per_node} slots on {where}>"
 
     def _repr_html_(self) -> str:
         session = self._session

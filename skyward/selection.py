@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from skyward.accelerators import Accelerator, memory_sizes
+from skyward.accelerators import Accelerator
+from skyward.catalogue import memory_sizes
 from skyward.errors import NoMatchingInstanceError, SpecError
 from skyward.spec import InstanceSpec
 

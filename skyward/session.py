@@ -120,6 +120,7 @@ class Session:
             cores_per_slot=own.cores_per_slot if own is not None else 1,
             accelerator=accelerator.name if accelerator else None,
             accelerators_per_node=accelerator.count if accelerator else 0,
+            parts_per_node=spec.parts_per_node if own is not None else 1,
         )
         stack.callback(engine.close)
         cluster.on_change = engine.roster_changed

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from skyward.accelerators import Accelerator, Auto
+from skyward.devices import check_shares
 from skyward.validation import (
     Problems,
     check_allocation_share,
@@ -446,6 +447,29 @@ class PoolSpec:
         settle("idle_timeout", check_positive("seconds"), optional=True)
         settle("retries", check_count(0))
         problems.raise_if_any()
+        if self.accelerator is not None:
+            problems.check("concurrency", self.concurrency, self._check_shares)
+            problems.raise_if_any()
+
+    def _check_shares(self, slots: int) -> int:
+        assert self.accelerator is not None
+        check_shares(self.accelerator, slots, self.environment)
+        return slots
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the workers: the image's, and the pool's own before them."""
+        return {**self.image.env, **(self.env or {})}
+
+    @property
+    def parts_per_node(self) -> int:
+        """How many workers a node is to a broadcast: its MIG partitions, or 1."""
+        return (self.accelerator.partitions if self.accelerator else 0) or 1
+
+    @property
+    def slots_per_node(self) -> int:
+        """How many worker processes a node has: `concurrency`, for each MIG partition where there are some."""
+        return self.parts_per_node * self.concurrency
 
     def __reduce__(self) -> Any:
         options = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -79,7 +79,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The pool as a worker sees it; addresses are of Dask workers, `nodes[i][j]` is slot j of node i."""
+    """The pool as a worker sees it; addresses are of Dask workers, `nodes[i][j]` is slot j of node i.
+
+    The slots of a node are divided evenly among its parts, in order: its MIG partitions, or 1.
+    """
 
     pool_id: str
     nodes: tuple[tuple[str, ...], ...]
@@ -87,12 +90,18 @@ class Layout:
     head_port: int
     accelerator: str | None = None
     accelerators_per_node: int = 0
+    parts_per_node: int = 1
 
     def place(self, address: str) -> tuple[int, int] | None:
         for n, slots in enumerate(self.nodes):
             if address in slots:
                 return n, slots.index(address)
         return None
+
+    def workers(self, node: int) -> tuple[str, ...]:
+        """Return the addresses that stand for a node in a broadcast: the first slot of each of its parts."""
+        slots = self.nodes[node]
+        return slots[:: max(1, len(slots) // self.parts_per_node)][: self.parts_per_node]
 
 
 class Kind(IntEnum):

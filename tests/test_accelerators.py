@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.accelerators import mig_profiles
+from skyward.catalogue import TABLE, Model, mig_profiles, recognise
+from skyward.providers import prices
 
 GPU = sky.Accelerator.NVIDIA
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -188,3 +192,57 @@ def test_any_text_is_an_accelerator_or_a_spec_error(text: str) -> None:
     except sky.SpecError:
         return
     assert found.count >= 1
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def test_the_reference_page_is_what_the_table_makes_of_it() -> None:
+    tool = ROOT / "tools" / "accelerators-page"
+
+    made = runpy.run_path(str(tool))["page"]()
+
+    assert (ROOT / "docs" / "accelerators.md").read_text(encoding="utf-8") == made, f"run {tool.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("model", TABLE, ids=lambda m: m.name)
+def test_a_model_is_found_by_its_name_and_aliases_and_is_sold_by_clouds_that_exist(model: Model) -> None:
+    assert [sky.Accelerator.parse(name).model for name in (model.name, *model.aliases)] == [model.name] * (
+        1 + len(model.aliases)
+    )
+    assert set(model.clouds) <= {"aws", "digitalocean", "verda"}
+    assert set(model.mig) <= set(model.memory_gb)
+
+
+def test_what_clouds_list_is_in_the_table_as_theirs() -> None:
+    rows = [
+        (cloud, row.accelerator)
+        for cloud in ("aws", "digitalocean", "verda")
+        for row in prices.table(cloud)
+        if row.accelerator
+    ]
+
+    assert rows
+    assert [row for row in rows if row[0] not in sky.Accelerator.parse(row[1]).facts.clouds] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Tesla T4", "T4"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("nvidia_rtx4000_ada", "RTX-4000-Ada"),
+        ("NVIDIA T400", None),
+        ("", None),
+    ],
+)
+def test_names_that_drivers_give_are_recognised(text: str, name: str | None) -> None:
+    model = recognise(text)
+
+    assert (model.name if model else None) == name

@@ -15,7 +15,9 @@ import pytest
 
 import skyward as sky
 from skyward.cluster.overlay import missing
+from skyward.devices import read_nvml
 from tests.dashboard import names_shown
+from tests.nvml import FakeNvml
 from tests.waiting import wait_until
 
 
@@ -91,9 +93,30 @@ def test_gpus_are_divided_among_slots() -> None:
     assert {w["resources"]["GPU"] for w in workers} == {2.0}
 
 
-def test_more_gpus_than_there_are_is_an_error_before_anything_starts() -> None:
-    with pytest.raises(sky.NoMatchingInstanceError, match=r"2 × 1 GPUs are asked for, 1 is declared per node"):
-        sky.ComputePool(sky.Local(gpus=1), accelerator="T4:2", display="quiet").__enter__()
+def test_more_gpus_than_are_declared_are_refused_when_the_pool_is_made() -> None:
+    with pytest.raises(sky.SpecError, match=r"accelerator='T4:2': accepted is up to 1 per node") as info:
+        sky.ComputePool(sky.Local(gpus=1), accelerator="T4:2", display="quiet")
+
+    assert info.value.option == "accelerator"
+
+
+def test_gpus_that_are_not_there_are_an_error_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = read_nvml(FakeNvml("t4"))
+    monkeypatch.setattr("skyward.providers.local._read", lambda _: there)
+
+    pool = sky.ComputePool("local", nodes=2, accelerator="T4", display="quiet")
+
+    with pytest.raises(sky.NoMatchingInstanceError, match=r"2 × T4 .* asked for, 1 there: Tesla T4"):
+        pool.__enter__()
+
+
+def test_gpus_that_are_there_are_shared_out_among_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = read_nvml(FakeNvml("h100x8"))
+    monkeypatch.setattr("skyward.providers.local._read", lambda _: there)
+
+    found = [sky.Local().devices(node, 4, sky.Accelerator.parse("H100:2")) for node in range(4)]
+
+    assert [uuid for mine in found for uuid in mine] == [device.id for device in there.devices]
 
 
 @pytest.mark.parametrize("value", [-1, "2", True])

@@ -25,13 +25,12 @@ if TYPE_CHECKING:
 
 def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) -> AgentCluster:
     """Return the cluster, whose agent begins to start. What the pool asks for and this machine lacks is found here."""
-    count = spec.accelerator.count if spec.accelerator else 0
-    for node in range(spec.nodes):
-        provider.devices(node, spec.nodes, count)
+    slots, environment = spec.slots_per_node, spec.environment
+    devices = [provider.devices(node, spec.nodes, spec.accelerator) for node in range(spec.nodes)]
     site = overlay(spec.image.pip, spec.image.pip_extra_index_url)
 
     def make_node(node: int) -> NodeSpec:
-        return node_spec(node, spec.concurrency, provider.devices(node % spec.nodes, spec.nodes, count))
+        return node_spec(node, slots, spec.accelerator, devices[node % spec.nodes], environment)
 
     cores = max(1, dask.system.CPU_COUNT // spec.nodes)
     credentials = make_credentials(pool_id, lifetime_s=spec.timeout)
@@ -45,10 +44,9 @@ def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) ->
         metrics=spec.collect_metrics,
         nodes=tuple(make_node(n) for n in range(spec.nodes)),
         environment={
-            **thread_environment(max(1, cores // spec.concurrency)),
+            **thread_environment(max(1, cores // slots)),
             "SKYWARD_NODE_CORES": str(cores),
-            **spec.image.env,
-            **(spec.env or {}),
+            **environment,
         },
         remove=(str(share),),
     )
@@ -62,7 +60,7 @@ def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) ->
             pool_id,
             [agent],
             security=credentials.security(),
-            slots_per_node=spec.concurrency,
+            slots_per_node=slots,
             timeout_s=spec.timeout,
             node_spec=make_node,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from skyward.accelerators import is_nvidia
 from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.remote import RemoteAgent, Shipment
@@ -38,13 +39,14 @@ def machine_cluster(
     """
     lives_on = machines[0].lives_on
     wheel = own_wheel()
-    gpus = spec.accelerator.count if spec.accelerator else 0
+    accelerator = spec.accelerator
     volumes = tuple(v for v in spec.volume if isinstance(v, S3Volume))
-    shipment = Shipment(recipe(spec.image, wheel), wheel, tuple(spec.image.include), volumes, gpus=gpus)
+    environment = recipe(spec.image, wheel, nvidia=is_nvidia(accelerator))
+    shipment = Shipment(environment, wheel, tuple(spec.image.include), volumes, accelerator=accelerator)
     credentials = make_credentials(pool_id, lifetime_s=spec.timeout)
 
     def make_node(node: int) -> NodeSpec:
-        return node_spec(node, spec.concurrency, [str(i) for i in range(gpus)])
+        return node_spec(node, spec.slots_per_node, accelerator)  # what devices it has is found there
 
     def make_agent(node: int, machine: Machine) -> RemoteAgent:
         config = AgentConfig(
@@ -56,7 +58,7 @@ def machine_cluster(
             key=credentials.key,
             metrics=spec.collect_metrics,
             scheduler="" if node else None,
-            environment={**spec.image.env, **(spec.env or {})},
+            environment=spec.environment,
         )
         exists = None if lives_on else source.exists
         return RemoteAgent(machine, make_node(node), config, shipment, emit, exists)
@@ -68,7 +70,7 @@ def machine_cluster(
         pool_id,
         [make_agent(n, m) for n, m in enumerate(machines)],
         security=credentials.security(),
-        slots_per_node=spec.concurrency,
+        slots_per_node=spec.slots_per_node,
         timeout_s=spec.timeout,
         node_spec=make_node,
         new_agents=new_agents,

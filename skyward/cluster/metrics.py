@@ -46,8 +46,12 @@ def _read(nvml: Any) -> dict[str, float]:
     if not devices:
         return {}
     memory = [nvml.nvmlDeviceGetMemoryInfo(d) for d in devices]
+    utilization = {}
+    with contextlib.suppress(nvml.NVMLError):  # not known of GPUs in MIG mode: NVML API Reference Guide
+        mean = sum(nvml.nvmlDeviceGetUtilizationRates(d).gpu for d in devices) / len(devices)
+        utilization = {"gpu_utilization": mean}
     return {
-        "gpu_utilization": sum(nvml.nvmlDeviceGetUtilizationRates(d).gpu for d in devices) / len(devices),
+        **utilization,
         "gpu_memory_used_mb": sum(m.used for m in memory) / _MB,
         "gpu_memory_total_mb": sum(m.total for m in memory) / _MB,
         "gpu_temperature": max(nvml.nvmlDeviceGetTemperature(d, nvml.NVML_TEMPERATURE_GPU) for d in devices),

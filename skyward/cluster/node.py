@@ -298,6 +298,9 @@ class _Agent:
                 # What looks in often takes the interpreter lock, and time, from tasks.
                 "distributed.admin.tick.interval": "1s",
                 "distributed.worker.profile.interval": "50ms",
+                # We measure GPUs ourselves. Dask's monitor ends a worker at its start if CUDA_VISIBLE_DEVICES names
+                # a GPU that is not there, as after `sky.Local(gpus=...)`, and asks of partitions what NVML can't say.
+                "distributed.diagnostics.nvml": False,
                 "distributed.worker.memory.target": False,
                 "distributed.worker.memory.spill": False,
                 "distributed.worker.memory.pause": False,

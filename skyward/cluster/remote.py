@@ -18,15 +18,19 @@ from typing import Any
 
 import asyncssh
 
-from skyward import events
+from skyward import devices, events
+from skyward.accelerators import Accelerator
 from skyward.bootstrap import HOME, LAST_LINES, POOL, POWER_OFF, Progress, Recipe, read_progress, script
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.node import CONFIG, LOG, SOCKET
 from skyward.cluster.relay import Relay, StreamEnded, meet_as_caller
+from skyward.cluster.slots import node_spec
 from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
 from skyward.cluster.wheel import Wheel
+from skyward.devices import Reading
 from skyward.errors import BootstrapError
+from skyward.mig import partition_script
 from skyward.providers.base import Machine
 from skyward.spec import S3Volume
 from skyward.volumes import mount_script, unmount_script
@@ -61,7 +65,7 @@ def pool_folder(pool_id: str) -> str:
 class Shipment:
     """What every machine of a pool gets: its environment's recipe, skyward itself, and the user's files.
 
-    `gpus` is how many each has to have.
+    `accelerator` is what each has to have.
     """
 
     recipe: Recipe
@@ -69,7 +73,7 @@ class Shipment:
     include: tuple[str, ...] = ()
     volumes: tuple[S3Volume, ...] = ()
     ttl_s: int = 0
-    gpus: int = 0
+    accelerator: Accelerator | None = None
 
     def files(self) -> bytes:
         """Return the user's files as a compressed archive.
@@ -171,8 +175,8 @@ class RemoteAgent:
         beats = asyncio.create_task(self._beat_watch())
         try:
             await self._make_ready()
-            if self._shipment.gpus:
-                await self._check_gpus(self._shipment.gpus)
+            if self._shipment.accelerator is not None:
+                await self._equip(self._shipment.accelerator)
             self._progress("agent")
             await self._launch(replace(self._config, host=host))
         finally:
@@ -230,12 +234,27 @@ class RemoteAgent:
             found = read_progress(output) or Progress(self._step, status, tuple(output[-LAST_LINES:]))
             raise self._failed(found.step, found.status or status, found.lines)
 
-    async def _check_gpus(self, wanted: int) -> None:
-        done = await self._link.run("nvidia-smi -L")
-        found = sum(line.startswith("GPU ") for line in done.output.splitlines())
-        if found < wanted:
-            lines = (done.output + done.error).splitlines()
-            raise self._failed("gpu", done.status, (*lines, f"{wanted} GPUs are asked for, {found} are there"))
+    async def _equip(self, wanted: Accelerator) -> None:
+        """Find the machine's accelerators, partition them where that is wanted, and give each slot its share."""
+        if wanted.mig:
+            path = f"{self._config.folder}/mig.sh"
+            await self._link.write(path, partition_script(wanted, keep=self.facts.lives_on).encode())
+            await self._run_steps(path)
+        self._progress("gpu")
+        recipe = self._shipment.recipe
+        command = f"PYTHONPATH={recipe.import_path} {recipe.interpreter} -m skyward.devices {wanted.vendor}"
+        done = await self._link.run(command)
+        if done.status:
+            raise self._failed("gpu", done.status, done.error.splitlines())
+        reading = Reading.from_json(done.output)
+        if lack := devices.lack(wanted, reading):
+            raise self._failed("gpu", 1, (lack,))
+        named = devices.names(wanted, reading.devices)
+        nodes = [
+            node_spec(node.node, len(node.environments), wanted, named, self._config.environment)
+            for node in self._config.nodes
+        ]
+        self._config = replace(self._config, nodes=tuple(nodes))
 
     async def _launch(self, config: AgentConfig) -> None:
         folder = config.folder

@@ -18,11 +18,11 @@ _BOTH_SIDES = ("dask", "distributed", "cloudpickle", "tornado", "msgpack")
 """What has to be the same version on both sides for pickles and messages to be understood."""
 
 
-def recipe(image: Image, wheel: Wheel) -> Recipe:
+def recipe(image: Image, wheel: Wheel, *, nvidia: bool = False) -> Recipe:
     """Return the environment for `image`: what is named without a version and installed here gets the version here.
 
     So does everything that the requirements need in turn, as a constraint. What is installed from a folder or a
-    repository is left to the index: its version need not be known there.
+    repository is left to the index: its version need not be known there. With `nvidia` it can ask NVIDIA's driver.
 
     Raises
     ------
@@ -32,6 +32,8 @@ def recipe(image: Image, wheel: Wheel) -> Recipe:
     asked = list(_without_skyward(image.pip))
     _check_both_sides(asked)
     requirements = [*(f"{n}=={v}" for n in _BOTH_SIDES if (v := _version(n))), *wheel.requirements]
+    if nvidia:
+        asked += _without_skyward(["skyward[gpu]"])
     requirements += map(_pinned, asked)
     names = [*wheel.requirements, *(r for r in asked if _parsed(r))]
     constraints = sorted({f"{name}=={version}" for name, version in _closure(names)})

@@ -1,33 +1,30 @@
-"""The slots of a node: their environment, GPUs and Dask resources."""
+"""The slots of a node: their environment, accelerators and Dask resources."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from skyward.accelerators import Accelerator
 from skyward.cluster.config import NodeSpec
+from skyward.devices import environments, resources
 
 
-def node_spec(node: int, slots: int, devices: Sequence[str] = ()) -> NodeSpec:
-    """Return the specification of a node whose GPUs, by index or UUID, are divided evenly among its slots."""
-    return NodeSpec(
-        node,
-        tuple(_environment(devices, i, slots) for i in range(slots)),
-        tuple(_resources(i, slots, len(devices)) for i in range(slots)),
-    )
+def node_spec(
+    node: int,
+    slots: int,
+    accelerator: Accelerator | None = None,
+    devices: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> NodeSpec:
+    """Return the specification of a node with so many slots.
 
-
-def _environment(devices: Sequence[str], slot: int, slots: int) -> dict[str, str]:
-    """Slots that outnumber the GPUs share them."""
-    if not devices:
-        return {}
-    count = len(devices)
-    first = slot * count // slots
-    mine = devices[first : max(first + 1, (slot + 1) * count // slots)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
-
-
-def _resources(slot: int, slots: int, gpus: int) -> dict[str, float]:
-    resources: dict[str, float] = {"NODE": 1.0} if slot == 0 else {}
-    if gpus:
-        resources["GPU"] = gpus / slots
-    return resources
+    Parameters
+    ----------
+    devices
+        Names of the node's accelerators, or of their partitions, to be divided evenly; empty: not known yet.
+    environment
+        Variables of the pool.
+    """
+    shares = environments(accelerator, devices, slots, environment or {}) if accelerator and devices else ({},) * slots
+    mine = resources(accelerator, slots) if accelerator else {}
+    return NodeSpec(node, shares, tuple({"NODE": 1.0, **mine} if slot == 0 else {**mine} for slot in range(slots)))

@@ -54,11 +54,12 @@ class Broadcaster:
 
     async def _run(self, item: Item, every_slot: bool) -> list[Outcome]:
         await self._complete()
-        placed = self._engine._placed.nodes
+        placed = self._engine._placed
         targets = [
-            (address, worker, len(slots) if every_slot else 1)
-            for slots in placed
-            for worker, address in enumerate(slots if every_slot else slots[:1])
+            (address, worker, len(workers))
+            for node, slots in enumerate(placed.nodes)
+            for workers in [slots if every_slot else placed.workers(node)]
+            for worker, address in enumerate(workers)
         ]
         barrier = uuid.uuid4().hex if len(targets) > 1 else None
         tasks: dict[asyncio.Task[Outcome | BaseException], int] = {}

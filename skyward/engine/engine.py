@@ -94,6 +94,7 @@ class Engine:
         head_port: int = 29500,
         accelerator: str | None = None,
         accelerators_per_node: int = 0,
+        parts_per_node: int = 1,
     ) -> None:
         self.client = client
         self.retries = retries
@@ -107,7 +108,7 @@ class Engine:
         self._transport = Transport(client, self.store, direct=direct, on_output=on_output)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
         self._thread: int | None = None
-        self._facts = (pool_id, head_port, accelerator, accelerators_per_node)
+        self._facts = (pool_id, head_port, accelerator, accelerators_per_node, parts_per_node)
         self._layout = b""
         self._placement = Placement()
         self._flights = Flights(self._transport, self._placement, was_taken)
@@ -271,7 +272,7 @@ class Engine:
         nodes: dict[int, list[Slot]] = {}
         for slot in slots:
             nodes.setdefault(slot.node, []).append(slot)
-        pool_id, head_port, accelerator, per_node = self._facts
+        pool_id, head_port, accelerator, per_node, parts = self._facts
         placed = tuple(tuple(s.address for s in sorted(nodes[n], key=lambda s: s.number)) for n in sorted(nodes))
         layout = Layout(
             pool_id,
@@ -280,6 +281,7 @@ class Engine:
             head_port,
             accelerator,
             per_node,
+            parts,
         )
         self._placed = layout
         self._layout = pickling.dumps(layout)[0]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from skyward.catalogue import sold_by
 from skyward.errors import CredentialsError, ProviderError
 from skyward.providers import aws_pool as of
 from skyward.providers.aws_api import DENIED, Api, api, attempt, code_of
@@ -26,11 +27,6 @@ from skyward.validation import Problems, check_bool, check_count, check_index_ur
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# What EC2 has: Amazon EC2 User Guide, "Accelerated computing", 2025-07.
-_MODELS = {
-    "T4", "L4", "L40S", "A10G", "V100", "A100", "H100", "H200", "B200", "B300", "GB200", "RTX-PRO-6000",
-    "Trainium1", "Trainium2", "Trainium3", "Inferentia1", "Inferentia2",
-}  # fmt: skip
 _REGION = r"[a-z]{2,4}(-[a-z]+)+-\d+"
 
 
@@ -139,8 +135,8 @@ class AWS:
     def check(self, spec: PoolSpec) -> None:
         problems = Problems()
         wanted = spec.accelerator
-        if wanted is not None and wanted.model not in _MODELS:
-            problems.note("accelerator", str(wanted), f"with sky.AWS one of {', '.join(sorted(_MODELS))}")
+        if wanted is not None and wanted.model not in (models := sold_by(self.name)):
+            problems.note("accelerator", str(wanted), f"with sky.AWS one of {', '.join(sorted(models))}")
         if spec.machine is not None and not re.fullmatch(r"[a-z][a-z0-9-]*\.[a-z0-9-]+", spec.machine):
             problems.note("machine", spec.machine, "a type of EC2's such as 'm7i.xlarge'")
         if spec.nodes > of.MOST:

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from skyward.accelerators import Accelerator, memory_sizes
+from skyward.accelerators import Accelerator
+from skyward.catalogue import memory_sizes
 from skyward.errors import CredentialsError, ProviderError, SpecError
 from skyward.providers import prices
 from skyward.providers.aws_api import Api

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import psutil
 
+from skyward.accelerators import Accelerator
+from skyward.devices import Reading, declared, fitting, lack, names, read
 from skyward.errors import NoMatchingInstanceError, SpecError
 from skyward.spec import PoolSpec
 from skyward.validation import Problems
@@ -24,7 +25,7 @@ class Local:
     ----------
     gpus
         GPUs that each node declares, whether they exist or not: for trying out GPU code paths without one.
-        None: those that the NVIDIA driver shows, shared out among the nodes.
+        None: those that the driver shows, shared out among the nodes.
     """
 
     gpus: int | None = None
@@ -67,38 +68,34 @@ class Local:
             problems.note("image.apt", spec.image.apt, "() with provider='local': install what is missing yourself")
         if spec.image.python is not None and f"{spec.image.python}.".find(f"{python}.") != 0:
             problems.note("image.python", spec.image.python, f"{python!r} with provider='local', or None")
+        wanted = spec.accelerator
+        if wanted is not None and self.gpus is not None and wanted.count > self.gpus:
+            what = f"up to {self.gpus} per node, as many as provider=sky.Local(gpus={self.gpus}) declares"
+            problems.note("accelerator", str(wanted), what)
         problems.raise_if_any()
 
-    def devices(self, node: int, nodes: int, wanted: int) -> tuple[str, ...]:
-        """Return the GPU indices of `node`, `wanted` of them.
+    def devices(self, node: int, nodes: int, wanted: Accelerator | None) -> tuple[str, ...]:
+        """Return the names of the accelerators, or of their partitions, that are for `node`.
 
         Raises
         ------
         NoMatchingInstanceError
-            This machine has too few, and none are declared.
+            This machine does not have them for all nodes, and none are declared.
         """
+        if wanted is None:
+            return ()
         if self.gpus is not None:
-            if wanted > self.gpus:
-                raise _too_few(wanted, 1, self.gpus, "declared per node")
-            return tuple(str(i) for i in range(wanted))
-        present = count_gpus()
-        if wanted * nodes > present:
-            raise _too_few(wanted, nodes, present, "on this machine")
-        return tuple(str(i) for i in range(node * wanted, (node + 1) * wanted))
-
-
-def _too_few(wanted: int, nodes: int, there: int, where: str) -> NoMatchingInstanceError:
-    return NoMatchingInstanceError(
-        f"accelerator: {wanted} × {nodes} GPUs are asked for, {there} {'is' if there == 1 else 'are'} {where}. "
-        f"Ask for fewer, or try the code path without GPUs through provider=sky.Local(gpus={wanted})."
-    )
+            return declared(wanted)
+        reading = _read(wanted.vendor)
+        if why := lack(replace(wanted, count=wanted.count * nodes), reading):
+            raise NoMatchingInstanceError(
+                f"accelerator={str(wanted)!r} for {nodes} nodes on this machine: {why}. Ask for what is there, or try "
+                f"the code path without it through provider=sky.Local(gpus={wanted.count})."
+            )
+        mine = fitting(wanted, reading.devices)[node * wanted.count : (node + 1) * wanted.count]
+        return names(wanted, mine)
 
 
 @cache
-def count_gpus() -> int:
-    """Return how many GPUs the NVIDIA driver shows; 0 without a driver."""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+def _read(vendor: str) -> Reading:
+    return read(vendor)

@@ -50,9 +50,12 @@ def open_pool(
     )
 
 
-def fail_to_start(site: Site, *machines: Machine, image: Image = IMAGE, steps: Any = None) -> sky.BootstrapError:
+def fail_to_start(
+    site: Site, *machines: Machine, image: Image = IMAGE, steps: Any = None, **options: Any
+) -> sky.BootstrapError:
     """Enter a pool that can't start; check that every machine is left clean."""
-    with pytest.raises(sky.BootstrapError) as caught, open_pool(site, *machines, image=image, steps=steps):
+    pool = open_pool(site, *machines, image=image, steps=steps, **options)
+    with pytest.raises(sky.BootstrapError) as caught, pool:
         pass
     error = caught.value
     assert error.step in str(error)
