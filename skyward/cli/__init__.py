@@ -10,6 +10,7 @@ import click
 
 from skyward.cli.completion import completion
 from skyward.cli.dashboard import dashboard
+from skyward.cli.doctor import doctor
 from skyward.cli.down import down
 from skyward.cli.logs import logs
 from skyward.cli.offers import offers
@@ -41,5 +42,5 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
 
-for _command in (ps, down, offers, ssh, dashboard, logs, completion):
+for _command in (ps, down, offers, ssh, dashboard, logs, doctor, completion):
     main.add_command(_command)
