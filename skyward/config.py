@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from skyward.errors import SpecError
-
-T = TypeVar("T")
+from skyward.usual import Usual
 
 PROJECT_FILE = "skyward.toml"
 USER_FILE = "config.toml"
@@ -36,21 +35,6 @@ KEYS: Mapping[str, Any] = {
     "display": "auto",
 }
 """What can be set, and what holds where nobody has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usual:
-    """Stands for an option that was not given: the configuration's value is meant, else `value`."""
-
-    value: Any
-
-    def __repr__(self) -> str:
-        return f"<configured, else {self.value!r}>"
-
-
-def usual(value: T) -> T:
-    """Return what to give an argument as its default, which is `value` unless something else is configured."""
-    return Usual(value)  # type: ignore[return-value]  # whoever has such arguments passes them through `Settings.fill`
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
-from skyward.config import load, usual
 from skyward.errors import NoActivePoolError, PoolError, SpecError
+from skyward.usual import usual
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -146,6 +146,7 @@ class ComputePool:
         idle_timeout: float | None = usual(None),
         retries: int = usual(3),
     ) -> None:
+        from skyward.config import load
         from skyward.providers import resolve
         from skyward.spec import Image, PoolSpec
 

@@ -17,10 +17,11 @@ here = click.option("--here", is_flag=True, help="Ask no clouds: only what was s
 
 
 def on_record() -> list[Entry]:
-    """Return the pools of the journal. A local pool ends with its owner, so that one without has none to be told of."""
+    """Return the pools of the journal. A local pool ends with its owner, and with its time: then it is struck out."""
     found = []
     for entry in journal.entries():
-        if entry.provider == "local" and entry.owner_alive is False:
+        alive = entry.owner_alive
+        if entry.provider == "local" and (alive is False or (alive is None and entry.is_expired)):
             journal.close(entry.pool_id)
         else:
             found.append(entry)
