@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 from click.shell_completion import ShellComplete
@@ -535,3 +536,12 @@ def complete(*words: str) -> list[str]:
     """Return what a shell would offer for the last of `words`."""
     found = ShellComplete(main, {}, "skyward", "_SKYWARD_COMPLETE").get_completions(list(words[:-1]), words[-1])
     return [str(item.value) for item in found]
+
+
+def test_the_docs_have_every_command_and_option() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+
+    for name, command in main.commands.items():
+        assert f"`skyward {name}" in page
+        for option in (o for p in command.params if isinstance(p, click.Option) for o in p.opts if o.startswith("--")):
+            assert option in page, f"{name} {option}"

@@ -238,3 +238,15 @@ def test_whoever_makes_a_pool_has_the_same_defaults(make: Callable[..., Any], mo
     assert (pool.spec.display, pool.spec.retries) == ("quiet", 0)
     assert pool.spec.allocation == sky.Allocation.Percent(0.5)
     assert (other.provider, other.spec.display) == (sky.Local(), "log")
+
+
+def test_the_docs_have_every_key_and_what_is_built_in() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+
+    documented = {cells[0].strip(" `"): cells[-1].strip(" `") for cells in rows}
+
+    assert list(documented) == list(config.KEYS)
+    for key, value in config.KEYS.items():
+        shown = f'"{value}"' if isinstance(value, str) else "none" if value is None else str(value)
+        assert documented[key].startswith(shown)
