@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from skyward.cli import main
 from skyward.cluster import journal
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +100,28 @@ def test_machines_are_looked_into(cloud: Emulated, tmp_path: Path, monkeypatch: 
     assert b"Dask" in shown
     assert statuses == (0, 0)
     assert list((Path(os.environ["SKYWARD_DATA_DIR"]) / "pools").iterdir()) == []
+    assert cloud.left() == []
+
+
+def test_a_nodes_number_leads_to_the_machine_that_replaced_it(
+    emulate: Callable[..., Emulated], baked: Path
+) -> None:
+    cloud = emulate("digitalocean", baked=baked)
+    replaced: list[sky.InstanceReplaced] = []
+
+    with sky.ComputePool(cloud.provider(), machine=cloud.type, nodes=2, image=IMAGE, display="quiet") as pool:
+        pool.on(sky.InstanceReplaced, replaced.append)
+        (entry,) = journal.entries()
+        first = log_in(entry.pool_id, "1", "--", "hostname")
+        cloud.take_away(pool.instances[1].id)
+        wait_until(lambda: replaced, 90)
+        node, instance_id = replaced[0].node, replaced[0].instance_id
+        by_number = log_in(entry.pool_id, str(node), "--", "hostname")
+        by_id = log_in(entry.pool_id, instance_id, "--", "hostname")
+        (listed,) = json.loads(CliRunner().invoke(main, ["ps", "--here", "--json"]).stdout)
+
+    assert by_number == by_id != first
+    assert {m["node"]: m["id"] for m in listed["machines"]}[node] == instance_id
     assert cloud.left() == []
 
 
