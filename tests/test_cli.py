@@ -380,6 +380,21 @@ def test_a_pool_on_this_computer_is_not_listed_without_its_owner(
     wait_until(lambda: not processes_of(entry.pool_id))
 
 
+def test_a_pool_on_another_computer_is_listed_until_its_time_is_over() -> None:
+    running, over = add_pool(provider="local"), add_pool(provider="local", expires_in=-1)
+    for pool_id in (running, over):
+        entry = journal.read(pool_id)
+        assert entry is not None
+        journal.update(replace(entry, host="elsewhere"))
+
+    (pool,) = json.loads(skyward("ps", "--here", "--json").output)
+    ended = skyward("down", running, "--yes")
+
+    assert (pool["pool"], pool["owner"]["alive"]) == (running, None)
+    assert ended.exit_code == 1
+    assert f"run `skyward down {running}` on it" in ended.stderr
+
+
 # --- ssh, with the ssh that is installed here ---------------------------------------------------------------
 
 needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh here")

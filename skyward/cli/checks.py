@@ -132,7 +132,9 @@ def _configuration() -> tuple[config.Settings, list[Check]]:
             Check("configuration", str(getattr(p, "option", None) or "file"), "problem", str(p), "correct it there")
             for p in problems
         ]
-    checks = []
+    project, user = config.project_file(), config.user_file()
+    files = f"project's: {project or 'none from here upwards'}; user's: {user if user.exists() else f'none at {user}'}"
+    checks = [Check("configuration", "files", "ok", files)]
     for key in config.KEYS:
         value = settings.get(key)
         shown = "none" if value is None else repr(value)

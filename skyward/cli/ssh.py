@@ -62,7 +62,7 @@ def ssh_arguments(entry: Entry, login: Login, command: Sequence[str]) -> list[st
         arguments += ["-F", "none"]
         option("HostKeyAlias", name)
         option("UserKnownHostsFile", _quoted(str(journal.known_hosts(entry.pool_id, name, login.host_key))))
-        option("GlobalKnownHostsFile", "none")
+        option("GlobalKnownHostsFile", "/dev/null")
         option("StrictHostKeyChecking", "yes")
         option("UpdateHostKeys", "no")
         option("IdentityAgent", "none")

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -220,8 +221,10 @@ def known_hosts(pool_id: str, name: str, host_key: str) -> Path:
     For other programs: ours have the key from the entry.
     """
     path = _path(pool_id).with_suffix(".known_hosts")
-    with _writing:
-        _write(path, f"{name} {host_key.strip()}\n")
+    # Of another name for each process: several may log in at once.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{pool_id}.", delete=False) as file:
+        file.write(f"{name} {host_key.strip()}\n")
+    Path(file.name).replace(path)
     return path
 
 
