@@ -81,6 +81,10 @@ class Session:
         if isinstance(pool.provider, (Local, Dask)):  # other machines see no folder of this one
             share = _shared_folder(self.pool_id)
             stack.callback(shutil.rmtree, share, ignore_errors=True)
+        if isinstance(pool.provider, Local):
+            from skyward.cluster import journal
+
+            stack.callback(journal.close, self.pool_id)  # what `_note` opens, after all else has ended
         started = time.monotonic()
         self.emit(events.InfraCreating())
 
@@ -158,11 +162,9 @@ class Session:
 
                 return joined.joined_cluster(provider, self.pool_id)
             case Local():
-                from skyward.cluster import journal
                 from skyward.cluster.local import local_cluster
 
                 assert share is not None
-                self._stack.callback(journal.close, self.pool_id)
                 return local_cluster(provider, spec, self.pool_id, share)
             case SSH():
                 from skyward.cluster.machines import machine_cluster
