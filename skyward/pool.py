@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, Type
 
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
 from skyward.errors import NoActivePoolError, PoolError, SpecError
+from skyward.usual import usual
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -91,7 +92,7 @@ class ComputePool:
     ----------
     provider
         Where machines come from: a provider such as ``sky.Local()`` or ``sky.Dask(client)``, or its name.
-        None: this machine.
+        None: what is configured, else this machine.
     nodes, concurrency
         Number of machines, and of slots (worker processes, each running one call at a time) on each.
     accelerator
@@ -109,17 +110,21 @@ class ComputePool:
     on_event
         Called with every `SkywardEvent`.
 
+    Options whose default is shown as "configured, else" are taken from environment variables and files where they are
+    not given: docs/configuration.md says which.
+
     Raises
     ------
     SpecError
-        An option can't work; the message lists every such option, with what would.
+        An option can't work; the message lists every such option, with what would. Or a file of the configuration
+        can't be read.
     """
 
     def __init__(
         self,
         provider: ProviderLike = None,
         *,
-        selection: Any = "first",
+        selection: Any = usual("first"),
         image: Image | None = None,
         nodes: int = 1,
         machine: str | None = None,
@@ -128,49 +133,61 @@ class ComputePool:
         cpu: int | None = None,
         memory: str | int | None = None,
         volume: Volume | Sequence[Volume] = (),
-        allocation: str | float | Allocation = "spot-if-available",
-        timeout: float = 3600,
+        allocation: str | float | Allocation = usual("spot-if-available"),
+        timeout: float = usual(3600),
         env: Mapping[str, str] | None = None,
         concurrency: int = 1,
-        display: Literal["auto", "log", "spinner", "quiet"] = "auto",
+        display: Literal["auto", "log", "spinner", "quiet"] = usual("auto"),
         on_event: events.Callback | None = None,
         collect_metrics: bool = True,
         logging: LogConfig | None = None,
-        max_price: float | None = None,
-        max_cost: float | None = None,
-        idle_timeout: float | None = None,
-        retries: int = 3,
+        max_price: float | None = usual(None),
+        max_cost: float | None = usual(None),
+        idle_timeout: float | None = usual(None),
+        retries: int = usual(3),
     ) -> None:
+        from skyward.config import load
         from skyward.providers import resolve
         from skyward.spec import Image, PoolSpec
 
-        # What these four may be, and what PoolSpec makes of it, are different types.
-        self.spec = PoolSpec(
-            selection=selection,
-            image=image if image is not None else Image(),
-            nodes=nodes,
-            machine=machine,
-            accelerator=accelerator,  # type: ignore[arg-type]
-            architecture=architecture,
-            cpu=cpu,
-            memory=memory,  # type: ignore[arg-type]
-            volume=volume,  # type: ignore[arg-type]
-            allocation=allocation,  # type: ignore[arg-type]
-            timeout=timeout,
-            env=env,
-            concurrency=concurrency,
-            display=display,
-            on_event=on_event,
-            collect_metrics=collect_metrics,
-            logging=logging,
-            max_price=max_price,
-            max_cost=max_cost,
-            idle_timeout=idle_timeout,
-            retries=retries,
+        settings = load()
+        filled, configured = settings.fill(
+            {
+                "selection": selection,
+                "allocation": allocation,
+                "timeout": timeout,
+                "display": display,
+                "max_price": max_price,
+                "max_cost": max_cost,
+                "idle_timeout": idle_timeout,
+                "retries": retries,
+            }
         )
-        self.provider = resolve(provider)
-        for one in self.provider if isinstance(self.provider, tuple) else (self.provider,):
-            one.check(self.spec)
+        if provider is None:
+            provider = settings.get("provider")
+            configured.add("provider")
+        with settings.explaining(configured | {"region"}):
+            self.provider = resolve(provider, settings.get("region"))
+        with settings.explaining(configured):
+            # What some of these may be, and what PoolSpec makes of it, are different types.
+            self.spec = PoolSpec(
+                image=image if image is not None else Image(),
+                nodes=nodes,
+                machine=machine,
+                accelerator=accelerator,  # type: ignore[arg-type]
+                architecture=architecture,
+                cpu=cpu,
+                memory=memory,  # type: ignore[arg-type]
+                volume=volume,  # type: ignore[arg-type]
+                env=env,
+                concurrency=concurrency,
+                on_event=on_event,
+                collect_metrics=collect_metrics,
+                logging=logging,
+                **filled,
+            )
+            for one in self.provider if isinstance(self.provider, tuple) else (self.provider,):
+                one.check(self.spec)
         self._handlers: list[events.Callback] = []
         self._lock = threading.RLock()
         self._session: Session | None = None

@@ -168,6 +168,7 @@ class Provisioner:
         return provider.launch(offer, order)
 
     def _tell(self, machines: Sequence[Machine], nodes: Sequence[int]) -> None:
+        self._record.number(machines, nodes)
         for node, machine in zip(nodes, machines, strict=True):
             self._emit(
                 events.InstanceProvisioned(
@@ -221,6 +222,7 @@ class Provisioner:
         """Destroy one machine, as far as there is anything left of it. Never raises: all are destroyed in the end."""
         assert self._step is not None
         self._emit(events.InstanceStopping(instance_id=machine.id))
+        self._record.lost(machine.id)
         try:
             self._step.provider.terminate([machine])
         except ProviderError as exc:

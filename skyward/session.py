@@ -81,6 +81,10 @@ class Session:
         if isinstance(pool.provider, (Local, Dask)):  # other machines see no folder of this one
             share = _shared_folder(self.pool_id)
             stack.callback(shutil.rmtree, share, ignore_errors=True)
+        if isinstance(pool.provider, Local):
+            from skyward.cluster import journal
+
+            stack.callback(journal.close, self.pool_id)  # what `_note` opens, after all else has ended
         started = time.monotonic()
         self.emit(events.InfraCreating())
 
@@ -134,11 +138,22 @@ class Session:
         engine.wait_ready()
         client.subscribe_topic(LOG_TOPIC, lambda event: pool._receive_lines(event[1]))
         joblib.join()
-        if self._record is not None:
-            self._record.running()
+        if own is not None:
+            self._note(own)
         self._watch(started + spec.timeout, spec.idle_timeout)
         self.emit(events.PoolStarted())
         console.ready(pool, str(cluster.dashboard_link), time.monotonic() - started)
+
+    def _note(self, cluster: AgentCluster) -> None:
+        """Put on record that the pool is up."""
+        from skyward.cluster.record import note_local
+
+        if self._record is not None:
+            self._record.running(cluster.dashboard_port)
+        else:
+            note_local(
+                self.pool_id, expires=self._expires, folder=cluster.folder, dashboard_port=cluster.dashboard_port
+            )
 
     def _make_cluster(self, share: Path | None) -> SkyCluster:
         provider, spec = self.pool.provider, self.pool.spec
@@ -278,6 +293,7 @@ class _Hosts:
     def more(self, nodes: Sequence[int], taken: Sequence[str]) -> list[Machine]:
         found = self._provider.machines(len(nodes), taken)
         self._record.add(found)
+        self._record.number(found, nodes)
         return found
 
     def exists(self, machine: Machine) -> bool:  # noqa: ARG002 - nobody can be asked

@@ -13,6 +13,19 @@ hypothesis.settings.register_profile("skyward", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("skyward")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nobodys_own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let no test read or write what belongs to whoever runs the tests: configuration, journal and logs."""
+    from skyward import config
+
+    with pytest.MonkeyPatch.context() as patch:
+        for key in config.KEYS:
+            patch.delenv(f"SKYWARD_{key.upper()}", raising=False)
+        for name in ("CONFIG", "DATA"):
+            patch.setenv(f"SKYWARD_{name}_DIR", str(tmp_path_factory.mktemp(name.lower())))
+        yield
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[sky.ComputePool]:
     """Two nodes of two slots, started once per test process; leave it as you found it."""

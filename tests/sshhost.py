@@ -30,6 +30,7 @@ class Host:
             taken.bind(("127.0.0.1", 0))
             self.port: int = taken.getsockname()[1]
         self.key.write_private_key(self.key_file)
+        self.key_file.chmod(0o600)  # or ssh would refuse to use it
         public = self._host_key.export_public_key().decode()
         self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {public}")
         self._stop: Callable[[], Any] = lambda: None

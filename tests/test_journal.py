@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from skyward.cluster import journal
+from skyward.cluster.record import Record
 from skyward.errors import PoolError
 from skyward.providers.base import Login, Machine
 
@@ -50,6 +51,32 @@ def test_what_changes_is_written(folder: Path) -> None:
     assert journal.read(POOL) == entry
     assert entry.state == "running"
     assert [m.id for m in entry.machines] == ["a", "b"]
+
+
+def test_nodes_are_found_by_their_number_as_machines_come_and_go(folder: Path) -> None:
+    record = Record(POOL, "ssh", time.time() + 60, [machine("a"), machine("b")])
+    try:
+        record.add([machine("c")])
+        record.number([machine("c")], [1])
+        record.running(8787)
+        replaced = journal.read(POOL)
+        record.lost("a")
+        record.lost("a")
+        lost = journal.read(POOL)
+    finally:
+        record.close()
+
+    assert replaced is not None
+    assert lost is not None
+    assert (replaced.state, replaced.dashboard_port, replaced.nodes) == ("running", 8787, {"a": 0, "c": 1})
+    assert replaced.machine(1) == machine("c")
+    assert (lost.machine(0), lost.machine(1)) == (None, machine("c"))
+
+
+def test_nodes_that_nobody_has_numbered_are_machines_in_their_order(folder: Path) -> None:
+    entry = open_entry(POOL, machine("a"), machine("b"))
+
+    assert [entry.machine(n) for n in range(3)] == [machine("a"), machine("b"), None]
 
 
 def test_a_closed_entry_is_gone_and_may_be_closed_again(folder: Path) -> None:

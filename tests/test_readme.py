@@ -1,4 +1,4 @@
-"""Every Python block of README.md runs as a script of its own."""
+"""Every Python block of README.md and of some pages in docs/ runs as a script of its own."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/configuration.md")
 
 
-def _blocks() -> list[tuple[int, str]]:
-    text = README.read_text(encoding="utf-8")
+def _blocks(page: str) -> list[tuple[str, int, str]]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [(text.count("\n", 0, m.start()) + 2, m.group(1)) for m in found]
+    return [(page, text.count("\n", 0, m.start()) + 2, m.group(1)) for m in found]
 
 
-@pytest.mark.parametrize(("line", "code"), [pytest.param(*b, id=f"line-{b[0]}") for b in _blocks()])
-def test_a_block_of_the_readme_runs(line: int, code: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("page", "line", "code"), [pytest.param(*b, id=f"{b[0]}-{b[1]}") for page in PAGES for b in _blocks(page)]
+)
+def test_a_block_of_a_page_runs(page: str, line: int, code: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
 
     ran = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
-    assert ran.returncode == 0, f"README.md, line {line}:\n{ran.stdout}{ran.stderr}"
+    assert ran.returncode == 0, f"{page}, line {line}:\n{ran.stdout}{ran.stderr}"

@@ -123,7 +123,8 @@ class AgentCluster(SkyCluster):
         self._excused: set[str] = set()  # workers that had to go: their machines were taken away, or not wanted
         self._address: asyncio.Future[str] | None = None  # of the scheduler, as nodes reach it
         self._cores: dict[Agent, int] = {}
-        self._dashboard_port: int | None = None
+        self.dashboard_port: int | None = None  # on the scheduler's host, on its loopback
+        self.folder = ""  # where it is all on this host: what ends with it
         self._dashboard = ""
         self._failed: BaseException | None = None
         self._stopping = False
@@ -187,8 +188,8 @@ class AgentCluster(SkyCluster):
         self._open_rpc(f"tls://{host}:{port}")
         await super()._start()
         self._note_places()  # of workers that were there before
-        if self._dashboard_port is not None:
-            host, port = await self._agents[0].reach(self._dashboard_port)
+        if self.dashboard_port is not None:
+            host, port = await self._agents[0].reach(self.dashboard_port)
             self._dashboard = f"http://{host}:{port}/status"
 
     async def _start_agent(self, agent: Agent) -> None:
@@ -212,7 +213,7 @@ class AgentCluster(SkyCluster):
                 node = min(agent.nodes)
                 self.on_metrics(node, agent.instance_id(node), {k: v for k, v in event.items() if k != "event"})
             case "scheduler":
-                self._dashboard_port = event["dashboard"]
+                self.dashboard_port = event["dashboard"]
                 if self._address is not None and not self._address.done():
                     self._address.set_result(event["address"])
             case "dashboard":

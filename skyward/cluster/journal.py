@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,12 @@ class Entry:
         All that are known. Private keys are paths here, never the keys themselves.
     places
         Where clouds were asked for machines: there may be some that are not known.
+    nodes
+        Which node a machine is, by its id; machines that are lost are left out.
+    dashboard_port
+        Where the Dask dashboard listens, on node 0's loopback; None: not known, or not yet.
+    folder
+        Of a local pool: what ends with it.
     """
 
     pool_id: str
@@ -78,6 +85,9 @@ class Entry:
     state: State = "launching"
     machines: tuple[Machine, ...] = ()
     places: tuple[Place, ...] = ()
+    nodes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    dashboard_port: int | None = None
+    folder: str = ""
 
     @property
     def owner_alive(self) -> bool | None:
@@ -91,6 +101,12 @@ class Entry:
     def is_expired(self) -> bool:
         return time.time() >= self.expires
 
+    def machine(self, node: int) -> Machine | None:
+        """Return the machine that is node `node`."""
+        # Nobody has numbered the machines of a pool that clouds know of.
+        nodes = self.nodes or {machine.id: number for number, machine in enumerate(self.machines)}
+        return next((machine for machine in self.machines if nodes.get(machine.id) == node), None)
+
 
 def this_owner() -> str:
     """Return who starts machines here, as ``user@host``."""
@@ -102,8 +118,12 @@ def data_folder() -> Path:
     return Path(os.environ.get("SKYWARD_DATA_DIR") or platformdirs.user_data_path("skyward")).expanduser().absolute()
 
 
-def open_entry(pool_id: str, *, provider: str, expires: float, machines: Sequence[Machine] = ()) -> Entry:
+def open_entry(
+    pool_id: str, *, provider: str, expires: float, machines: Sequence[Machine] = (), **facts: Any
+) -> Entry:
     """Write down that this process is about to launch a pool. On disk, power cut or not, when this returns.
+
+    `facts` are fields of `Entry`.
 
     Raises
     ------
@@ -114,6 +134,7 @@ def open_entry(pool_id: str, *, provider: str, expires: float, machines: Sequenc
     entry = Entry(
         pool_id=pool_id, provider=provider, created=time.time(), expires=expires, pid=pid,
         pid_started=_start_of(pid) or 0.0, host=socket.gethostname(), owner=this_owner(), machines=tuple(machines),
+        **facts,
     )  # fmt: skip
     return update(entry)
 
@@ -124,6 +145,8 @@ def update(
     state: State | None = None,
     machines: Sequence[Machine] | None = None,
     places: Sequence[Place] | None = None,
+    nodes: Mapping[str, int] | None = None,
+    dashboard_port: int | None = None,
 ) -> Entry:
     """Write `entry` with what has changed, and return it so. Only the pool's owner does.
 
@@ -137,6 +160,8 @@ def update(
         state=state or entry.state,
         machines=entry.machines if machines is None else tuple(machines),
         places=entry.places if places is None else tuple(places),
+        nodes=entry.nodes if nodes is None else dict(nodes),
+        dashboard_port=entry.dashboard_port if dashboard_port is None else dashboard_port,
     )
     path = _path(entry.pool_id)
     with _writing:
@@ -188,6 +213,19 @@ def entries() -> list[Entry]:
         except (OSError, ValueError) as exc:
             logger.warning("%s can't be read, and its pool may still run: %s", path, exc)
     return sorted(found, key=lambda entry: entry.created)
+
+
+def known_hosts(pool_id: str, name: str, host_key: str) -> Path:
+    """Return the path of a file of known hosts that has a pinned key under `name`; it ends with the pool's entry.
+
+    For other programs: ours have the key from the entry.
+    """
+    path = _path(pool_id).with_suffix(".known_hosts")
+    # Of another name for each process: several may log in at once.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f"{pool_id}.", delete=False) as file:
+        file.write(f"{name} {host_key.strip()}\n")
+    Path(file.name).replace(path)
+    return path
 
 
 def _path(pool_id: str) -> Path:

@@ -56,7 +56,7 @@ def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) ->
         # It takes as long to import as the agent takes to start.
         from skyward.cluster.cluster import AgentCluster
 
-        return AgentCluster(
+        cluster = AgentCluster(
             pool_id,
             [agent],
             security=credentials.security(),
@@ -64,6 +64,8 @@ def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) ->
             timeout_s=spec.timeout,
             node_spec=make_node,
         )
+        cluster.folder = config.folder
+        return cluster
     except BaseException:
         agent.kill()
         raise

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 
 from skyward.cluster import journal
 from skyward.cluster.guardian import Guardian
 from skyward.cluster.journal import Place
+from skyward.errors import PoolError
 from skyward.providers.base import Machine
+
+logger = logging.getLogger(__name__)
 
 
 class Record:
@@ -25,7 +29,8 @@ class Record:
     def __init__(self, pool_id: str, provider: str, expires: float, machines: Sequence[Machine] = ()) -> None:
         self.left: Sequence[str] = ()
         self._lock = threading.Lock()
-        self._entry = journal.open_entry(pool_id, provider=provider, expires=expires, machines=machines)
+        nodes = {machine.id: node for node, machine in enumerate(machines)}
+        self._entry = journal.open_entry(pool_id, provider=provider, expires=expires, machines=machines, nodes=nodes)
         try:
             self._guardian = Guardian.start(pool_id)
         except BaseException:
@@ -47,10 +52,24 @@ class Record:
     def places(self) -> tuple[Place, ...]:
         return self._entry.places
 
-    def running(self) -> None:
-        """Note that the pool takes calls."""
+    def number(self, machines: Sequence[Machine], nodes: Sequence[int]) -> None:
+        """Note which nodes machines are, in the place of those that were before."""
         with self._lock:
-            self._entry = journal.update(self._entry, state="running")
+            kept = {machine_id: node for machine_id, node in self._entry.nodes.items() if node not in nodes}
+            new = {machine.id: node for machine, node in zip(machines, nodes, strict=True)}
+            self._entry = journal.update(self._entry, nodes=kept | new)
+
+    def lost(self, machine_id: str) -> None:
+        """Note that a machine is no node any more."""
+        with self._lock:
+            if machine_id in self._entry.nodes:
+                kept = {other: node for other, node in self._entry.nodes.items() if other != machine_id}
+                self._entry = journal.update(self._entry, nodes=kept)
+
+    def running(self, dashboard_port: int | None = None) -> None:
+        """Note that the pool takes calls, and where its dashboard is."""
+        with self._lock:
+            self._entry = journal.update(self._entry, state="running", dashboard_port=dashboard_port)
 
     def close(self) -> None:
         """Close the entry and dismiss the guardian, or leave the rest to it."""
@@ -60,3 +79,13 @@ class Record:
         else:
             journal.close(self._entry.pool_id)
             self._guardian.dismiss()
+
+
+def note_local(pool_id: str, *, expires: float, folder: str, dashboard_port: int | None) -> None:
+    """Note a pool on this computer, for whoever looks: its agent ends with its owner, so it needs no guardian."""
+    try:
+        journal.open_entry(
+            pool_id, provider="local", expires=expires, state="running", folder=folder, dashboard_port=dashboard_port
+        )
+    except PoolError as exc:  # nothing is at stake: it is only not listed
+        logger.info("`skyward ps` will not list local pool %s: %s", pool_id, exc)

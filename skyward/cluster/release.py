@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import asyncssh
+import psutil
 
 from skyward import providers
+from skyward.bootstrap import POOL
 from skyward.cluster.journal import Entry, Place
 from skyward.cluster.remote import clean_command
 from skyward.cluster.ssh import Link
@@ -20,6 +23,9 @@ from skyward.providers.base import Cloud, Machine
 
 MACHINE_S = 20.0
 """Seconds that one machine may take. By feel: a log-in takes one or two, cleaning less."""
+
+_ROUNDS = 5  # of looking for processes of a local pool: those that are found may just have started others
+_ROUND_S = 2.0
 
 
 def release(entry: Entry) -> list[str]:
@@ -33,9 +39,36 @@ def release(entry: Entry) -> list[str]:
     SkywardError
         The entry is of a provider that this version does not know.
     """
+    if entry.provider == "local":
+        return _end_local(entry)
     hosts = [machine for machine in entry.machines if machine.lives_on]
     cleaned = asyncio.run(_clean_hosts(entry.pool_id, hosts)) if hosts else []
     return cleaned + end_places(entry.pool_id, entry.places)
+
+
+def _end_local(entry: Entry) -> list[str]:
+    """End a pool on this computer: its processes, each of which has its id in the environment, and its files."""
+    if entry.owner_alive is None:
+        return [f"{entry.host}: a local pool can be ended there only; run `skyward down {entry.pool_id}` on it"]
+    for _ in range(_ROUNDS):
+        found = list(_processes_of(entry.pool_id))
+        for process in found:
+            with contextlib.suppress(psutil.Error):  # gone meanwhile
+                process.kill()
+        if not found:
+            break
+        psutil.wait_procs(found, _ROUND_S)
+    if entry.folder:
+        shutil.rmtree(entry.folder, ignore_errors=True)
+    return [f"process {process.pid} of this computer" for process in _processes_of(entry.pool_id)]
+
+
+def _processes_of(pool_id: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
+            # multiprocessing's tracker ends by itself when all others have, and only then removes their semaphores.
+            if process.environ().get(POOL) == pool_id and "resource_tracker" not in " ".join(process.cmdline()):
+                yield process
 
 
 def end_places(pool_id: str, places: Sequence[Place]) -> list[str]:

@@ -25,29 +25,34 @@ T = TypeVar("T")
 _CLOUDS = {"aws": "AWS", "digitalocean": "DigitalOcean", "verda": "Verda"}
 
 
-def resolve(provider: ProviderLike) -> Resolved:
+def resolve(provider: ProviderLike, region: str | Mapping[str, str] | None = None) -> Resolved:
     """Return the provider that `provider` means, or the clouds; None means this machine.
+
+    Parameters
+    ----------
+    region
+        For clouds that are given by name: one for all of them, or one for each of some.
 
     Raises
     ------
     SpecError
-        Unknown name, something that is no provider, or several that are not all clouds.
+        Unknown name, something that is no provider, several that are not all clouds, or no region of a cloud's.
     """
     if provider is None:
         return Local()
     if isinstance(provider, str):
-        provider = _named(provider)
+        provider = _named(provider, region)
     if isinstance(provider, (Local, Dask, SSH)):
         return provider
     if isinstance(provider, Sequence):
-        return _several(provider)
+        return _several(provider, region)
     if all(hasattr(provider, name) for name in ("offers", "launch", "end")):
         return (provider,)
     raise _error(provider, "a provider such as sky.AWS() or sky.SSH(hosts), or a name such as 'aws'")
 
 
-def _several(given: Sequence[Provider | str]) -> Resolved:
-    found = [resolve(p) for p in given]
+def _several(given: Sequence[Provider | str], region: str | Mapping[str, str] | None) -> Resolved:
+    found = [resolve(p, region) for p in given]
     if len(found) == 1:
         return found[0]
     several = [p for p in found if isinstance(p, tuple)]
@@ -100,12 +105,13 @@ def _cloud(name: str) -> Callable[..., Cloud]:
     return kind
 
 
-def _named(name: str) -> Provider:
+def _named(name: str, region: str | Mapping[str, str] | None) -> Provider:
     key = name.lower()
     if key == "local":
         return Local()
     if key in _CLOUDS:
-        return _cloud(key)()
+        chosen = region if isinstance(region, str) else _check_regions(region or {}).get(key)
+        return _cloud(key)(region=chosen) if chosen else _cloud(key)()
     names = ["local", *_CLOUDS]
     if key == "dask":
         raise _error(name, "sky.Dask(client_or_address): the name alone does not say which cluster")
@@ -115,6 +121,17 @@ def _named(name: str) -> Provider:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     accepted = ", ".join(map(repr, names))
     raise _error(name, f"{accepted}, sky.SSH(hosts) or sky.Dask(client){hint}")
+
+
+def _check_regions(regions: Mapping[str, str]) -> Mapping[str, str]:
+    for name in regions:
+        if name not in _CLOUDS:
+            close = difflib.get_close_matches(name, _CLOUDS, 1)
+            accepted = f"for each of {', '.join(_CLOUDS)} a region" + (f"; did you mean {close[0]!r}?" if close else "")
+            raise SpecError(
+                f"region={dict(regions)!r}: accepted is {accepted}", option="region", value=regions, accepted=accepted
+            )
+    return regions
 
 
 def _error(value: Any, accepted: str) -> SpecError:

@@ -68,6 +68,12 @@ _QUOTAS = {
     "x": (("L-7295265B", "Running On-Demand X instances"), ("L-E3A00192", "All X Spot Instance Requests")),
     "dl": (("L-6E869C2A", "Running On-Demand DL instances"), ("L-85EED4F7", "All DL Spot Instance Requests")),
 }
+QUOTAS = {
+    f"{kind} {market}": pair[market == "spot"][0]
+    for kind, pair in (("standard", _STANDARD), ("G and VT", _GRAPHICS), ("P", _QUOTAS["p"]))
+    for market in ("on-demand", "spot")
+}
+"""Codes of the quotas that most pools count against."""
 _P5_SPOT = ("L-C4BD4855", "All P5 Spot Instance Requests")
 
 
@@ -201,6 +207,20 @@ class Api:
             return CapacityError(f"AWS: {doing}: {said}")
         return ProviderError(f"AWS: {doing} failed: {said}")
 
+    def origin(self) -> str:
+        """Return where the credentials are from, in words.
+
+        Raises
+        ------
+        CredentialsError
+            There are none.
+        """
+        with self.edge("reading the credentials"):
+            credentials = self._session.get_credentials()
+        if credentials is None:
+            raise self._missing()
+        return _origin(credentials)
+
     def _missing(self, said: str = "") -> CredentialsError:
         _session.cache_clear()
         profile = self._profile or os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or "default"
@@ -215,17 +235,21 @@ class Api:
         # Next time they are read anew: whoever mends them need not start a new process.
         _session.cache_clear()
         credentials = getattr(self._session, "get_credentials", lambda: None)()
-        origin = {
-            "env": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN",
-            "shared-credentials-file": "~/.aws/credentials",
-            "config-file": "~/.aws/config",
-            "iam-role": "the role of this machine",
-            "container-role": "the role of this container",
-        }.get(getattr(credentials, "method", ""), f"the profile ({getattr(credentials, 'method', 'unknown')})")
         return CredentialsError(
-            f"AWS credentials {how}. They are from {origin}; looked for were also AWS_PROFILE, ~/.aws/credentials and "
-            "~/.aws/config. Run `aws sts get-caller-identity` to try them"
+            f"AWS credentials {how}. They are from {_origin(credentials)}; looked for were also AWS_PROFILE, "
+            "~/.aws/credentials and ~/.aws/config. Run `aws sts get-caller-identity` to try them"
         )
+
+
+def _origin(credentials: Any) -> str:
+    method = str(getattr(credentials, "method", "unknown"))
+    return {
+        "env": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN",
+        "shared-credentials-file": "~/.aws/credentials",
+        "config-file": "~/.aws/config",
+        "iam-role": "the role of this machine",
+        "container-role": "the role of this container",
+    }.get(method, f"the profile ({method})")
 
 
 def api(profile: str | None, endpoint_url: str | None) -> Api:

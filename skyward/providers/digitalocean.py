@@ -179,8 +179,13 @@ def _check_region(value: Any) -> str:
     return found
 
 
+def token_variable() -> str:
+    """Return the name of the variable that has the token; empty when none has."""
+    return next((name for name in _VARIABLES if os.environ.get(name, "").strip()), "")
+
+
 def _token() -> str:
-    found = next((token for name in _VARIABLES if (token := os.environ.get(name, "").strip())), None)
+    found = os.environ[name].strip() if (name := token_variable()) else None
     if found is None:
         raise CredentialsError(
             f"there is no token for DigitalOcean: looked for {' and '.join(_VARIABLES)}. Make one at "

@@ -156,6 +156,12 @@ def _check_region(value: Any) -> str:
     return found
 
 
+def credentials_variables() -> str:
+    """Return the names of the variables that credentials are taken from, where there are some."""
+    pair = ("VERDA_CLIENT_ID", "VERDA_CLIENT_SECRET")
+    return " and ".join(pair) if all(map(os.environ.get, pair)) else "VERDA_API_KEY"
+
+
 def _credentials(looked_for: str) -> tuple[str, str]:
     client_id, secret = os.environ.get("VERDA_CLIENT_ID", ""), os.environ.get("VERDA_CLIENT_SECRET", "")
     if client_id and secret:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import requests
 from verda.authentication import AuthenticationService
+from verda.balance import BalanceService
 from verda.constants import ErrorCodes
 from verda.exceptions import APIException
 from verda.http_client import HTTPClient, handle_error
@@ -48,6 +49,7 @@ class Api:
 
     def __init__(self, client_id: str, client_secret: str, url: str) -> None:
         http = _Http(_Authentication(client_id, client_secret, url), url)
+        self.balance: Any = BalanceService(http)
         self.images: Any = ImagesService(http)
         self.instances: Any = InstancesService(http)
         self.instance_types: Any = InstanceTypesService(http)

@@ -1,0 +1,60 @@
+"""``skyward dashboard``: a way to the Dask dashboard of a pool that runs, through SSH."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import webbrowser
+from collections.abc import Callable
+
+import click
+
+from skyward.cli.output import as_json, statuses
+from skyward.cli.pools import machine_of, pool_argument, with_keys
+from skyward.cluster import journal
+from skyward.cluster.journal import Entry
+
+_LOOK_S = 1.0
+
+
+@click.command(epilog=statuses())
+@pool_argument
+@click.option("--no-browser", is_flag=True, help="Only print the URL.")
+@as_json
+def dashboard(pool: str, no_browser: bool, as_json: bool) -> None:
+    """Open the Dask dashboard of a pool that runs.
+
+    Prints its URL, a port of this computer, which leads there through SSH until Ctrl-C, or until the pool has ended.
+    The dashboard of a pool on this computer is there anyway: then it returns at once.
+    """
+    entry = with_keys(pool)
+    if entry.dashboard_port is None:
+        raise click.ClickException(f"pool {pool} has no dashboard yet: its state is {entry.state!r}")
+
+    def show(port: int) -> None:
+        url = f"http://127.0.0.1:{port}/status"
+        click.echo(json.dumps({"pool": pool, "url": url}) if as_json else url)
+        if not no_browser:
+            webbrowser.open(url)
+
+    if entry.provider == "local":
+        show(entry.dashboard_port)
+        return
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_keep_open(entry, show))
+
+
+async def _keep_open(entry: Entry, show: Callable[[int], None]) -> None:
+    from skyward.cluster.ssh import Link
+
+    assert entry.dashboard_port is not None
+    link = Link(machine_of(entry, "0").login)
+    try:
+        await link.connect()
+        show(await link.forward("127.0.0.1", entry.dashboard_port))
+        while await asyncio.to_thread(journal.read, entry.pool_id) is not None:
+            await asyncio.sleep(_LOOK_S)
+    finally:
+        await link.close()
+    click.echo(f"pool {entry.pool_id} has ended", err=True)
