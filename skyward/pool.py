@@ -421,11 +421,14 @@ class ComputePool:
         return f"<ComputePool {state}: {self.spec.nodes} nodes × {self.spec.concurrency} slots on {self._where}>"
 
     def _repr_html_(self) -> str:
-        session = self._session
-        if session is None:
-            return f"<p>{self!r}".replace("<Comp", "&lt;Comp")
-        html: str = session.cluster._repr_html_()
-        return html
+        from skyward.console.notebook import pool_html
+
+        cluster = getattr(self._session, "cluster", None)
+        if cluster is None:  # not active, or about to be
+            return pool_html(repr(self), cost=self.cost)
+        # Not by way of `dashboard_link`, which waits for it.
+        link = str(cluster.dashboard_link)
+        return pool_html(repr(self), instances=self.instances, cost=self.cost, link=link)
 
     # --- events ---------------------------------------------------------------------------------------------
 

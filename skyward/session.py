@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from skyward import events
 from skyward.console import About, Console, open_console
 from skyward.errors import PoolBudgetError, PoolTimeoutError
+from skyward.figures import Figures
 from skyward.logfile import LogFile
 from skyward.output import Output
 from skyward.providers.base import Cloud, Machine
@@ -50,6 +51,13 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._over = threading.Event()
         self._emitter: Any = None
+        self._about = About(
+            self.pool_id, pool.spec.nodes, pool.spec.concurrency, pool._where,
+            is_here=isinstance(pool.provider, (Local, Dask)),
+        )  # fmt: skip
+        # Not where the cluster is somebody else's: its scheduler does not know what to do with them.
+        wants_figures = pool.spec.collect_metrics and not isinstance(pool.provider, Dask)
+        self._figures = Figures(self._about) if wants_figures else None
         self._there: dict[int, str] = {}  # nodes that are no cloud's, and the names of their machines
         self.output = Output(lambda node: self.cluster.instance_id(node), self.emit)
         self._record: Record | None = None
@@ -62,6 +70,8 @@ class Session:
     def emit(self, event: Any) -> None:
         if self._emitter is not None:
             self._emitter.emit(event)
+            if self._figures is not None:
+                self._figures.hear(event)
 
     def _tell_error(self, error: BaseException) -> None:
         message, instance_id = str(error) or type(error).__name__, getattr(error, "instance_id", None)
@@ -158,14 +168,23 @@ class Session:
             self._record.running()
         self._watch(started + spec.timeout, spec.idle_timeout)
         console.link = str(cluster.dashboard_link)
+        if self._figures is not None:
+            self._figures.send = self._send_figures
         self.emit(events.PoolStarted())
+
+    def _send_figures(self, message: dict[str, Any]) -> None:
+        from skyward.cluster.figures import FIGURES
+
+        def send() -> None:
+            if self.client.status == "running":
+                self.client._send_to_scheduler({"op": FIGURES, **message})
+
+        self.client.loop.add_callback(send)
 
     def _open_listeners(self) -> Console:
         """Let all who want to hear of events do so from now on; return the console."""
         pool, spec, log = self.pool, self.pool.spec, self.pool.spec.logging
-        is_here = isinstance(pool.provider, (Local, Dask))
-        about = About(self.pool_id, spec.nodes, spec.concurrency, pool._where, is_here=is_here)
-        console = open_console("quiet" if log is not None and not log.console else spec.display, about)
+        console = open_console("quiet" if log is not None and not log.console else spec.display, self._about)
         self._stack.callback(console.close)
         listeners: list[events.Callback] = [*([console] if console.shows else []), *pool.callbacks()]
         if log is not None and log.file is not None:
