@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
-from skyward.errors import NoActivePoolError, PoolError, SpecError
+from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -103,7 +103,8 @@ class ComputePool:
     env
         Environment variables of the workers, on top of those of `image`.
     display
-        ``"quiet"`` shows nothing; otherwise what calls print is shown, with the node's number.
+        ``"auto"``: a display that moves on a terminal, lines with time stamps elsewhere. ``"log"``: always such lines;
+        ``"spinner"``: one line that moves; ``"quiet"``: nothing. What calls print goes to standard output.
     on_event
         Called with every `SkywardEvent`.
 
@@ -213,9 +214,11 @@ class ComputePool:
             self._output = self._session.output
             try:
                 self._session.start()
-            except BaseException:
+            except BaseException as exc:
                 session, self._session = self._session, None
                 session.stop(PoolError("the pool did not start"))
+                if isinstance(exc, SkywardError):  # its message says it all; the way it came is ours and long
+                    raise exc.with_traceback(None) from exc.__cause__
                 raise
 
     def _stop(self, reason: BaseException | None = None) -> None:

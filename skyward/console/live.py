@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,11 @@ class LiveView:
     def say(self, lines: Iterable[str]) -> None:
         """Write lines that stay."""
         first, *others = lines
-        self._screen.write("stderr", [f"skyward: {first}", *(f"  {line}" for line in others)])
+        width = self._screen.size[0] - 1
+        self._screen.write(
+            "stderr",
+            [part for line in (f"skyward: {first}", *(f"  {line}" for line in others)) for part in _wrap(line, width)],
+        )
 
     def show(self, event: Any, now: float) -> None:  # noqa: ARG002 - as the other view
         """Write what of an event is to stay, after the model has heard of it."""
@@ -190,3 +195,11 @@ class LiveView:
         columns, rows = self._screen.size
         self._rich.size = (columns - 1, rows)
         return self._rich
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    """Break a line between words; what continues it is further to the right."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(
+        line, max(40, width), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    ) or [line]

@@ -106,7 +106,8 @@ class Screen:
             if self._is_drawn:
                 self._is_drawn = False
                 with contextlib.suppress(OSError, ValueError):
-                    self._streams["stderr"].write(_ERASE)
+                    # From the beginning of the line, where the terminal may have put "^C".
+                    self._streams["stderr"].write(f"\r{_ERASE}")
                     self._streams["stderr"].flush()
 
     def write(self, name: str, lines: Iterable[str]) -> None:
@@ -115,7 +116,9 @@ class Screen:
             self._break_line()
             # Standard output may lead elsewhere, to a pipe.
             stream = self._streams.get(name) or getattr(sys, name)
-            stream.write("".join(f"{fitting(line, stream)}\n" for line in lines))
+            text = "".join(f"{fitting(line, stream)}\n" for line in lines)
+            # A status begins its line, also where the terminal has put "^C".
+            stream.write(f"\r\x1b[K{text}" if name == "stderr" else text)
             stream.flush()
 
     def _break_line(self) -> None:

@@ -73,6 +73,7 @@ class Group:
         self._bytes_taken = 0  # two counters, each written by one thread only
         self.is_cancelled = False
         self.expected: int | None = None  # calls still to come beyond the pending ones, where known
+        self.size: int | None = None  # all its tasks, where that is known from the start
         self.may_grow: Callable[[], bool] = _never  # by more calls, nobody knows how many
         self.done = 0  # tasks that have ended, and those of them that failed
         self.failed = 0
@@ -96,10 +97,12 @@ class Group:
 
     def left(self) -> int | None:
         """Return how many tasks have not ended; None while that is not known. In the loop."""
+        if self.size is not None:
+            return self.size - self.done
         if self.may_grow():
             return None
         items = [*self.pending, *itertools.chain.from_iterable(self.in_flight.values())]
-        return sum(item.call.tasks for item in items) + (self.expected or 0)
+        return sum(item.call.tasks for item in items)
 
     def put(self, item: Item) -> None:
         """Queue a packed call. From any thread."""
@@ -116,7 +119,7 @@ class Group:
         group afterwards is dropped too. From any thread; does not wait.
         """
         self.is_cancelled = True
-        self.may_grow, self.expected = _never, None
+        self.size, self.may_grow = None, _never
         self.engine._call_soon(self.engine._cancel_group, self)
 
     def close(self) -> None:

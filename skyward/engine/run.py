@@ -75,6 +75,7 @@ def _outcomes(
     digest = ""  # of the last function
     exhausted = False
     finished = False
+    group.size = known
     if known is None:
         group.may_grow = lambda: not exhausted
     try:
