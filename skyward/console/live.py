@@ -135,22 +135,25 @@ class LiveView:
         return self._render(*parts)[: rows - 2]
 
     def _nodes(self, columns: int, most: int) -> RenderableType:
+        from rich.console import Group
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
         nodes = [self._model.nodes[number] for number in sorted(self._model.nodes)]
         shown = nodes if len(nodes) <= most else nodes[: most - 1]
-        for _ in range(6):
-            table.add_column(no_wrap=True, overflow="ellipsis")
+        lines = []
         for node in shown:
-            name, kind, lease, price = wording.node_facts(node)
-            cells = [f"  node {node.number}", name, kind, lease, price, self._state(node)]
-            table.add_row(*(cells if columns >= _NARROW else [cells[0], *cells[2:]]))
-        if len(nodes) > len(shown):
-            rest = nodes[len(shown) :]
-            ready = sum(node.state == "ready" for node in rest)
-            table.add_row("  ...", f"{len(rest)} more, {ready} ready")
-        return table
+            name, *facts = wording.node_facts(node)
+            lines.append([f"  node {node.number}", *([name] if columns >= _NARROW else []), *facts, self._state(node)])
+        for cells in zip(*(line[:-1] for line in lines), strict=True):
+            table.add_column(no_wrap=True, min_width=max(map(len, cells)))
+        table.add_column(no_wrap=True, overflow="ellipsis")  # what is shortened where there is little room
+        for line in lines:
+            table.add_row(*line)
+        if len(nodes) == len(shown):
+            return table
+        rest = nodes[len(shown) :]
+        return Group(table, f"  and {len(rest)} more, {sum(node.state == 'ready' for node in rest)} of them ready")
 
     def _state(self, node: Node) -> str:
         if node.state != "ready" or not node.busy:

@@ -33,6 +33,7 @@ class Screen:
             self._streams["stdout"] = sys.stdout
         self._lock = threading.RLock()
         self._through = {name: _Through(self, name, stream) for name, stream in self._streams.items()}
+        self.is_closed = False
         self._is_drawn = False
         self._is_held = False  # by a line that has begun
         self._is_bar = False  # whose writer comes back to its beginning
@@ -64,9 +65,10 @@ class Screen:
         """Leave the terminal as it was, with what was written there. May be called twice."""
         with self._lock:
             self.clear()
+            self.is_closed = True
             for name, through in self._through.items():
                 if getattr(sys, name) is through:  # otherwise somebody has put his own there, who knows of ours
-                    setattr(sys, name, self._streams[name])
+                    setattr(sys, name, _open_one(self._streams[name]))
             if self._input is not None and builtins.input is self._input[1]:
                 builtins.input = self._input[0]
             self._input = None
@@ -152,6 +154,11 @@ class _Through:
         self._name = name
         self._stream = stream
 
+    @property
+    def next(self) -> Any:
+        """The stream itself where the screen is closed; it was opened before others, which are closed after it."""
+        return self._stream if self._screen.is_closed else None
+
     def write(self, text: str) -> int:
         return self._screen.let_through(self._name, text)
 
@@ -160,6 +167,12 @@ class _Through:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _open_one(stream: Any) -> Any:
+    while isinstance(stream, _Through) and (behind := stream.next) is not None:
+        stream = behind
+    return stream
 
 
 def _is_raw() -> bool:

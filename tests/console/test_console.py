@@ -317,7 +317,7 @@ def test_a_narrow_terminal_is_not_overrun(open_: Callable[..., Console], termina
     wait_until(shows(shown, "packages"))
 
     assert max(map(len, shown.lines)) < 60
-    assert any(text.split()[:2] == ["node", "1"] for text in shown.lines)
+    assert ["node", "1", "m7i.large", "spot", "0.0300", "USD/h", "upload"] in [text.split() for text in shown.lines]
 
 
 @pytest.mark.parametrize(("no_color", "expected"), [("1", False), ("", True)])
@@ -416,3 +416,26 @@ def test_a_question_has_the_terminal_to_itself(
     console.close()
     assert builtins.input is ask
     assert asked is not ask
+
+
+def test_two_consoles_at_once_share_the_terminal_and_leave_it_as_it_was(
+    open_: Callable[..., Console], terminal: Callable[..., Terminal]
+) -> None:
+    shown = terminal()
+    original = sys.stdout
+    first, second = open_("auto", CLOUD), open_("auto", CLOUD)
+    for console in (first, second):
+        for _, event in START[:12]:
+            console(event)
+    wait_until(shows(shown, "packages"))
+    first(line("of the first"))
+    second(line("of the second"))
+    first.close()
+    second.close()
+    print("afterwards")
+
+    assert sys.stdout is original
+    lines = shown.lines
+    assert lines[:2] == ["[node 0] of the first", "[node 0] of the second"]
+    assert [text.partition(" did not start")[0] for text in lines[2:4]] == ["skyward: 2 nodes × 2 slots on aws"] * 2
+    assert lines[4:] == ["afterwards", ""]
