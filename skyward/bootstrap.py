@@ -241,6 +241,7 @@ find_uv() {{
 get_uv() {{
     rm -rf "$home/uv"
     if python3 -m pip --version > /dev/null 2>&1; then
+        export PIP_ROOT_USER_ACTION=ignore  # it goes into a folder of ours
         python3 -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --target "$home/uv" uv
         find_uv && return 0
     fi

@@ -103,10 +103,16 @@ class BootstrapError(PoolError):
     """A machine could not be prepared.
 
     Attributes: `machine`, `step`, and of that step's command the exit `status` (None when there was none) and the
-    `last_lines` of what it said, at most 20.
+    `last_lines` of what it said, at most 20; `instance_id`, the machine's name in events, and `log`, the path on this
+    computer where its log is kept, both None where there is none.
     """
 
+    machine: str
+    step: str
+    last_lines: tuple[str, ...] = ()
     status: int | None = None
+    instance_id: str | None = None
+    log: str | None = None
 
 
 class PoolTimeoutError(PoolError, TimeoutError):

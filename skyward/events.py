@@ -182,10 +182,16 @@ class CostFinal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskProgress:
-    """`done` of `total` calls have ended; `total` is None while calls still come from a generator."""
+    """`done` of `total` calls have ended, and `failed` of these with an exception. Comes a few times a second at most.
+
+    Counts all calls at hand, from when there are some until there are none: then `done` equals `total`, and the next
+    ones count from 0. `total` is None while calls still come from a generator. A task of joblib counts as a call, and
+    so does a broadcast; calls that were cancelled do not count.
+    """
 
     done: int
     total: int | None = None
+    failed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +275,10 @@ class _Emitter:
         self._lock = threading.Lock()
         self._waiting: deque[tuple[SkywardEvent, _Chain]] = deque()
         self._delivering = False
+
+    @property
+    def is_heard(self) -> bool:
+        return bool(self._listeners)
 
     def add(self, callback: Callback) -> None:
         """Let `callback` hear of what is emitted from now on."""

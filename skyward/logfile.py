@@ -13,6 +13,8 @@ from skyward.spec import LogConfig
 from skyward.validation import parse_memory
 
 _logger = logging.getLogger("skyward")
+_files: list[LogFile] = []  # that are open
+_level_before = logging.NOTSET  # of our logger, before the first file was opened
 _LEVELS: dict[type[Any], int] = {
     events.Error: logging.ERROR,
     events.Metrics: logging.DEBUG,
@@ -39,18 +41,29 @@ class LogFile:
         self._handler = RotatingFileHandler(path, maxBytes=size, backupCount=config.retention, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {pool_id} %(message)s"))
         self._handler.setLevel(config.level)
-        self._level_before = _logger.level
-        _logger.setLevel(min(_logger.getEffectiveLevel(), self._handler.level))
-        _logger.addHandler(self._handler)
+        self._handler.name = f"skyward log file of {pool_id}"  # consoles tell our handlers from others by the name
+        self._open()
 
     def __call__(self, event: Any) -> None:
         level = _LEVELS.get(type(event), logging.INFO)
         if level >= self._handler.level:
             self._handler.handle(logging.LogRecord("skyward", level, "", 0, _text(event), None, None))
 
+    def _open(self) -> None:
+        global _level_before
+        if not _files:
+            _level_before = _logger.level
+        _files.append(self)
+        _logger.setLevel(min(_logger.getEffectiveLevel(), self._handler.level))
+        _logger.addHandler(self._handler)
+
     def close(self) -> None:
+        """Stop writing. May be called twice; files of several pools may be closed in any order."""
         _logger.removeHandler(self._handler)
-        _logger.setLevel(self._level_before)
+        if self in _files:
+            _files.remove(self)
+            if not _files:
+                _logger.setLevel(_level_before)
         self._handler.close()
 
 

@@ -10,12 +10,11 @@ import functools
 import inspect
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
-from skyward.errors import NoActivePoolError, PoolError, SpecError
+from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError
 from skyward.usual import usual
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from skyward.accelerators import Accelerator
     from skyward.cluster.cluster import SkyCluster
     from skyward.engine import Call, Engine
+    from skyward.output import Output
     from skyward.plan import Plan
     from skyward.providers import ProviderLike
     from skyward.session import Session
@@ -67,8 +67,6 @@ class PoolOptions(TypedDict, total=False):
 
 _DASHBOARD_S = 10.0
 """Seconds to wait for the dashboard at most. By feel: it takes less than one."""
-_LINES_KEPT = 10_000
-"""Lines of output kept per node for `ComputePool.logs`."""
 
 
 class Slots:
@@ -106,7 +104,8 @@ class ComputePool:
     env
         Environment variables of the workers, on top of those of `image`.
     display
-        ``"quiet"`` shows nothing; otherwise what calls print is shown, with the node's number.
+        ``"auto"``: a display that moves on a terminal, lines with time stamps elsewhere. ``"log"``: always such lines;
+        ``"spinner"``: one line that moves; ``"quiet"``: nothing. What calls print goes to standard output.
     on_event
         Called with every `SkywardEvent`.
 
@@ -193,8 +192,7 @@ class ComputePool:
         self._session: Session | None = None
         self._ended: BaseException | None = None
         self._last_cost = 0.0
-        self._logs: dict[int, deque[str]] = {}
-        self._seen: dict[str, int] = {}  # lines of each worker process that have come
+        self._output: Output | None = None  # of the last run
 
     # --- life -----------------------------------------------------------------------------------------------
 
@@ -227,15 +225,17 @@ class ComputePool:
                 raise PoolError("this pool is active already; make a second ComputePool to have another one")
             self._ended = None
             self._last_cost = 0.0
-            self._logs, self._seen = {}, {}
             from skyward.session import Session
 
             self._session = Session(self)
+            self._output = self._session.output
             try:
                 self._session.start()
-            except BaseException:
+            except BaseException as exc:
                 session, self._session = self._session, None
                 session.stop(PoolError("the pool did not start"))
+                if isinstance(exc, SkywardError):  # its message says it all; the way it came is ours and long
+                    raise exc.with_traceback(None) from exc.__cause__
                 raise
 
     def _stop(self, reason: BaseException | None = None) -> None:
@@ -423,8 +423,7 @@ class ComputePool:
 
     def logs(self, node: int | None = None) -> list[str]:
         """Return the last lines that calls have printed, of one node or all; kept until the pool is entered again."""
-        kept = [self._logs.get(node, ())] if node is not None else [self._logs[n] for n in sorted(self._logs)]
-        return [line for lines in kept for line in list(lines)]
+        return self._output.lines(node) if self._output is not None else []
 
     def on(self, event_type: type[Any], handler: Callable[[Any], None]) -> None:
         """Call `handler` with every event of `event_type` from now on."""
@@ -439,43 +438,29 @@ class ComputePool:
 
     def __repr__(self) -> str:
         state = "active" if self.is_active else "not active"
-        spec, provider = self.spec, self.provider
-        where = " or ".join(p.name for p in provider) if isinstance(provider, tuple) else provider.name
-        return f"<ComputePool {state}: {spec.nodes} nodes × {spec.slots_per_node} slots on {where}>"
+        return f"<ComputePool {state}: {self.spec.nodes} nodes × {self.spec.slots_per_node} slots on {self._where}>"
 
     def _repr_html_(self) -> str:
-        session = self._session
-        if session is None:
-            return f"<p>{self!r}".replace("<Comp", "&lt;Comp")
-        html: str = session.cluster._repr_html_()
-        return html
+        from skyward.console.notebook import pool_html
+
+        cluster = getattr(self._session, "cluster", None)
+        if cluster is None:  # not active, or about to be
+            return pool_html(repr(self), cost=self.cost)
+        # Not by way of `dashboard_link`, which waits for it.
+        link = str(cluster.dashboard_link)
+        return pool_html(repr(self), instances=self.instances, cost=self.cost, link=link)
 
     # --- events ---------------------------------------------------------------------------------------------
+
+    @property
+    def _where(self) -> str:
+        """Where machines come from, in words: the provider's name, or the providers' names."""
+        provider = self.provider
+        return " or ".join(p.name for p in provider) if isinstance(provider, tuple) else provider.name
 
     def callbacks(self) -> list[events.Callback]:
         """Return who hears of this pool's events: `on_event`, and what `on` has added."""
         return [*([self.spec.on_event] if self.spec.on_event is not None else []), *self._handlers]
-
-    def _receive_lines(self, message: Any) -> None:
-        """Take a batch of lines that a worker has sent; runs in the client's event loop."""
-        session = self._session
-        if session is None:
-            return
-        from skyward.events import LogLine
-
-        node = message["node"]
-        kept = self._logs.setdefault(node, deque(maxlen=_LINES_KEPT))
-        # The same lines may come twice, by two ways: see `_Shipper`.
-        seen = self._seen.get(message["process"], 0)
-        lines = message["lines"][max(0, seen - message["first"]) :]
-        self._seen[message["process"]] = max(seen, message["first"] + len(message["lines"]))
-        if message["dropped"]:
-            stamp = message["lines"][0][0]
-            lines = [(stamp, f"... {message['dropped']} lines dropped ..."), *lines]
-        instance_id = session.cluster.instance_id(node)
-        for stamp, line in lines:
-            kept.append(line)
-            session.emit(LogLine(node=node, instance_id=instance_id, line=line, timestamp=stamp))
 
 
 def _call(pending: PendingCompute[Any]) -> Call:

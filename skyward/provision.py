@@ -6,6 +6,7 @@ a call to a cloud that nobody waits for may still make machines.
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import threading
@@ -52,6 +53,7 @@ class Provisioner:
         self._machines: dict[str, Machine] = {}
         self._meter = Meter()
         self._lock = threading.Lock()
+        self._regions: set[tuple[str, str]] = set()  # in which something was made
         self._under_way: list[Future[Any]] = []  # launches that Ctrl-C has interrupted
         ttl_s = int(expires - time.time()) + BIRTH_HEADROOM_S
         self._login, self._birth = pool_keys(ttl_s)
@@ -84,8 +86,8 @@ class Provisioner:
             self._step = step
             if len({s.offer.region for s in self._plan.steps}) > 1:
                 self._emit(events.RegionAutoSelected(region=step.offer.region, provider=step.provider.name))
-            self._emit(events.InfraCreated(region=step.offer.region))
             self._tell(machines, range(len(machines)))
+            self._emit(events.ProvisioningCompleted())
             return machines
         raise _failed(attempts, self._plan.failed)
 
@@ -149,9 +151,6 @@ class Provisioner:
     def _launch(self, provider: Cloud, part: Part) -> Sequence[Machine]:
         offer = part.offer
         self._record.add_place(Place(provider=provider.name, region=offer.region, settings=provider.settings()))
-        self._emit(
-            events.InstanceLaunching(count=part.count, instance_type=offer.instance.name, provider=provider.name)
-        )
         order = LaunchOrder(
             pool_id=self._pool_id,
             token=secrets.token_hex(8),
@@ -164,8 +163,18 @@ class Provisioner:
             max_price=self._spec.max_price,
             accelerator=self._spec.accelerator,
             volumes=tuple(v for v in self._spec.volume if isinstance(v, S3Volume)),
+            prepared=functools.cache(lambda: self._prepared(provider, part)),  # a provider may ask again
         )
         return provider.launch(offer, order)
+
+    def _prepared(self, provider: Cloud, part: Part) -> None:
+        region, instance_type = part.offer.region, part.offer.instance.name
+        with self._lock:
+            is_new = (provider.name, region) not in self._regions
+            self._regions.add((provider.name, region))
+        if is_new:
+            self._emit(events.InfraCreated(region=region))
+        self._emit(events.InstanceLaunching(count=part.count, instance_type=instance_type, provider=provider.name))
 
     def _tell(self, machines: Sequence[Machine], nodes: Sequence[int]) -> None:
         self._record.number(machines, nodes)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyward import events
-from skyward.console import Console
+from skyward.console import About, Console, open_console
 from skyward.errors import PoolBudgetError, PoolTimeoutError
+from skyward.figures import Figures
 from skyward.logfile import LogFile
+from skyward.output import Output
 from skyward.providers.base import Cloud, Machine
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
@@ -49,6 +51,15 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._over = threading.Event()
         self._emitter: Any = None
+        self._about = About(
+            self.pool_id, pool.spec.nodes, pool.spec.slots_per_node, pool._where,
+            is_here=isinstance(pool.provider, (Local, Dask)),
+        )  # fmt: skip
+        # Not where the cluster is somebody else's: its scheduler does not know what to do with them.
+        wants_figures = pool.spec.collect_metrics and not isinstance(pool.provider, Dask)
+        self._figures = Figures(self._about) if wants_figures else None
+        self._there: dict[int, str] = {}  # nodes that are no cloud's, and the names of their machines
+        self.output = Output(lambda node: self.cluster.instance_id(node), self.emit)
         self._record: Record | None = None
         self._provisioner: Provisioner | None = None
         self._expires = time.time() + pool.spec.timeout
@@ -59,23 +70,38 @@ class Session:
     def emit(self, event: Any) -> None:
         if self._emitter is not None:
             self._emitter.emit(event)
+            if self._figures is not None:
+                self._figures.hear(event)
+
+    def _tell_error(self, error: BaseException) -> None:
+        message, instance_id = str(error) or type(error).__name__, getattr(error, "instance_id", None)
+        self.emit(events.Error(message=message, instance_id=instance_id))
+
+    def _want_progress(self) -> None:
+        """Let the engine tell of its progress, if anybody hears it."""
+        if hasattr(self, "engine") and self._emitter.is_heard:
+            self.engine.progress.tell = self._progress
+
+    def _progress(self, done: int, total: int | None, failed: int) -> None:
+        self.emit(events.TaskProgress(done=done, total=total, failed=failed))
 
     def listen(self, callback: events.Callback) -> None:
         """Let `callback` hear of what happens from now on."""
         if self._emitter is not None:
             self._emitter.add(callback)
+            self._want_progress()
 
     def start(self) -> None:
         """Bring everything up. Whoever calls also calls `stop`, whether or not this succeeds."""
+        try:
+            self._start()
+        except Exception as exc:
+            self._tell_error(exc)
+            raise
+
+    def _start(self) -> None:
         pool, spec, stack = self.pool, self.pool.spec, self._stack
-        log = spec.logging
-        console = Console("quiet" if log is not None and not log.console else spec.display)
-        listeners: list[events.Callback] = [console, *pool.callbacks()]
-        if log is not None and log.file is not None:
-            file = LogFile(log, self.pool_id)
-            stack.callback(file.close)
-            listeners.append(file)
-        self._emitter = events.emitter(*listeners)
+        console = self._open_listeners()
         stack.callback(unwind_on_termination())
         share = None
         if isinstance(pool.provider, (Local, Dask)):  # other machines see no folder of this one
@@ -103,6 +129,7 @@ class Session:
         direct = self._record is None
         self.client = client = _connect(cluster, direct)
         stack.callback(client.close)
+        self.emit(events.ClusterSetupCompleted())
         see_share = direct
         if isinstance(cluster, joined.JoinedCluster):
             stack.callback(joined.forget, client, cluster)
@@ -120,7 +147,7 @@ class Session:
             was_taken=own.was_taken if own is not None else None,
             share=share if see_share else None,
             direct=direct,
-            on_output=pool._receive_lines,
+            on_output=self.output.receive,
             cores_per_slot=own.cores_per_slot if own is not None else 1,
             accelerator=accelerator.name if accelerator else None,
             accelerators_per_node=accelerator.count if accelerator else 0,
@@ -132,17 +159,45 @@ class Session:
         if own is not None:
             own.demand = engine.demand
             own.busy = engine.busy
+            own.on_node_added = self._node_added
+            own.on_node_left = self._node_left
             own.on_node_lost = self._node_lost
             own.on_node_replaced = self._node_replaced
             own.on_metrics = self._metrics
+        self._want_progress()
         engine.wait_ready()
-        client.subscribe_topic(LOG_TOPIC, lambda event: pool._receive_lines(event[1]))
+        self.emit(events.TaskPoolInitCompleted(slots=engine.slots))
+        client.subscribe_topic(LOG_TOPIC, lambda event: self.output.receive(event[1]))
         joblib.join()
         if own is not None:
             self._note(own)
         self._watch(started + spec.timeout, spec.idle_timeout)
+        console.link = str(cluster.dashboard_link)
+        if self._figures is not None:
+            self._figures.send = self._send_figures
         self.emit(events.PoolStarted())
-        console.ready(pool, str(cluster.dashboard_link), time.monotonic() - started)
+
+    def _send_figures(self, message: dict[str, Any]) -> None:
+        from skyward.cluster.figures import FIGURES
+
+        def send() -> None:
+            if self.client.status == "running":
+                self.client._send_to_scheduler({"op": FIGURES, **message})
+
+        self.client.loop.add_callback(send)
+
+    def _open_listeners(self) -> Console:
+        """Let all who want to hear of events do so from now on; return the console."""
+        pool, spec, log = self.pool, self.pool.spec, self.pool.spec.logging
+        console = open_console("quiet" if log is not None and not log.console else spec.display, self._about)
+        self._stack.callback(console.close)
+        listeners: list[events.Callback] = [*([console] if console.shows else []), *pool.callbacks()]
+        if log is not None and log.file is not None:
+            file = LogFile(log, self.pool_id)
+            self._stack.callback(file.close)
+            listeners.append(file)
+        self._emitter = events.emitter(*listeners)
+        return console
 
     def _note(self, cluster: AgentCluster) -> None:
         """Put on record that the pool is up."""
@@ -166,7 +221,7 @@ class Session:
                 from skyward.cluster.local import local_cluster
 
                 assert share is not None
-                return local_cluster(provider, spec, self.pool_id, share)
+                return local_cluster(provider, spec, self.pool_id, share, self._emit_here)
             case SSH():
                 from skyward.cluster.machines import machine_cluster
                 from skyward.cluster.record import Record
@@ -174,6 +229,9 @@ class Session:
                 machines = provider.machines(spec.nodes)
                 self._record = record = Record(self.pool_id, provider.name, self._expires, machines)
                 self._stack.callback(record.close)
+                for node, machine in enumerate(machines):
+                    self._node_added(node, machine.id, machine)
+                self.emit(events.ProvisioningCompleted())
                 cluster = machine_cluster(machines, _Hosts(provider, record), spec, self.pool_id, self.emit)
                 record.left = cluster.left
                 return cluster
@@ -205,20 +263,43 @@ class Session:
         self._stack.callback(end)
         self._watch_cost(provisioner)
         machines = provisioner.launch()
-        self.emit(events.ProvisioningCompleted())
         return machine_cluster(machines, provisioner, spec, self.pool_id, self.emit)
 
     def stop(self, reason: BaseException) -> None:
         self._over.set()
-        self.emit(events.PoolStopping())
-        if hasattr(self, "engine"):
-            self.engine.fail(reason)
-        self._stack.close()
+        try:
+            if hasattr(self, "engine"):
+                self.engine.tell_progress()
+            self.emit(events.PoolStopping())
+            if hasattr(self, "engine"):
+                self.engine.fail(reason)
+            for node in sorted(self._there):
+                self.emit(events.InstanceStopping(instance_id=self._there[node]))
+        finally:  # whatever Ctrl-C does
+            self._stack.close()
 
     def _lost(self, reason: BaseException) -> None:
+        self._tell_error(reason)
         self.engine.fail(reason)
 
+    def _emit_here(self, event: Any) -> None:
+        if isinstance(event, events.InstanceProvisioned):
+            self._there[event.node] = event.instance_id
+        self.emit(event)
+
+    def _node_added(self, node: int, instance_id: str, machine: Machine | None) -> None:
+        host = machine.login.host if machine is not None else None
+        provider = machine.provider if machine is not None else self.pool._where
+        self._emit_here(
+            events.InstanceProvisioned(instance_id=instance_id, node=node, spot=False, provider=provider, ip=host)
+        )
+
+    def _node_left(self, node: int, instance_id: str) -> None:
+        self._there.pop(node, None)
+        self.emit(events.InstanceStopping(instance_id=instance_id))
+
     def _node_lost(self, node: int, instance_id: str, why: str) -> None:
+        self._there.pop(node, None)
         self.emit(events.InstanceLost(instance_id=instance_id, node=node, reason=why))
 
     def _node_replaced(self, node: int, instance_id: str, replaced_id: str) -> None:
@@ -254,6 +335,7 @@ class Session:
 
     def _end_pool(self, reason: BaseException) -> None:
         if self.pool._session is self:
+            self._tell_error(reason)
             self.pool._stop(reason)
 
     def cost(self) -> float:
@@ -265,10 +347,10 @@ class Session:
         most = self.pool.spec.max_cost
 
         def watch() -> None:
-            tell_at = time.monotonic() + _TELL_COST_S
+            tell_at = 0.0
             while not self._over.wait(_LOOK_AT_COST_S):
                 cost = provisioner.cost()
-                if time.monotonic() >= tell_at:
+                if time.monotonic() >= tell_at and cost.elapsed_seconds:
                     self.emit(cost)
                     tell_at = time.monotonic() + _TELL_COST_S
                 if most is not None and cost.accumulated_cost >= most and hasattr(self, "engine"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import skyward as sky
+from skyward.logfile import LogFile
 
 
 @sky.compute
@@ -58,3 +59,20 @@ def test_a_file_that_cant_be_written_is_told_before_anything_starts(tmp_path: Pa
         sky.ComputePool(provider="local", display="quiet", logging=sky.LogConfig(file=str(tmp_path))),
     ):
         pass
+
+
+def test_files_that_are_closed_out_of_order_leave_the_logger_as_it_was(tmp_path: Path) -> None:
+    logger = logging.getLogger("skyward")
+    before = logger.level
+    first, second = (
+        LogFile(sky.LogConfig(level="DEBUG", file=str(tmp_path / name)), "abcdef01") for name in ("first", "second")
+    )
+
+    first.close()
+    logger.debug("still wanted")
+    second.close()
+    second.close()
+
+    assert logger.level == before
+    assert "still wanted" in (tmp_path / "second").read_text()
+    assert "still wanted" not in (tmp_path / "first").read_text()

@@ -302,8 +302,13 @@ def test_instances_are_the_nodes(pool: sky.ComputePool) -> None:
 
 
 def test_repr_in_a_notebook_is_html(pool: sky.ComputePool) -> None:
-    assert "<" in pool._repr_html_()
-    assert "&lt;ComputePool" in small()._repr_html_()
+    shown = pool._repr_html_()
+
+    assert "&lt;ComputePool active" in shown
+    assert f'<a href="{pool.dashboard_link}" target="_blank">dashboard</a>' in shown
+    assert all(f"<td>{instance.id}</td>" in shown for instance in pool.instances)
+    assert "USD so far" not in shown  # it costs nothing
+    assert small()._repr_html_().startswith("<div><p><b>&lt;ComputePool not active: 1 nodes × 1 slots on local&gt;")
 
 
 def test_scale_adds_and_removes_nodes() -> None:

@@ -102,7 +102,11 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         self._engine = engine_for(self._pool, self._client)
         # A count below zero grows with the pool, so only a count that was named is a limit.
         self._group = self._engine.group(limit=n_jobs if n_jobs > 0 else None)
+        self._group.may_grow = self._may_grow
         return effective
+
+    def _may_grow(self) -> bool:
+        return getattr(self.parallel, "_original_iterator", None) is not None
 
     def terminate(self) -> None:
         if self._group is not None:
@@ -156,6 +160,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             self._group.cancel()
             self._group.close()
             self._group = self._engine.group(limit=self._group.limit)
+            self._group.may_grow = self._may_grow
         self._in_flight = 0
 
     # --- inside tasks ---------------------------------------------------------------------------------------
@@ -225,8 +230,8 @@ def _call(func: Any, threads: int | None) -> Call:
     if all(task[0] is first for task in tasks):
         # One function for all: the engine pickles it once for all batches, and workers keep it.
         calls = [(args, kwargs) for _, args, kwargs in tasks]
-        return Call(_same(first), (calls, nested, threads), alone=True, name=_name(first))
-    return Call(_run, (tasks, nested, threads), alone=True, name=_name(first))
+        return Call(_same(first), (calls, nested, threads), alone=True, name=_name(first), tasks=len(tasks))
+    return Call(_run, (tasks, nested, threads), alone=True, name=_name(first), tasks=len(tasks))
 
 
 def _name(fn: Any) -> str:

@@ -79,7 +79,7 @@ class LocalAgent:
         self._stopping = False
 
     def instance_id(self, node: int) -> str:
-        return f"local-{self._config.pool_id}-{node}"
+        return instance_id(self._config.pool_id, node)
 
     def spawn(self) -> None:
         """Start its process before there is anyone to hear it: what we still have to import takes as long as it does.
@@ -152,6 +152,11 @@ class LocalAgent:
                     process.stdin.close()
         for folder in (self._config.folder, *self._config.remove):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def instance_id(pool_id: str, node: int) -> str:
+    """Return the name of a node that this host plays."""
+    return f"local-{pool_id}-{node}"
 
 
 def _forget_after_fork(process: subprocess.Popen[bytes]) -> None:

@@ -30,6 +30,8 @@ _EVACUATION_MARGIN_S = 15.0
 _LOOK_S = 2.0
 _BREAK_S = 0.5
 """Seconds after the end of a worker within which the connection to its agent breaks too, if its machine is gone."""
+_TOLD = {"told_by_event": True}
+"""Marks what is logged and of which an event tells too: consoles show it once."""
 _REPLACEMENT_PAUSES_S = (0.0, 15.0, 60.0, 120.0, 300.0)
 """Pauses before attempts to find a replacement for a lost machine. By feel: capacity comes back in minutes."""
 
@@ -131,6 +133,8 @@ class AgentCluster(SkyCluster):
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
         self.on_node_lost: Callable[[int, str, str], None] = lambda *_: None
+        self.on_node_added: Callable[[int, str, Machine | None], None] = lambda *_: None
+        self.on_node_left: Callable[[int, str], None] = lambda *_: None  # it was not wanted any more
         self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
         self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
@@ -219,13 +223,16 @@ class AgentCluster(SkyCluster):
             case "dashboard":
                 self.has_dashboard.set()
             case "failed":
-                lines = tuple(event.get("last_lines", ()))
+                lines, log = tuple(event.get("last_lines", ())), event.get("log")
+                text = "\n  ".join([f"pool {self.name} could not start on {agent.machine}: {event['error']}", *lines])
                 self._fail(
                     BootstrapError(
-                        "\n  ".join([f"pool {self.name} could not start on {agent.machine}: {event['error']}", *lines]),
+                        f"{text}\nIts log is {log}" if log else text,
                         machine=agent.machine,
                         step="workers",
                         last_lines=lines,
+                        instance_id=agent.instance_id(min(agent.nodes)) if agent.nodes else None,
+                        log=log,
                     )
                 )
             case "notice" if agent is not self._agents[0]:
@@ -255,7 +262,7 @@ class AgentCluster(SkyCluster):
         """
         if agent not in self._agents:
             return
-        logger.warning("lost %s: %s", agent.machine, why)
+        logger.warning("lost %s: %s", agent.machine, why, extra=_TOLD)
         self._agents.remove(agent)
         if gone:
             self._excuse(agent.nodes)
@@ -465,6 +472,8 @@ class AgentCluster(SkyCluster):
         self._agents[0].nodes.update(new)
         nodes = [{"node": s.node, "environments": s.environments, "resources": s.resources} for s in specs]
         self._agents[0].send({"do": "add", "nodes": nodes})
+        for node in new:
+            self.on_node_added(node, self._agents[0].instance_id(node), None)
 
     def _free_numbers(self, count: int, *, but: Collection[int] = ()) -> list[int]:
         """Return numbers for further nodes: the lowest that no node has, and none whose work is still being moved."""
@@ -483,6 +492,9 @@ class AgentCluster(SkyCluster):
                 return
             self._agents += agents
         for agent in agents:
+            if self._discard is None:  # otherwise whoever launched it has told
+                for node in agent.nodes:
+                    self.on_node_added(node, agent.instance_id(node), agent.facts)
             self._spawn(self._grow_by(agent))
 
     async def _grow_by(self, agent: Agent) -> None:
@@ -497,6 +509,9 @@ class AgentCluster(SkyCluster):
         gone = {n for n in workers if n != 0 and n in self._nodes}
         self._nodes -= gone
         self._excuse(gone)
+        if self._discard is None:
+            for node in sorted(gone):
+                self.on_node_left(node, self.instance_id(node))
         for agent in list(self._agents):
             if agent.nodes and agent.nodes <= gone:
                 self._agents.remove(agent)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dask.system
 
-from skyward.cluster.agents import LocalAgent
+from skyward import events
+from skyward.cluster.agents import LocalAgent, instance_id
 from skyward.cluster.config import AgentConfig, NodeSpec
-from skyward.cluster.overlay import overlay
+from skyward.cluster.overlay import missing, overlay
 from skyward.cluster.security import make_credentials
 from skyward.cluster.slots import node_spec
 from skyward.providers.local import Local
@@ -23,11 +25,24 @@ if TYPE_CHECKING:
     from skyward.cluster.cluster import AgentCluster
 
 
-def local_cluster(provider: Local, spec: PoolSpec, pool_id: str, share: Path) -> AgentCluster:
+def local_cluster(
+    provider: Local, spec: PoolSpec, pool_id: str, share: Path, emit: Callable[[Any], None]
+) -> AgentCluster:
     """Return the cluster, whose agent begins to start. What the pool asks for and this machine lacks is found here."""
     slots, environment = spec.slots_per_node, spec.environment
     devices = [provider.devices(node, spec.nodes, spec.accelerator) for node in range(spec.nodes)]
+    names = [instance_id(pool_id, node) for node in range(spec.nodes)]
+    for node, name in enumerate(names):
+        emit(events.InstanceProvisioned(instance_id=name, node=node, spot=False, provider=provider.name))
+    emit(events.ProvisioningCompleted())
+    is_complete = not missing(spec.image.pip)
+    for name in names:  # they share one environment
+        emit(events.BootstrapStarting(instance_id=name))
+        if not is_complete:
+            emit(events.BootstrapProgress(instance_id=name, step="packages"))
     site = overlay(spec.image.pip, spec.image.pip_extra_index_url)
+    for name in names:
+        emit(events.BootstrapCompleted(instance_id=name))
 
     def make_node(node: int) -> NodeSpec:
         return node_spec(node, slots, spec.accelerator, devices[node % spec.nodes], environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import psutil
@@ -28,17 +29,25 @@ def sample() -> dict[str, float]:
 
 
 def _gpus() -> dict[str, float]:
+    nvml = _nvml()
+    if nvml is not None:
+        with contextlib.suppress(nvml.NVMLError):  # a GPU that does not tell, or is being reset
+            return _read(nvml)
+    return {}
+
+
+@functools.cache
+def _nvml() -> Any:
+    """Return NVML, opened for good: to open it may take the driver a second. None: there is none, or no GPU."""
     try:
         import pynvml
     except ImportError:
-        return {}
-    with contextlib.suppress(pynvml.NVMLError):  # no driver, or one without a GPU
+        return None
+    try:
         pynvml.nvmlInit()
-        try:
-            return _read(pynvml)
-        finally:
-            pynvml.nvmlShutdown()
-    return {}
+    except pynvml.NVMLError:
+        return None
+    return pynvml
 
 
 def _read(nvml: Any) -> dict[str, float]:

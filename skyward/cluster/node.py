@@ -323,10 +323,11 @@ class _Agent:
             self._add(node)
 
     async def _tell_metrics(self) -> None:
-        metrics.sample()
+        # In a thread: a driver that is asked for the first time may take seconds.
+        await asyncio.to_thread(metrics.sample)
         while True:
             await asyncio.sleep(metrics.PERIOD_S)
-            self._tell("metrics", keep=False, **metrics.sample())
+            self._tell("metrics", keep=False, **await asyncio.to_thread(metrics.sample))
 
     async def _watch_notice(self, cloud: str) -> None:
         while (seconds := await asyncio.to_thread(notice.seconds_left, cloud)) is None:
@@ -337,6 +338,7 @@ class _Agent:
         from distributed import Scheduler
 
         from skyward.cluster.barrier import barrier_plugin
+        from skyward.cluster.figures import FiguresPlugin
         from skyward.cluster.reports import ReportsPlugin
 
         scheduler = Scheduler(
@@ -346,7 +348,7 @@ class _Agent:
             security=self._security,
             dashboard=False,  # for now: see `_add_dashboard`
             dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
-            plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin()],
+            plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin(), FiguresPlugin()],
         )
         await stack.enter_async_context(scheduler)
         self._scheduler.set_result(scheduler.address)
@@ -356,6 +358,9 @@ class _Agent:
     async def _add_dashboard(self, scheduler: Any) -> None:
         """Add the dashboard to the scheduler's server, late: what it imports would keep the pool waiting."""
         dashboard = await asyncio.to_thread(importlib.import_module, "distributed.dashboard.scheduler")
+        if self.config.metrics:
+            page = await asyncio.to_thread(importlib.import_module, "skyward.cluster.page")
+            page.add_page(scheduler)
         dashboard.connect(scheduler.http_application, scheduler.http_server, scheduler)
         self._tell("dashboard")
 

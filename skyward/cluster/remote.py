@@ -11,6 +11,7 @@ import secrets
 import shlex
 import tarfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import asyncssh
 from skyward import devices, events
 from skyward.accelerators import Accelerator
 from skyward.bootstrap import HOME, LAST_LINES, POOL, POWER_OFF, Progress, Recipe, read_progress, script
+from skyward.cluster import bootlogs
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.node import CONFIG, LOG, SOCKET
@@ -52,6 +54,15 @@ _FIRST_LOGIN_S = 3.0
 _FLUSH_S = 120.0
 """Seconds that what was written to volumes may take to arrive in their buckets, at the end. By feel."""
 _BEAT = "beat"
+_LOG_S = 10.0
+"""Seconds that the logs of a machine that failed may take to arrive. By feel: nobody waits longer for bad news."""
+_HEARD_LINES = 10_000
+_ADVICE = {
+    "apt": "Check the names in Image(apt=...).",
+    "packages": "Check the names and versions in Image(pip=...).",
+    "include": "Check the files in Image(include=...), and the space on the machine's disk.",
+}
+"""What to do about a step that failed, where what it said may not tell."""
 _LOOKS = 4  # times that a watch on a machine looks for a beat in vain before it ends what is there
 _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
@@ -124,6 +135,7 @@ class RemoteAgent:
         self._talking: asyncio.Task[None] | None = None
         self._seen = 0  # events that the agent keeps and that have been heard
         self._step = ""
+        self._heard: deque[str] = deque(maxlen=_HEARD_LINES)
         self._started = False
         self._stopped = False
 
@@ -142,6 +154,19 @@ class RemoteAgent:
 
     async def start(self, heard: Heard) -> None:
         self._emit(events.BootstrapStarting(instance_id=self.facts.id))
+        try:
+            await self._prepare()
+        except BootstrapError as exc:
+            exc.instance_id = self.facts.id
+            path = await self._keep_log(exc.step, str(exc))
+            if path is not None:
+                exc.log = str(path)
+                exc.args = (f"{exc}\nIts log is {path}",)
+            raise
+        self._talking = asyncio.create_task(self._talk(heard))
+        self._emit(events.BootstrapCompleted(instance_id=self.facts.id))
+
+    async def _prepare(self) -> None:
         self._progress("ssh")
         if self.facts.lives_on:
             await self._link.connect()
@@ -152,8 +177,17 @@ class RemoteAgent:
             await self._start()
         except (OSError, asyncssh.Error) as exc:
             raise self._failed(self._step, 255, (str(exc) or type(exc).__name__,)) from exc
-        self._talking = asyncio.create_task(self._talk(heard))
-        self._emit(events.BootstrapCompleted(instance_id=self.facts.id))
+
+    async def _keep_log(self, step: str, error: str) -> Path | None:
+        """Keep here what was heard of the machine, and its own logs where it still answers; return the path."""
+        heard = [f"{self.machine}, machine {self.facts.id} of pool {self._config.pool_id}: failed at {step}", "", error]
+        heard += ["", "== heard", *self._heard]
+        if self._started:
+            with contextlib.suppress(TimeoutError, *_TROUBLE):  # what was heard has to do
+                async with asyncio.timeout(_LOG_S):
+                    done = await self._link.run(_logs_command(self._config.folder, cloud=not self.facts.lives_on))
+                    heard += ["", done.output]
+        return await asyncio.to_thread(bootlogs.keep, self._config.pool_id, self.facts.id, "\n".join(heard) + "\n")
 
     async def _log_in_when_booted(self) -> None:
         """Log in to a machine that may still boot: until then it may refuse, or not be what we expect."""
@@ -192,7 +226,11 @@ class RemoteAgent:
 
     def _progress(self, step: str) -> None:
         self._step = step
+        self._note(f"step {step}")
         self._emit(events.BootstrapProgress(instance_id=self.facts.id, step=step))
+
+    def _note(self, line: str) -> None:
+        self._heard.append(f"{time.strftime('%H:%M:%S')} {line}")
 
     async def _own_address(self) -> str:
         """Return the address under which the machine was logged in to, as it sees it itself: peers use it too."""
@@ -225,6 +263,7 @@ class RemoteAgent:
 
         def hear(line: str) -> None:
             output.append(line)
+            self._note(line)
             progress = read_progress([line])
             if progress is not None and progress.status is None and progress.step != "done":
                 self._progress(progress.step)
@@ -295,8 +334,9 @@ class RemoteAgent:
     def _failed(self, step: str, status: int, lines: Sequence[str]) -> BootstrapError:
         lines = [line for line in lines if line.strip()]
         said = "\n  ".join(["its last lines:", *lines]) if lines else "it said nothing"
+        advice = f"\n{_ADVICE[step]}" if step in _ADVICE else ""
         return BootstrapError(
-            f"{self.machine} could not be made ready: step {step!r} failed with status {status}; {said}",
+            f"{self.machine} could not be made ready: step {step!r} failed with status {status}; {said}{advice}",
             machine=self.machine,
             step=step,
             status=status,
@@ -357,6 +397,8 @@ class RemoteAgent:
             while line := await reader.readline():
                 event = json.loads(line)
                 self._seen += event["event"] != "metrics"  # which the agent does not keep
+                if event["event"] == "failed" and (path := await self._keep_log("workers", _words(event))):
+                    event |= {"log": str(path)}
                 heard(event)
         except _TROUBLE as exc:
             logger.debug("lost the agent on %s: %s", self.machine, exc)
@@ -460,6 +502,16 @@ def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:
         f"umask 077; mkdir -p {folder} && "
         f"{{ {POOL}={pool_id} setsid sh -c {shlex.quote(watch)} > /dev/null 2>&1 < /dev/null & }}"
     )
+
+
+def _words(failed: dict[str, Any]) -> str:
+    return "\n".join([failed["error"], *failed.get("last_lines", ())])
+
+
+def _logs_command(folder: str, *, cloud: bool) -> str:
+    """Return the shell command that prints the ends of all logs that may tell why a machine failed."""
+    logs = f'"{HOME}"/logs/*.log {folder}/{LOG}' + (" /var/log/cloud-init-output.log" if cloud else "")
+    return f'for log in {logs}; do [ ! -r "$log" ] || {{ echo "== $log"; tail -c 500000 "$log"; echo; }}; done'
 
 
 def clean_command(pool_id: str) -> str:

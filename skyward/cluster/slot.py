@@ -22,6 +22,8 @@ _AGAIN_S = 1.0
 """Seconds for which lines that were sent go again with outcomes. By feel: events take a few dozen milliseconds."""
 _LINES_KEPT = 2_000
 """Lines that wait to be sent; a storm drops the oldest and says how many. By feel: a screenful many times over."""
+_LONGEST = 10_000
+"""Characters of a line; what is beyond is cut off. By feel: many screens wide."""
 
 
 async def dask_setup(worker: Any) -> None:
@@ -71,6 +73,8 @@ class _Shipper:
         threading.Thread(target=self._run, name="skyward-logs", daemon=True).start()
 
     def add(self, line: str) -> None:
+        if len(line) > _LONGEST:
+            line = f"{line[:_LONGEST]} ... {len(line) - _LONGEST} characters dropped"
         with self._lock:
             self._lines.append((time.time(), line))
             if len(self._lines) > _LINES_KEPT:

@@ -21,7 +21,7 @@ class Call:
     """One call to be made on a worker.
 
     `retries` counts reruns after an exception of its own; `timeout` is in seconds of run time; `alone` keeps it
-    out of chunks with others; `name` is what the Dask dashboard shows.
+    out of chunks with others; `name` is what the Dask dashboard shows; `tasks` is how many it counts for.
     """
 
     fn: Callable[..., Any]
@@ -31,6 +31,7 @@ class Call:
     timeout: float | None = None
     alone: bool = False
     name: str | None = None
+    tasks: int = 1
 
     @property
     def label(self) -> str:

@@ -26,6 +26,7 @@ from skyward.engine.failures import died, not_run
 from skyward.engine.flights import UNREACHABLE_S, Flight, Flights
 from skyward.engine.group import CallFuture, Group
 from skyward.engine.placement import Placement
+from skyward.engine.progress import Progress, Single
 from skyward.engine.store import Store
 from skyward.engine.transport import SETTLE_S, Transport, WorkerGoneError
 from skyward.errors import PoolError
@@ -42,6 +43,10 @@ _VERDICT_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
+
+
+_NOT_RUN = Kind.NOT_RUN  # both looked up once: this is asked of every call
+_ITS_OWN = (Kind.ERROR, Kind.OPAQUE)
 
 
 class Engine:
@@ -124,6 +129,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._over: asyncio.Future[None] = self._loop.create_future()  # done when there is a failure
         self._read = threading.Event()
+        self.progress = Progress(self._loop)
         self._callbacks = Callbacks(self.decoder)
         self._futures_group = Group(self, self._callbacks.put)
         self.roster_changed()
@@ -192,7 +198,7 @@ class Engine:
         self._check_thread()
         packer = Packer(self.store)
         item = packer.pack(call)
-        running = asyncio.run_coroutine_threadsafe(self._broadcaster.run(item, every_slot), self._loop)
+        running = asyncio.run_coroutine_threadsafe(self._broadcast(item, every_slot), self._loop)
         try:
             outcomes = running.result()
         except concurrent.futures.CancelledError:
@@ -209,6 +215,36 @@ class Engine:
                 raise value
             values.append(value)
         return values
+
+    async def _broadcast(self, item: Item, every_slot: bool) -> list[Outcome]:
+        work = Single()
+        self.progress.note(work)
+        failed = True
+        try:
+            outcomes = await self._broadcaster.run(item, every_slot)
+            failed = any(outcome.kind is not Kind.VALUE for outcome in outcomes)
+            return outcomes
+        except asyncio.CancelledError:
+            work.is_cancelled = True
+            raise
+        finally:
+            if not work.is_cancelled:
+                work.done, work.failed = 1, int(failed)
+            self.progress.note(work, ended=work.done, failed=work.failed)
+
+    def tell_progress(self) -> None:
+        """Tell of what has ended and has not been told of. Blocks until the loop has done so."""
+        told = threading.Event()
+
+        def tell() -> None:
+            try:
+                self.progress.flush()
+            finally:
+                told.set()
+
+        if self._loop.is_running() and threading.get_ident() != self._thread:
+            self._loop.call_soon_threadsafe(tell)
+            told.wait(SETTLE_S)  # a loop that takes longer is stuck
 
     def close(self, reason: BaseException | None = None) -> None:
         """Cancel everything and forget it. Blocks until the loop has done so; may be called twice."""
@@ -300,6 +336,7 @@ class Engine:
                 self._cancel_group(group)
             elif group not in self._ready:
                 self._ready.append(group)
+                self.progress.note(group)
         self._pump()
 
     def _pump(self) -> None:
@@ -416,13 +453,14 @@ class Engine:
         again: list[Item] = []
         seconds, runs = 0.0, 0
         for item, outcome in zip(items, outcomes, strict=True):
-            if outcome.kind is Kind.NOT_RUN:
+            kind = outcome.kind
+            if kind is _NOT_RUN:
                 again.append(item)
                 continue
             seconds += outcome.seconds
             runs += 1
             self._suspects -= item.losses > 0
-            if outcome.kind in (Kind.ERROR, Kind.OPAQUE) and item.attempts < item.call.retries:
+            if kind in _ITS_OWN and item.attempts < item.call.retries:
                 item.attempts += 1
                 self._suspects += item.losses > 0
                 again.append(item)
@@ -509,6 +547,7 @@ class Engine:
                 self._drop_chunks([key])
                 self.store.release(item.buffers)
                 break
+        self.progress.note(group)
         self._pump()
 
     def _drop_chunks(self, keys: list[str]) -> None:
@@ -524,6 +563,7 @@ class Engine:
             self._broadcaster.wait_for(keys)
 
     def _fail(self, reason: BaseException) -> None:
+        self.progress.tell = None
         if self._failure is None:
             self._failure = reason
         if not self._over.done():

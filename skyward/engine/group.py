@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skyward.engine.calls import Item, Packer
-from skyward.wire import Outcome
+from skyward.wire import Kind, Outcome
 
 if TYPE_CHECKING:
     from skyward.engine.callbacks import Callbacks
     from skyward.engine.engine import Engine
 
+_VALUE, _CANCELLED = Kind.VALUE, Kind.CANCELLED  # looked up once: this is done for every call
 Delivery = Sequence[tuple[Item, "Outcome | BaseException"]]
 
 
@@ -71,6 +73,10 @@ class Group:
         self._bytes_taken = 0  # two counters, each written by one thread only
         self.is_cancelled = False
         self.expected: int | None = None  # calls still to come beyond the pending ones, where known
+        self.size: int | None = None  # all its tasks, where that is known from the start
+        self.may_grow: Callable[[], bool] = _never  # by more calls, nobody knows how many
+        self.done = 0  # tasks that have ended, and those of them that failed
+        self.failed = 0
         self.in_flight: dict[str, list[Item]] = {}
         self._callbacks: Callbacks | None = None
         if deliver is None:
@@ -89,6 +95,15 @@ class Group:
         calls = len(self.pending) + sum(len(items) for items in self.in_flight.values())
         return calls if self.limit is None else min(calls, self.limit)
 
+    def left(self) -> int | None:
+        """Return how many tasks have not ended; None while that is not known. In the loop."""
+        if self.size is not None:
+            return self.size - self.done
+        if self.may_grow():
+            return None
+        items = [*self.pending, *itertools.chain.from_iterable(self.in_flight.values())]
+        return sum(item.call.tasks for item in items)
+
     def put(self, item: Item) -> None:
         """Queue a packed call. From any thread."""
         self.engine._check_open()
@@ -104,14 +119,31 @@ class Group:
         group afterwards is dropped too. From any thread; does not wait.
         """
         self.is_cancelled = True
+        self.size, self.may_grow = None, _never
         self.engine._call_soon(self.engine._cancel_group, self)
 
     def close(self) -> None:
         """End the thread of its callbacks, after those that are due. Nothing is put into the group any more."""
+        self.may_grow = _never
+        self.engine._call_soon(self.engine.progress.note, self)
         if self._callbacks is not None:
             self._callbacks.close(wait=False)
 
     def deliver(self, delivery: Delivery) -> None:
-        for item, _ in delivery:
+        done = failed = 0
+        for item, outcome in delivery:
             self.engine.store.release(item.buffers)
+            kind = outcome.kind if type(outcome) is Outcome else None
+            if kind is _VALUE:
+                done += item.call.tasks
+            elif kind is not _CANCELLED:
+                done += item.call.tasks
+                failed += 1
+        self.done += done
+        self.failed += failed
+        self.engine.progress.note(self, ended=done, failed=failed)
         self._deliver(delivery)
+
+
+def _never() -> bool:
+    return False

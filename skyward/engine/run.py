@@ -75,6 +75,9 @@ def _outcomes(
     digest = ""  # of the last function
     exhausted = False
     finished = False
+    group.size = known
+    if known is None:
+        group.may_grow = lambda: not exhausted
     try:
         while True:
             while (
@@ -86,6 +89,7 @@ def _outcomes(
                 index, call = next(source, (-1, None))
                 if call is None:
                     exhausted = True
+                    engine._call_soon(engine.progress.note, group)
                     break
                 fed += 1
                 group.expected = None if known is None else known - fed

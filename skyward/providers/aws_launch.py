@@ -73,6 +73,7 @@ class Launch:
                 with self._api.edge(self._doing, quota=self._quota):
                     with others.lock:
                         overrides = self._prepare()
+                    self._order.prepared()
                     answer = self._ask(overrides)
                     self._ids = [i for some in answer.get("Instances", ()) for i in some["InstanceIds"]]
                     if len(self._ids) < self._order.count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -192,6 +192,8 @@ class LaunchOrder:
         By when the pool's own timers have ended it, in seconds since the epoch; for the tags.
     disk_gib
         Size of the disk; the provider may give more.
+    prepared
+        Called when what the machines need (network, keys, groups) is there, right before they are asked for.
     """
 
     pool_id: str
@@ -206,6 +208,7 @@ class LaunchOrder:
     disk_gib: int = 64
     accelerator: Accelerator | None = None
     volumes: tuple[S3Volume, ...] = ()
+    prepared: Callable[[], None] = lambda: None
 
 
 class Cloud(Protocol):

@@ -238,6 +238,7 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
             with explained(f"launch {order.count} {offer.instance.name} in {offer.region}"):
                 with beside.lock:
                     key = _prepare(account, order)
+                order.prepared()
                 body = {
                     "size": offer.instance.name,
                     "region": offer.region,

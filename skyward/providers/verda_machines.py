@@ -75,6 +75,7 @@ def start(api: Api, offer: Offer, order: LaunchOrder, label: str) -> list[Machin
             "pricing": "FIXED_PRICE",
             "wait_for_status": None,
         }
+    order.prepared()
 
     def create(number: int) -> Any:
         hostname = f"{label}-{number}"

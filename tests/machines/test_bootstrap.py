@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +255,45 @@ def test_a_package_that_does_not_exist_is_named(site: Site, warm: Machine) -> No
 
     assert (error.step, error.status, error.machine) == ("packages", 1, f"root@{warm.address}")
     assert "skyward-no-such-package was not found" in "\n".join(error.last_lines)
+    assert "Check the names and versions in Image(pip=...)." in str(error)
+
+
+def test_the_log_of_a_machine_that_failed_is_kept_here(site: Site, warm: Machine) -> None:
+    heard: list[sky.SkywardEvent] = []
+
+    error = fail_to_start(site, warm, image=Image(pip=["skyward-no-such-package"]), steps=heard.append)
+
+    assert error.log is not None
+    assert error.log in str(error)
+    path = Path(error.log)
+    assert path.parent.parent == Path(os.environ["SKYWARD_DATA_DIR"]) / "logs"
+    assert path.name == f"root@{warm.address}.log"
+    text = path.read_text()
+    assert "step packages" in text  # what was heard
+    assert "/logs/bootstrap.log" in text  # and the machine's own log
+    assert "skyward-no-such-package was not found" in text.partition("/logs/bootstrap.log")[2]
+    names = [type(event).__name__ for event in heard]
+    assert names[-3:] == ["Error", "PoolStopping", "InstanceStopping"]
+    assert names.count("BootstrapCompleted") == 0
+    assert sky.Error(message=str(error), instance_id=f"root@{warm.address}") in heard
+
+
+def test_of_a_machine_that_does_not_answer_what_was_heard_is_kept(
+    site: Site, fresh: Callable[..., Machine], baked: Path
+) -> None:
+    machine = fresh(baked=baked)
+
+    def cut(step: str) -> None:
+        if step == "packages":
+            machine.destroy()
+
+    with pytest.raises(sky.BootstrapError) as caught, open_pool(site, machine, image=BARE, steps=Steps(cut)):
+        pass
+
+    assert caught.value.log is not None
+    text = Path(caught.value.log).read_text()
+    assert "step packages" in text
+    assert "bootstrap.log" not in text
 
 
 def test_a_debian_package_that_does_not_exist_is_named(site: Site, warm: Machine) -> None:

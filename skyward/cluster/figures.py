@@ -1,0 +1,38 @@
+"""What a pool's owner tells the scheduler of nodes and cost, kept there for the dashboard's page of skyward."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distributed import SchedulerPlugin
+
+FIGURES = "skyward-figures"
+"""The message with which figures come, and the name of the plugin."""
+KEPT = 1440
+"""Moments that are kept for the plots: two hours of one every five seconds."""
+SHARES = ("cpu", "memory", "gpu", "gpu_memory")
+
+
+class FiguresPlugin(SchedulerPlugin):  # type: ignore[misc]
+    """Keeps the latest figures of all nodes, and a history of their means: so it stays small whatever the pool."""
+
+    name = FIGURES
+
+    def __init__(self) -> None:
+        self.nodes: Sequence[Mapping[str, Any]] = ()
+        self.history: deque[dict[str, float | None]] = deque(maxlen=KEPT)
+
+    async def start(self, scheduler: Any) -> None:
+        scheduler.stream_handlers[FIGURES] = self.heard
+
+    def heard(self, client: str, nodes: Sequence[Mapping[str, Any]], cost: float | None, time: float) -> None:  # noqa: ARG002
+        """Take what the client has to say; `time` is in seconds since the epoch, `cost` in USD."""
+        self.nodes = nodes
+        self.history.append({"time": time, "cost": cost, **{share: _mean(nodes, share) for share in SHARES}})
+
+
+def _mean(nodes: Sequence[Mapping[str, Any]], share: str) -> float | None:
+    known = [node[share] for node in nodes if node.get(share) is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,67 @@
+"""What workers have printed, as it arrives: in order, each line once, and no faster than the caller can bear."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from skyward.events import LogLine
+
+LINES_KEPT = 10_000
+"""Lines kept per node."""
+LINES_PER_S = 10_000
+"""Lines a second that are taken of a whole pool, when it goes on for long. By feel: nobody reads as much, and it leaves
+most of the event loop's time to results."""
+_AT_ONCE = 2 * LINES_PER_S
+
+
+class Output:
+    """Takes batches of lines from worker processes. `receive` is for one thread, that of the event loop.
+
+    Parameters
+    ----------
+    instance_id
+        Gives the name of the machine that is a node.
+    emit
+        Hears of each line.
+    """
+
+    def __init__(self, instance_id: Callable[[int], str], emit: Callable[[Any], None]) -> None:
+        self._instance_id = instance_id
+        self._emit = emit
+        self._kept: dict[int, deque[str]] = {}
+        self._come: dict[str, int] = {}  # lines of each worker process that have come
+        self._allowance = float(_AT_ONCE)
+        self._counted_at = time.monotonic()
+
+    def receive(self, message: Any) -> None:
+        """Take a batch. The same lines may come twice, by two ways: they are numbered."""
+        node, first = message["node"], message["first"]
+        come = self._come.get(message["process"], 0)
+        lines = message["lines"][max(0, come - first) :]
+        self._come[message["process"]] = max(come, first + len(message["lines"]))
+        dropped = message["dropped"] + max(0, len(lines) - self._allowed())
+        if len(lines) > self._allowance:
+            lines = lines[len(lines) - int(self._allowance) :]
+        self._allowance -= len(lines)
+        if dropped:
+            stamp = lines[0][0] if lines else time.time()
+            lines = [(stamp, f"... {dropped} lines dropped ..."), *lines]
+        kept = self._kept.setdefault(node, deque(maxlen=LINES_KEPT))
+        instance_id = self._instance_id(node)
+        for stamp, line in lines:
+            kept.append(line)
+            self._emit(LogLine(node=node, instance_id=instance_id, line=line, timestamp=stamp))
+
+    def _allowed(self) -> int:
+        now = time.monotonic()
+        self._allowance = min(_AT_ONCE, self._allowance + LINES_PER_S * (now - self._counted_at))
+        self._counted_at = now
+        return int(self._allowance)
+
+    def lines(self, node: int | None = None) -> list[str]:
+        """Return the last lines of a node, or of all, by node. From any thread."""
+        nodes = sorted(self._kept) if node is None else [node]
+        return [line for n in nodes for line in list(self._kept.get(n, ()))]

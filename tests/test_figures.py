@@ -1,0 +1,157 @@
+"""Figures of nodes: as machines tell them, as events, and on the dashboard's page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import skyward as sky
+from skyward.cluster import metrics
+from skyward.cluster.figures import KEPT, FiguresPlugin
+from skyward.console import About
+from skyward.figures import Figures
+from tests.waiting import wait_until
+
+ABOUT = About("abcdef01", 1, 1, "aws")
+PROVISIONED = sky.InstanceProvisioned(
+    instance_id="i-1", node=0, spot=True, provider="aws", instance_type="g5.xlarge", price_on_demand=1.0, price_spot=0.4
+)
+BUSY = sky.Metrics(
+    instance_id="i-1", node=0, cpu_percent=50.0, memory_percent=25.0, memory_used_mb=1.0, memory_total_mb=4.0,
+    gpu_utilization=80.0, gpu_memory_used_mb=6.0, gpu_memory_total_mb=24.0, gpu_temperature=60.0,
+)  # fmt: skip
+
+
+class NVMLError(Exception):
+    pass
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """NVML as it answers on a machine with two GPUs."""
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_TEMPERATURE_GPU=0,
+        opened=0,
+        nvmlInit=lambda: setattr(nvml, "opened", nvml.opened + 1),
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=1e9 * (index + 1), total=80e9),
+        nvmlDeviceGetUtilizationRates=lambda index: SimpleNamespace(gpu=(90, 30)[index]),
+        nvmlDeviceGetTemperature=lambda index, kind: (50, 65)[index],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    metrics._nvml.cache_clear()
+    yield nvml
+    metrics._nvml.cache_clear()
+
+
+def test_gpus_are_read_together_and_the_driver_is_opened_once(two_gpus: SimpleNamespace) -> None:
+    first, second = metrics.sample(), metrics.sample()
+
+    assert {name: value for name, value in first.items() if name.startswith("gpu")} == {
+        "gpu_utilization": 60.0, "gpu_memory_used_mb": 3000.0, "gpu_memory_total_mb": 160_000.0, "gpu_temperature": 65
+    }  # fmt: skip
+    assert second.keys() == first.keys()
+    assert two_gpus.opened == 1
+
+
+def test_a_gpu_that_does_not_answer_is_left_out(two_gpus: SimpleNamespace) -> None:
+    def fail(index: int) -> Any:
+        raise NVMLError
+
+    two_gpus.nvmlDeviceGetUtilizationRates = fail
+
+    assert "gpu_utilization" not in metrics.sample()
+    assert "cpu_percent" in metrics.sample()
+
+
+def test_events_come_to_figures_of_each_node_and_the_cost() -> None:
+    sent: list[dict[str, Any]] = []
+    figures = Figures(ABOUT)
+    cost = sky.CostUpdate(elapsed_seconds=1, accumulated_cost=0.5, hourly_rate=0.0, spot_count=1, ondemand_count=0)
+    figures.hear(PROVISIONED)
+    figures.hear(cost)
+    figures.send = sent.append
+    figures.hear(BUSY)
+    figures.hear(BUSY)  # too soon for another one
+
+    (message,) = sent
+    assert message["cost"] == pytest.approx(0.5)
+    assert message["nodes"] == [
+        {
+            "node": 0, "machine": "i-1", "type": "g5.xlarge", "lease": "spot", "price": 0.4, "state": "booting",
+            "cpu": 50.0, "memory": 25.0, "gpu": 80.0, "gpu_memory": 25.0, "gpu_temperature": 60.0,
+        }
+    ]  # fmt: skip
+
+
+def test_the_scheduler_keeps_means_and_not_for_ever() -> None:
+    plugin = FiguresPlugin()
+    nodes = [{"node": 0, "cpu": 10.0}, {"node": 1, "cpu": 30.0, "gpu": 5.0}, {"node": 2}]
+
+    for moment in range(KEPT + 5):
+        plugin.heard("client", nodes, 1.0, float(moment))
+
+    assert len(plugin.history) == KEPT
+    assert plugin.history[-1] == {
+        "time": float(KEPT + 4), "cost": 1.0, "cpu": 20.0, "memory": None, "gpu": 5.0, "gpu_memory": None
+    }  # fmt: skip
+
+
+def test_the_page_has_what_the_plugin_knows() -> None:
+    from skyward.cluster.page import _Figures
+
+    plugin = FiguresPlugin()
+    page = _Figures(plugin)
+    plugin.heard("client", [{"node": 0, "machine": "i-1", "price": 0.4, "cpu": 10.0}], 0.25, 100.0)
+    page.update()
+
+    assert page._nodes.data["machine"] == ["i-1"]
+    assert page._nodes.data["price"] == [0.4]
+    assert page._history.data["time"] == [100_000.0]
+    assert page._history.data["cost"] == [0.25]
+
+
+@pytest.mark.slow
+def test_the_dashboard_has_a_page_of_skyward_unless_metrics_are_off() -> None:
+    with sky.ComputePool("local", display="quiet") as pool:
+        page, links = read(pool.dashboard_link.replace("status", "skyward"))
+        wait_until(lambda: any(moment["cpu"] is not None for moment in _history(pool)))
+    assert page == 200
+    assert 'href="skyward"' in links
+    heard: list[sky.Metrics] = []
+    with sky.ComputePool("local", display="quiet", collect_metrics=False) as pool:
+        pool.on(sky.Metrics, heard.append)
+        page, _ = read(pool.dashboard_link.replace("status", "skyward"))
+        _, links = read(pool.dashboard_link)
+        sky.compute(__import__("time").sleep)(metrics.PERIOD_S + 1) >> pool
+        assert _history(pool) == []
+
+    assert page == 404
+    assert 'href="skyward"' not in links
+    assert heard == []
+
+
+def _history(pool: sky.ComputePool) -> list[dict[str, float | None]]:
+    found: list[dict[str, float | None]] = pool.client.run_on_scheduler(
+        lambda dask_scheduler: list(dask_scheduler.plugins["skyward-figures"].history)
+    )
+    return found
+
+
+def read(link: str) -> tuple[int, str]:
+    """Return status and text of a page."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(link, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, ""

@@ -1,0 +1,128 @@
+"""Lines that workers print, at the caller: in order, once, and bounded."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import pytest
+
+import skyward as sky
+from skyward.output import LINES_KEPT, Output
+from tests.waiting import wait_until
+
+
+def message(first: int, *lines: str, process: str = "p", node: int = 0, dropped: int = 0) -> dict[str, Any]:
+    stamped = [(float(i), line) for i, line in enumerate(lines)]
+    return {"node": node, "process": process, "first": first, "dropped": dropped, "lines": stamped}
+
+
+@pytest.fixture
+def heard() -> list[sky.LogLine]:
+    return []
+
+
+@pytest.fixture
+def output(heard: list[sky.LogLine]) -> Output:
+    return Output(lambda node: f"i-{node}", heard.append)
+
+
+def test_lines_that_come_twice_are_taken_once(output: Output, heard: list[sky.LogLine]) -> None:
+    output.receive(message(0, "a", "b"))
+    output.receive(message(0, "a", "b", "c"))
+    output.receive(message(1, "b"))
+    output.receive(message(0, "x", process="other", node=1))
+
+    assert [(e.node, e.instance_id, e.line) for e in heard] == [
+        (0, "i-0", "a"), (0, "i-0", "b"), (0, "i-0", "c"), (1, "i-1", "x")
+    ]  # fmt: skip
+    assert output.lines() == ["a", "b", "c", "x"]
+    assert output.lines(1) == ["x"]
+    assert output.lines(2) == []
+
+
+def test_what_was_dropped_on_the_way_is_told_in_its_place(output: Output) -> None:
+    output.receive(message(0, "a"))
+    output.receive(message(5, "f", dropped=4))
+
+    assert output.lines() == ["a", "... 4 lines dropped ...", "f"]
+
+
+def test_a_storm_is_cut_down_to_its_newest_lines_and_counted(output: Output, heard: list[sky.LogLine]) -> None:
+    total = 200_000
+    for first in range(0, total, 2000):
+        output.receive(message(first, *(f"line {i}" for i in range(first, first + 2000))))
+
+    dropped = sum(int(e.line.split()[1]) for e in heard if e.line.endswith("lines dropped ..."))
+    arrived = [e.line for e in heard if e.line.startswith("line ")]
+    assert dropped + len(arrived) == total
+    assert len(arrived) < 60_000
+    assert arrived == sorted(arrived, key=lambda line: int(line.split()[1]))
+    assert len(output.lines()) == LINES_KEPT
+
+
+def test_all_that_a_worker_says_arrives_in_order_with_its_node(pool: sky.ComputePool) -> None:
+    def speak() -> int:
+        import logging
+        import sys as there
+        import threading
+        import traceback
+
+        print("printed")
+        print("to standard error", file=there.stderr)
+        logging.getLogger("mine").warning("logged")
+        try:
+            _ = 1 / 0
+        except ZeroDivisionError:
+            traceback.print_exc()
+        thread = threading.Thread(target=print, args=["from a thread"])
+        thread.start()
+        thread.join()
+        info = sky.instance_info()
+        assert info is not None
+        return info.node
+
+    heard: list[sky.LogLine] = []
+    pool.on(sky.LogLine, heard.append)
+
+    node = sky.compute(speak)() >> pool
+
+    lines = [e.line for e in heard]
+    assert lines[:3] == ["printed", "to standard error", "WARNING mine: logged"]
+    assert lines[3] == "Traceback (most recent call last):"
+    assert lines[-2:] == ["ZeroDivisionError: division by zero", "from a thread"]
+    assert {e.node for e in heard} == {node}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_storm_of_lines_blocks_no_task_and_fills_no_memory() -> None:
+    def storm(lines: int) -> str:
+        for i in range(lines):
+            print("line", i, "of a storm that nobody reads, with some more words to make it as long as lines are")
+        return "done"
+
+    heard: list[str] = []
+    peak_mb = _peak_mb()
+    with sky.ComputePool("local", concurrency=2, display="quiet") as pool:
+        pool.on(sky.LogLine, lambda event: heard.append(event.line))
+        storming = pool.submit(sky.compute(storm)(300_000))
+        quick = [sky.compute(abs)(-1) >> pool for _ in range(50)]
+        assert storming.result(timeout=60) == "done"
+        wait_until(lambda: heard[-1].startswith("line 299999"))
+        kept = len(pool.logs())
+        events = pool.client.get_events("skyward-logs")
+
+    arrived = sum(line.startswith("line ") for line in heard)
+    dropped = sum(int(line.split()[1]) for line in heard if line.endswith("lines dropped ..."))
+    assert quick == [1] * 50
+    assert arrived + dropped == 300_000
+    assert kept <= LINES_KEPT
+    assert len(events) == 0  # the scheduler keeps none
+    assert _peak_mb() - peak_mb < 300  # Dask and the engine are loaded meanwhile
+
+
+def _peak_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
