@@ -15,7 +15,7 @@ import skyward as sky
 from skyward.integrations.frameworks import Distributed
 from skyward.wire import Isolation
 
-PLAIN = Isolation("tests.frameworks.plain", {}, ())
+PLAIN = Isolation("tests.plain_setup", {}, ())
 
 
 def job(fn):
@@ -24,7 +24,7 @@ def job(fn):
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[sky.ComputePool]:
-    with sky.ComputePool(nodes=3, concurrency=1, display="quiet") as pool:
+    with sky.ComputePool(nodes=3, display="quiet") as pool:
         yield pool
 
 
@@ -65,7 +65,7 @@ def test_large_arguments_and_results_travel(pool: sky.ComputePool) -> None:
     assert [float(r[-1]) for r in results] == [0.0, 499_999.0, 999_998.0]
 
 
-def test_what_a_part_prints_arrives(pool: sky.ComputePool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_part_prints_arrives() -> None:
     lines: list[str] = []
 
     @job
@@ -168,7 +168,7 @@ def test_processes_leave_in_good_order_when_all_are_done(pool: sky.ComputePool, 
 
 
 def test_a_package_that_is_not_there_is_named_with_what_to_do(pool: sky.ComputePool) -> None:
-    missing = sky.compute(Distributed(lambda: None, Isolation("tests.frameworks.plain", {}, ("no_such_framework",))))
+    missing = sky.compute(Distributed(lambda: None, Isolation("tests.plain_setup", {}, ("no_such_framework",))))
 
     with pytest.raises(sky.SpecError, match=r"no_such_framework is not installed .*image=sky.Image\(pip="):
         missing() @ pool
