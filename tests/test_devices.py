@@ -121,7 +121,9 @@ def test_amds_gpus_are_told_from_processors(tmp_path: Path) -> None:
 def test_how_busy_gpus_are_is_told_as_far_as_the_driver_says(
     monkeypatch: pytest.MonkeyPatch, machine: str, utilization: float | None
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(machine))  # type: ignore[arg-type]
+    nvml = FakeNvml(machine)
+    nvml.nvmlInit()
+    monkeypatch.setattr(metrics, "_nvml", lambda: nvml)
     total = sum(device.memory_bytes for device in seen(machine).devices) / 1e6
 
     figures = metrics.sample()

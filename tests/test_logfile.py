@@ -19,6 +19,7 @@ def say(text: str) -> None:
 def test_events_prints_and_log_records_go_into_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "logs" / "pool.log"
     config = sky.LogConfig(file=str(file), console=False)
+    before = list(logging.getLogger("skyward").handlers)
 
     with sky.ComputePool(provider="local", logging=config) as pool:
         say("hello from there") >> pool
@@ -30,7 +31,7 @@ def test_events_prints_and_log_records_go_into_the_file(tmp_path: Path, capsys: 
     assert "and from here" in text
     assert text.index("PoolStarted") < text.index("hello") < text.index("PoolStopping")
     assert capsys.readouterr() == ("", "")
-    assert not logging.getLogger("skyward").handlers
+    assert logging.getLogger("skyward").handlers == before
 
 
 def test_a_level_leaves_out_what_is_below_it(tmp_path: Path) -> None:
