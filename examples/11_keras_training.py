@@ -20,7 +20,7 @@ def train(x: np.ndarray, y: np.ndarray, epochs: int) -> list[float]:
     model = keras.Sequential(
         [keras.Input((64,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(10, activation="softmax")]
     )
-    model.compile("adam", "sparse_categorical_crossentropy", ["accuracy"])
+    model.compile("adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(x[:896], y[:896], batch_size=32, epochs=epochs, verbose=0)
     return [float(value) for value in history.history["accuracy"]]
 
