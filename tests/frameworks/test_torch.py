@@ -171,7 +171,8 @@ def test_a_rank_that_is_killed_in_training_is_told_of_within_ten_seconds(
     victim = tmp_path / str(rank)
     deadline = time.monotonic() + 60
     while not (victim.exists() and victim.read_text()):
-        assert time.monotonic() < deadline and not future.done(), future
+        assert time.monotonic() < deadline
+        assert not future.done(), future
         time.sleep(0.02)
     os.kill(int(victim.read_text()), signal.SIGKILL)
     killed = time.monotonic()
@@ -239,9 +240,9 @@ def test_nccl_without_a_gpu_is_refused_with_what_to_do(pool: sky.ComputePool) ->
     @sky.compute
     def train() -> None: ...
 
-    with pytest.raises(sky.SpecError, match="backend='nccl': torch .* sees no GPU"):
+    with pytest.raises(sky.SpecError, match=r"backend='nccl': torch .* sees no GPU"):
         train() @ pool
-    with pytest.raises(sky.SpecError, match="backend='nccl': torch .* sees no GPU"):
+    with pytest.raises(sky.SpecError, match=r"backend='nccl': torch .* sees no GPU"):
         train() >> pool
 
 
