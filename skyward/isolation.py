@@ -82,7 +82,6 @@ def run(
     DiedError
         It ended by itself.
     """
-    end(list(_staying), is_good=False)  # whose end was not heard of
     child = _Child(environment)
     try:
         child.give(work, blobs)

@@ -14,6 +14,8 @@ import pytest
 
 import skyward as sky
 from skyward.integrations.frameworks import Distributed
+from skyward.integrations.setup.torch import device_of
+from skyward.runtime import Peer, World
 from skyward.wire import Isolation
 
 PLAIN = Isolation("tests.plain_setup", {}, ())
@@ -199,6 +201,18 @@ def test_every_slot_is_a_rank_under_slots() -> None:
     with sky.ComputePool(nodes=2, concurrency=2, display="quiet") as pool:
         assert who() @ pool.slots == (("0", "0", "0"), ("1", "1", "0"), ("2", "0", "1"), ("3", "1", "1"))
         assert who() @ pool == (("0", "0", "0"), ("1", "0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "gpus", "device"), [(0, 1, 8, 0), (3, 4, 1, 0), (3, 4, 4, 3), (5, 7, 1, 0)]
+)
+def test_a_rank_has_the_first_gpu_it_sees_unless_all_see_all(
+    local_rank: int, local_size: int, gpus: int, device: int
+) -> None:
+    peers = (Peer("127.0.0.1", 1),)
+    world = World(rank=0, size=8, local_rank=local_rank, local_size=local_size, node_rank=0, peers=peers)
+
+    assert device_of(world, gpus) == device
 
 
 @sky.compute

@@ -60,7 +60,7 @@ def _name(device: Any) -> str:
 
 
 def _average_gradients(keras: Any) -> None:
-    """Let every optimizer of this process apply the mean of all ranks' gradients, and begin with rank 0's weights."""
+    """Let every optimizer of this process apply the mean of all ranks' gradients."""
     dist = load("torch.distributed")
     apply = keras.optimizers.Optimizer.apply
 

@@ -14,7 +14,8 @@ from skyward.runtime import World
 @contextlib.contextmanager
 def session(world: World, backend: str | None) -> Iterator[None]:
     """Begin the default process group, and end it."""
-    with variables({**_interface(world), **world.environment()}):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(variables({**_interface(world), **world.environment()}))
         torch = load("torch")
         dist = load("torch.distributed")
         has_gpu = torch.cuda.is_available()
@@ -28,15 +29,25 @@ def session(world: World, backend: str | None) -> Iterator[None]:
                 value="nccl",
                 accepted=accepted,
             )
-        if chosen == "nccl":
-            # A slot sees its own GPUs only, so the first is its own unless several ranks share what they see.
-            torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        if has_gpu:
+            device = device_of(world, torch.cuda.device_count())
+            stack.enter_context(variables({"LOCAL_RANK": str(device)}))
+            torch.cuda.set_device(device)
         dist.init_process_group(chosen, rank=world.rank, world_size=world.size)
         try:
             yield
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def device_of(world: World, gpus: int) -> int:
+    """Return the number of a rank's GPU among the `gpus` that its process sees.
+
+    A slot sees its own GPUs only, so the first is its own, unless all ranks of the node see all. Libraries take
+    `LOCAL_RANK` for this number, so that is what it is set to.
+    """
+    return world.local_rank if gpus >= world.local_size else 0
 
 
 def _interface(world: World) -> dict[str, str]:
