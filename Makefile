@@ -7,8 +7,11 @@ APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rcl
 
 VENV := .venv
 VENV313 := .venv313
+FRAMEWORKS := .venv-frameworks
 BIN := $(VENV)/bin
 EVERYDAY := not soak and not gpu
+# Frameworks for training have an environment of their own: they are large, and not to be had for every Python.
+PLAIN := --ignore tests/frameworks
 
 # A virtual environment knows its folder and its Python: when either is another one, or gone, it is made again.
 MADE_FOR := $(CURDIR) $(PYTHON)
@@ -19,7 +22,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-313 test-gpu soak bench lint types clean system-packages
+.PHONY: help demo test test-fast test-frameworks test-313 test-gpu soak bench lint types clean system-packages
 
 help: ## Show this list
 	@echo "Targets (PYTHON=$(PYTHON), PYTEST_WORKERS=$(PYTEST_WORKERS)):"
@@ -30,15 +33,22 @@ demo: $(VENV)/.demo ## Search a grid with scikit-learn on a pool of local worker
 
 test: $(VENV)/.test ## Run the tests; their fast part again on Python 3.13 where there is one
 	@$(BIN)/python --version
-	@tools/run-tests $(VENV) -m "$(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile
+	@tools/run-tests $(VENV) -m "$(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile $(PLAIN)
+	@$(MAKE) --no-print-directory test-frameworks
 	@$(MAKE) --no-print-directory test-313
-	@for venv in $(VENV) $(VENV313); do \
+	@for venv in $(VENV) $(FRAMEWORKS) $(VENV313); do \
 	    if [ -f $$venv/.closing-line ]; then $$venv/bin/python --version; cat $$venv/.closing-line; fi; \
 	done
 
 test-fast: $(VENV)/.test ## Run the fast part of the tests
 	@$(BIN)/python --version
-	@tools/run-tests $(VENV) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile
+	@tools/run-tests $(VENV) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile $(PLAIN)
+
+test-frameworks: ## Test distributed training, with those of torch, JAX, Keras, TensorFlow, Transformers that are to be had
+	@$(MAKE) --no-print-directory $(FRAMEWORKS)/.frameworks VENV=$(FRAMEWORKS)
+	@$(FRAMEWORKS)/bin/python --version
+	@cat $(FRAMEWORKS)/.frameworks
+	@tools/run-tests $(FRAMEWORKS) tests/frameworks -m "$(EVERYDAY)"
 
 test-313: $(VENV)/.test
 	@rm -f $(VENV313)/.closing-line
@@ -47,7 +57,7 @@ test-313: $(VENV)/.test
 	elif python=$$(tools/find-python 3.13); then \
 	    $(MAKE) --no-print-directory $(VENV313)/.test VENV=$(VENV313) PYTHON="$$python" && \
 	    $(VENV313)/bin/python --version && \
-	    tools/run-tests $(VENV313) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile; \
+	    tools/run-tests $(VENV313) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile $(PLAIN); \
 	else \
 	    echo "Not tested on Python 3.13: none found that runs and can make virtual environments."; \
 	fi
@@ -69,7 +79,7 @@ types: $(VENV)/.test ## Check types
 	@$(BIN)/mypy
 
 clean: ## Remove environments, caches and build outputs
-	rm -rf $(VENV) $(VENV313) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV313) $(FRAMEWORKS) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 system-packages:
@@ -102,6 +112,12 @@ $(VENV)/.test: pyproject.toml $(VENV)/.made-for | system-packages
 $(VENV)/.gpu: $(VENV)/.test
 	@echo "Installing what asks NVIDIA's driver into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,gpu]'
+	@touch $@
+
+$(VENV)/.frameworks: pyproject.toml tools/install-frameworks $(VENV)/.made-for
+	@echo "Installing skyward and frameworks for training into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sklearn]' pytest pytest-timeout hypothesis
+	@tools/install-frameworks $(VENV) > $@
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.made-for

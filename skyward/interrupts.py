@@ -27,10 +27,11 @@ class Interrupted(BaseException):
 
 @dataclass(slots=True)
 class Running:
-    """A chunk that runs here. `why` is set once it is to stop."""
+    """A chunk that runs here. `why` is set once it is to stop; nothing is raised in one that is `watched` for that."""
 
     thread: int
     why: Kind | None = None
+    watched: bool = False
 
 
 _running: dict[str, Running] = {}
@@ -42,9 +43,9 @@ _AGAIN_S = 0.01
 
 
 @contextlib.contextmanager
-def running(key: str) -> Iterator[Running]:
+def running(key: str, *, watched: bool = False) -> Iterator[Running]:
     """Let the chunk `key`, which runs in this thread, be interrupted inside the block."""
-    me = Running(threading.get_ident())
+    me = Running(threading.get_ident(), watched=watched)
     with _lock:
         _running[key] = me
         if key in _early:
@@ -78,7 +79,7 @@ def interrupt(keys: list[str], why: int = Kind.CANCELLED) -> int:
                 continue
             found.why = Kind(why)
         hit += 1
-        if not _raise_in(key, found):
+        if not found.watched and not _raise_in(key, found):
             threading.Thread(target=_raise_when_possible, args=[key, found], daemon=True).start()
         if may_restart:
             timer = threading.Timer(GRACE_S, _end_process_if_running, [key, found])

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import inspect
 import mmap
 import os
+import random
 import socket
 import sys
 import threading
@@ -22,10 +24,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
-from skyward import interrupts, pickling, shelf
-from skyward.errors import SerializationError
+from skyward import interrupts, isolation, pickling, shelf
+from skyward.errors import SerializationError, SpecError, VersionMismatchError, WorkerDiedError
 from skyward.wire import (
     BlobRef,
     Chunk,
@@ -91,6 +93,20 @@ class InstanceInfo:
         return instance_info()
 
 
+class Peer(NamedTuple):
+    """A participant of a broadcast as others reach it: an address, and a port of it that was free."""
+
+    host: str
+    port: int
+
+
+class Job(NamedTuple):
+    """What a part in a process of its own is told: its worker's address, and who else takes part, by rank."""
+
+    address: str
+    peers: tuple[Peer, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """The task that runs in this context."""
@@ -98,6 +114,7 @@ class _Task:
     layout: Layout
     address: str
     participant: Participant | None
+    peers: tuple[Peer, ...] = ()
 
 
 _task: ContextVar[_Task | None] = ContextVar("skyward_task", default=None)
@@ -140,6 +157,65 @@ def participant() -> tuple[int, int]:
     return (part.rank, part.size) if part else (0, 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The participants of the running broadcast, as frameworks for distributed training want to know them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    node_rank: int
+    peers: tuple[Peer, ...]
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that torchrun sets too, which most frameworks read."""
+        return {
+            "MASTER_ADDR": self.peers[0].host,
+            "MASTER_PORT": str(self.peers[0].port),
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "NODE_RANK": str(self.node_rank),
+        }
+
+
+def world() -> World:
+    """Return who takes part in the running broadcast; anything else is alone."""
+    task = _task.get()
+    part = task.participant if task else None
+    if task is None or part is None:
+        alone = (Peer("127.0.0.1", free_port("127.0.0.1")),)
+        return World(rank=0, size=1, local_rank=0, local_size=1, node_rank=0, peers=alone)
+    if not task.peers:
+        raise SpecError(
+            "a function for distributed training was called by another one that runs on every node: send it itself, "
+            "`train(...) @ pool`",
+            option="fn",
+            value=None,
+            accepted="the decorated function itself",
+        )
+    node, _slot = task.layout.place(task.address) or (0, 0)
+    return World(
+        rank=part.rank,
+        size=part.size,
+        local_rank=part.worker,
+        local_size=part.workers_per_node,
+        node_rank=node,
+        peers=task.peers,
+    )
+
+
+def free_port(host: str) -> int:
+    """Return a port of this machine that nothing listens on, from below those that systems give to connections."""
+    while True:
+        port = random.SystemRandom().randint(20_000, 32_000)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+
+
 def _host(address: str) -> str:
     return address.rpartition("://")[2].rpartition(":")[0].strip("[]")
 
@@ -155,19 +231,23 @@ take_output: Callable[[], Any] = _no_output
 """Called when a chunk is done: what tasks have printed travels with their outcomes, so that it is there before them."""
 
 
-def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
+prepare: Callable[[], None] | None = None
+"""Makes this process ready for its one call, where it has only one."""
+
+
+def run_batch(chunk: Chunk, *blobs: Any, job: Job | None = None) -> Outcomes:
     """Run the calls of `chunk` one after another and return one outcome for each, in order.
 
     Never raises for what a call does. `blobs` are the large buffers that came with the task, in the order in
-    which their digests appear in the chunk.
+    which their digests appear in the chunk. `job` says that this is the process of its own that a chunk may ask for.
     """
     worker = _worker()
     outcomes: list[Outcome] = []
     why = Kind.CANCELLED
     try:
-        with interrupts.running(chunk.key) as me:
+        with interrupts.running(chunk.key, watched=chunk.isolation is not None and job is None) as me:
             try:
-                _run_calls(chunk, blobs, worker, me, outcomes)
+                _run_calls(chunk, blobs, worker, me, outcomes, job)
             finally:
                 why = me.why or why
     except interrupts.Interrupted:  # between two calls
@@ -177,18 +257,29 @@ def run_batch(chunk: Chunk, *blobs: Any) -> Outcomes:
 
 
 def _run_calls(
-    chunk: Chunk, blobs: tuple[Any, ...], worker: Any, me: interrupts.Running, outcomes: list[Outcome]
+    chunk: Chunk,
+    blobs: tuple[Any, ...],
+    worker: Any,
+    me: interrupts.Running,
+    outcomes: list[Outcome],
+    job: Job | None,
 ) -> None:
     started = time.perf_counter()
-    address = worker.address if worker else ""
+    address = job.address if job else worker.address if worker else ""
     layout = _load_layout(chunk.layout)
     machine = _machine_name(layout, address)
-    token = _task.set(_Task(layout, address, chunk.participant))
+    part = chunk.participant
+    if chunk.isolation and job is None:
+        assert part is not None
+        with _limit(chunk):
+            outcomes += _run_isolated(chunk, part, blobs, worker, me, layout)
+        return
+    token = _task.set(_Task(layout, address, part, job.peers if job else ()))
     try:
         shipped = _Shipped(chunk, blobs)
-        if chunk.participant and chunk.participant.barrier:
-            _pass_barrier(worker, layout.pool_id, chunk.participant)
-        with _limit(chunk), _whole_node(chunk.participant):
+        if part and part.barrier and job is None:
+            _pass_barrier(worker, layout.pool_id, part)
+        with _limit(chunk), _whole_node(part):
             for call in chunk.calls:
                 spent = time.perf_counter() - started
                 if me.why is not None:
@@ -211,6 +302,8 @@ def _run_call(chunk: Chunk, call: WireCall, shipped: _Shipped, me: interrupts.Ru
 
     fn: Any = None
     try:
+        if prepare is not None:
+            prepare()
         fn = shipped.function(chunk.functions[call.function])
         args, kwargs = shipped.load(call.arguments, call.buffers)
         with _collect_warnings(collected):
@@ -233,6 +326,75 @@ def _run_call(chunk: Chunk, call: WireCall, shipped: _Shipped, me: interrupts.Ru
         )
         return outcome(Kind.OPAQUE, pickling.dumps(error)[0])
     return outcome(Kind.VALUE, data, tuple(b.raw() for b in buffers))
+
+
+def _run_isolated(
+    chunk: Chunk, part: Participant, blobs: tuple[Any, ...], worker: Any, me: interrupts.Running, layout: Layout
+) -> list[Outcome]:
+    """Run the one call of a chunk in a process of its own, when all participants are here and have what it needs."""
+    assert chunk.isolation is not None
+    host = _host(worker.address)
+    mine: list[Any] = [host, free_port(host), [_version(p) for p in chunk.isolation.packages]]
+    facts: list[list[Any]] = _pass_barrier(worker, layout.pool_id, part, mine) if part.barrier else [mine]
+    if len(facts) < part.size:
+        return [Outcome(me.why or Kind.CANCELLED)]  # the others were sent away
+    machine = _machine_name(layout, worker.address)
+    try:
+        _check_versions(chunk.isolation.packages, [f[2] for f in facts])
+        job = Job(worker.address, tuple(Peer(f[0], f[1]) for f in facts))
+        token = _task.set(_Task(layout, worker.address, part, job.peers))
+        try:
+            environment = world().environment()
+        finally:
+            _task.reset(token)
+        if cores := _node_cores(part):
+            environment |= thread_environment(cores)
+        found = isolation.run(
+            chunk.key, (chunk, job), blobs, environment=environment, stop=lambda: me.why, say=print
+        )
+    except isolation.DiedError as exc:
+        error = WorkerDiedError(
+            f"the process of rank {part.rank} of {part.size} ended with {exc}; the others were ended. If it was killed "
+            "from outside, the machine may have run out of memory; a crash is in native code. Nothing is rerun by "
+            "itself: call it again, from a checkpoint if there is one.",
+            machine=worker.address,
+            losses=1,
+        )
+        kind = Kind.ABORTED if exc.was_own_doing else Kind.DIED
+        return [Outcome(kind, pickling.dumps(error)[0], machine=machine)]
+    except Exception as exc:  # what is missing, or the process could not be started
+        kind, data, buffers, text = _pack_error(exc, None)
+        return [Outcome(kind, data, buffers, traceback=text, machine=machine)]
+    if found is None:
+        return [Outcome(me.why or Kind.CANCELLED)]
+    return [o._replace(kind=me.why) if me.why and o.kind is Kind.CANCELLED else o for o in found.items]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # it may be there under another name, as tensorflow-cpu is
+        return "unknown" if pickling.has_module(package) else None
+
+
+def _check_versions(packages: tuple[str, ...], found: list[list[str | None]]) -> None:
+    """Raise unless every participant has all packages, in the same versions."""
+    for package, versions in zip(packages, zip(*found, strict=True), strict=True):
+        if missing := [rank for rank, version in enumerate(versions) if version is None]:
+            raise SpecError(
+                f"{package} is not installed on the pool's machines (ranks {', '.join(map(str, missing))} of "
+                f"{len(versions)}): add it, image=sky.Image(pip=[{package!r}])",
+                option="image.pip",
+                value=None,
+                accepted=f"a list with {package!r}",
+            )
+        if len(set(versions)) > 1:
+            shown = ", ".join(f"rank {rank}: {version}" for rank, version in enumerate(versions))
+            raise VersionMismatchError(
+                f"{package} differs between the participants: {shown}. Name one version in the image: "
+                f"sky.Image(pip=['{package}=={versions[0]}'])",
+                table=[(package, str(versions[0]), str(v)) for v in versions[1:]],
+            )
 
 
 def _pack_error(exc: BaseException, fn: Any) -> tuple[Kind, bytes, tuple[Any, ...], str]:
@@ -418,11 +580,18 @@ def _limit(chunk: Chunk) -> Iterator[None]:
 # --- broadcasts ---------------------------------------------------------------------------------------------
 
 
-def _pass_barrier(worker: Any, pool_id: str, part: Participant) -> None:
-    """Wait until every participant is here, so that a collective set-up never waits for a busy slot."""
+def _pass_barrier(worker: Any, pool_id: str, part: Participant, fact: Any = None) -> list[Any]:
+    """Wait until every participant is here, so that a collective set-up never waits for a busy slot.
+
+    Returns what each has brought, by rank; less than that when they were sent away.
+    """
     from distributed.utils import sync
 
-    sync(worker.loop, getattr(worker.scheduler, barrier_handler(pool_id)), name=part.barrier, count=part.size)
+    wait = getattr(worker.scheduler, barrier_handler(pool_id))
+    facts: dict[str, Any] = sync(
+        worker.loop, wait, name=part.barrier, count=part.size, rank=str(part.rank), fact=fact
+    )
+    return [facts[rank] for rank in sorted(facts, key=int)]
 
 
 _THREAD_VARIABLES = (
@@ -441,19 +610,24 @@ def thread_environment(cores: int) -> dict[str, str]:
     return dict.fromkeys(_THREAD_VARIABLES, str(cores))
 
 
+def _node_cores(part: Participant | None) -> int:
+    """Return how many cores the node has, for a participant that is alone there; 0 for all others."""
+    return int(os.environ.get("SKYWARD_NODE_CORES", "0")) if part and part.workers_per_node == 1 else 0
+
+
 @contextlib.contextmanager
 def _whole_node(part: Participant | None) -> Iterator[None]:
     """Give a task that is alone on its node, one of a broadcast, all the node's cores."""
-    cores = os.environ.get("SKYWARD_NODE_CORES")
-    if part is None or part.workers_per_node > 1 or not cores:
+    cores = _node_cores(part)
+    if not cores:
         yield
         return
     import threadpoolctl
 
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(thread_environment(int(cores)))
+    os.environ.update(thread_environment(cores))
     try:
-        with threadpoolctl.threadpool_limits(limits=int(cores)):
+        with threadpoolctl.threadpool_limits(limits=cores):
             yield
     finally:
         for name, value in before.items():

@@ -41,6 +41,18 @@ class WireCall(NamedTuple):
     buffers: tuple[BlobRef, ...]
 
 
+class Isolation(NamedTuple):
+    """What a chunk needs that runs in a process of its own.
+
+    `setup` names the module whose `session` makes the process ready; `packages` are those that have to be there, in the
+    same version on all participants.
+    """
+
+    setup: str
+    options: dict[str, Any]
+    packages: tuple[str, ...]
+
+
 class Participant(NamedTuple):
     """The part that a task plays in a broadcast."""
 
@@ -75,6 +87,7 @@ class Chunk:
     budget_s: float | None  # begin no further call after this many seconds: the rest goes back
     timeout_s: float | None = None  # for the single call of a chunk with a time limit
     participant: Participant | None = None
+    isolation: Isolation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +127,8 @@ class Kind(IntEnum):
     TIMEOUT = 4
     CANCELLED = 5  # interrupted on request
     NOT_RUN = 6  # the chunk's time was up before its turn
+    DIED = 7  # its own process ended before it did; `data` is the pickled WorkerDiedError
+    ABORTED = 8  # the same, by its own doing, as when others have gone
 
 
 class Outcome(NamedTuple):

@@ -22,24 +22,25 @@ def barrier_plugin(pool_id: str) -> Any:
         name = wait_name
 
         def __init__(self) -> None:
-            self.arrived: dict[str, list[Any]] = {}  # name → [how many are there, the event that lets them go]
+            self.arrived: dict[str, tuple[dict[str, Any], Any]] = {}  # who is there with what; what lets them go
 
         async def start(self, scheduler: Any) -> None:
             scheduler.handlers[wait_name] = self.wait
             scheduler.handlers[abort_name] = self.abort
 
-        async def wait(self, name: str, count: int) -> None:
-            barrier = self.arrived.setdefault(name, [0, asyncio.Event()])
-            barrier[0] += 1
-            if barrier[0] >= count:
+        async def wait(self, name: str, count: int, rank: str, fact: Any) -> dict[str, Any]:
+            facts, go = self.arrived.setdefault(name, ({}, asyncio.Event()))
+            facts[rank] = fact
+            if len(facts) >= count:
                 self.arrived.pop(name, None)
-                barrier[1].set()
-            await barrier[1].wait()
+                go.set()
+            await go.wait()
+            return facts
 
         async def abort(self, name: str) -> None:
-            barrier = self.arrived.pop(name, None)
-            if barrier is not None:
-                barrier[1].set()
+            _, go = self.arrived.pop(name, ({}, None))
+            if go is not None:
+                go.set()
 
     return BarrierPlugin()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import io
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ import warnings
 from typing import Any
 
 from skyward import inbox, interrupts, runtime, shelf
+from skyward.logs import Lines
 
 LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
@@ -34,8 +34,8 @@ async def dask_setup(worker: Any) -> None:
     # Every warning goes to the caller, whose own filters then decide what is shown.
     warnings.simplefilter("always")
     shipper = _Shipper(worker)
-    sys.stdout = _Lines(shipper)
-    sys.stderr = _Lines(shipper)
+    sys.stdout = Lines(shipper.add)
+    sys.stderr = Lines(shipper.add)
     runtime.take_output = shipper.take
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
@@ -115,33 +115,3 @@ class _Shipper:
             time.sleep(_FLUSH_S)
             self._wanted.clear()
             self.flush()
-
-
-class _Lines(io.TextIOBase):
-    """A text stream that hands over whole lines."""
-
-    encoding = "utf-8"
-
-    def __init__(self, shipper: _Shipper) -> None:
-        self._shipper = shipper
-        self._rest = threading.local()
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return False
-
-    def write(self, text: str) -> int:
-        # Half a line waits for its end, per thread, so that threads do not cut each other's lines.
-        *lines, rest = (getattr(self._rest, "text", "") + text).split("\n")
-        self._rest.text = rest
-        for line in lines:
-            self._shipper.add(line)
-        return len(text)
-
-    def flush(self) -> None:
-        rest = getattr(self._rest, "text", "")
-        if rest:
-            self._rest.text = ""
-            self._shipper.add(rest)

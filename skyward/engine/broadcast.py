@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ISOLATION = "skyward_isolation"
+"""Attribute of a function whose broadcasts run in processes of their own: what these need."""
 _RESTART_S = 60.0
 """Seconds that a dead worker process has to be back, as far as broadcasts wait for it."""
+
+
+_VERDICT_S = 1.0
+"""Seconds after the first failure of a job in which the one that caused it may still arrive: when one ends, all others
+see their connections to it break. By feel."""
 
 
 class Broadcaster:
@@ -70,20 +78,23 @@ class Broadcaster:
             part = Participant(index, len(targets), worker, per_node, barrier)
             running = self._engine._loop.create_task(self._run_part(key, item, part, address))
             tasks[running] = index
+        is_job = getattr(item.call.fn, ISOLATION, None) is not None
         results: dict[int, Outcome] = {}
+        failures: list[Outcome | BaseException] = []
+        until = math.inf
         pending = set(tasks)
         try:
-            while pending:
+            while pending and (left := until - now()) > 0:
                 finished, pending = await asyncio.wait(
-                    pending, timeout=0.5, return_when=asyncio.FIRST_COMPLETED
+                    pending, timeout=min(0.5, left), return_when=asyncio.FIRST_COMPLETED
                 )
                 for task in sorted(finished, key=tasks.__getitem__):
                     outcome = task.result()
-                    if isinstance(outcome, BaseException):
-                        raise outcome
-                    results[tasks[task]] = outcome
-                    if outcome.kind is not Kind.VALUE:
-                        return [outcome]
+                    if isinstance(outcome, Outcome) and outcome.kind is Kind.VALUE:
+                        results[tasks[task]] = outcome
+                    else:
+                        failures.append(outcome)
+                        until = min(until, now() + (_VERDICT_S if is_job else 0.0))
                 gone = {t[0] for t in targets} - self._workers()
                 if pending and gone & {targets[tasks[t]][0] for t in pending}:
                     raise MachineLostError(
@@ -92,6 +103,11 @@ class Broadcaster:
                         machine=sorted(gone)[0],
                         losses=1,
                     )
+            if failures:
+                first = min(failures, key=_distance)
+                if isinstance(first, BaseException):
+                    raise first
+                return [first]
         finally:
             unfinished = [keys[tasks[t]] for t in pending]
             for task in pending:
@@ -100,6 +116,8 @@ class Broadcaster:
                 await self._abort_barrier(barrier)
                 await self._engine._transport.interrupt(unfinished)
                 self.wait_for(unfinished)
+            if is_job:
+                await self._engine._transport.end_processes(keys, is_good=len(results) == len(targets))
         return [results[i] for i in range(len(targets))]
 
     def _workers(self) -> set[str]:
@@ -127,7 +145,9 @@ class Broadcaster:
     ) -> Outcome | BaseException:
         self._engine._placement.add(address)
         try:
-            result = await self._engine._run_part(self._engine._chunk(key, [item], part), address)
+            chunk = self._engine._chunk(key, [item], part)
+            chunk.isolation = getattr(item.call.fn, ISOLATION, None)
+            result = await self._engine._run_part(chunk, address)
         except WorkerGoneError:
             return WorkerDiedError(
                 f"the worker of part {part.rank} of {part.size} died during the broadcast of "
@@ -148,3 +168,10 @@ class Broadcaster:
                 await getattr(self._engine.client.scheduler, handler)(name=name)
             except Exception:  # the scheduler is gone, and nobody waits at its barriers
                 logger.debug("barrier %s could not be aborted", name, exc_info=True)
+
+
+def _distance(failure: Outcome | BaseException) -> int:
+    """Return how far a failure is from what went wrong: an end is nearer than what others say of it."""
+    if isinstance(failure, BaseException) or failure.kind is Kind.DIED:
+        return 0
+    return 1 if failure.kind is Kind.ABORTED else 2

@@ -17,7 +17,7 @@ from typing import Any
 from distributed.comm import CommClosedError
 from distributed.core import send_recv
 
-from skyward import inbox, interrupts, runtime
+from skyward import inbox, interrupts, isolation, runtime
 from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.store import Store
 from skyward.wire import RUN, TAKE_BACK, Chunk, Outcomes
@@ -200,6 +200,13 @@ class Transport:
         except Exception:  # the cluster is going away, and the tasks with it
             logger.debug("interrupt of %d tasks failed", len(keys), exc_info=True)
             return set()
+
+    async def end_processes(self, keys: list[str], *, is_good: bool) -> None:
+        """End the processes of their own that chunks had: their job is over."""
+        try:
+            await self.client._run(isolation.end, keys, is_good=is_good, on_error="ignore")
+        except Exception:  # the cluster is going away, and they with it
+            logger.debug("the end of %d processes was not told", len(keys), exc_info=True)
 
     async def wait_ended(self, keys: list[str], workers: Callable[[], Collection[str]]) -> None:
         """Return when none of the chunks runs any more and all `workers` answer: one may have ended with its chunk."""

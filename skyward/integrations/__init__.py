@@ -15,14 +15,31 @@ if TYPE_CHECKING:
     from skyward_joblib.pools import joblib_backend as joblib_backend
     from skyward_joblib.pools import sklearn_backend as sklearn_backend
 
+    from skyward.integrations.frameworks import jax as jax
+    from skyward.integrations.frameworks import keras as keras
+    from skyward.integrations.frameworks import tensorflow as tensorflow
+    from skyward.integrations.frameworks import torch as torch
+    from skyward.integrations.frameworks import transformers as transformers
+
 _HOME = {
+    **dict.fromkeys(["jax", "keras", "tensorflow", "torch", "transformers"], "skyward.integrations.frameworks"),
     "JoblibPool": "skyward_joblib.pools",
     "ScikitLearnPool": "skyward_joblib.pools",
     "joblib_backend": "skyward_joblib.pools",
     "sklearn_backend": "skyward_joblib.pools",
 }
 
-__all__ = ["JoblibPool", "ScikitLearnPool", "joblib_backend", "sklearn_backend"]
+__all__ = [
+    "JoblibPool",
+    "ScikitLearnPool",
+    "jax",
+    "joblib_backend",
+    "keras",
+    "sklearn_backend",
+    "tensorflow",
+    "torch",
+    "transformers",
+]
 
 
 def __dir__() -> list[str]:

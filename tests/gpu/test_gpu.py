@@ -77,3 +77,20 @@ def test_how_busy_gpus_are_is_measured(gpus: tuple[Device, ...]) -> None:
     assert 0 <= figures["gpu_memory_used_mb"] <= figures["gpu_memory_total_mb"]
     assert figures["gpu_memory_total_mb"] == pytest.approx(sum(gpu.memory_bytes for gpu in gpus) / 1e6, rel=0.02)
     assert 0 < figures["gpu_temperature"] < 120
+
+
+def test_nccl_with_one_rank(gpus: tuple[Device, ...], accelerator: sky.Accelerator) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+
+    @sky.integrations.torch(backend="nccl")
+    @sky.compute
+    def total() -> tuple[float, str]:
+        import torch
+        import torch.distributed as dist
+
+        value = torch.ones(1, device="cuda")
+        dist.all_reduce(value)
+        return value.item(), dist.get_backend()
+
+    with sky.ComputePool("local", accelerator=accelerator, display="quiet") as pool:
+        assert total() @ pool == ((1.0, "nccl"),)

@@ -1,0 +1,183 @@
+"""Decorators for distributed training: `torch`, `jax`, `keras`, `tensorflow`, `transformers`.
+
+Under ``@`` the parts of a decorated function are one job: each runs in a process of its own, in which its framework
+knows the others before the function begins. Under ``>>`` the function is alone, a world of one. The frameworks
+themselves are imported on workers only, by the modules of `setup`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import functools
+import importlib
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
+
+from skyward import runtime
+from skyward.compute import ComputeFunction
+from skyward.errors import SpecError
+from skyward.wire import Isolation
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_one_at_a_time = threading.Lock()  # a process has one default process group, and its threads may be several slots
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, fn: ComputeFunction[P, R], /) -> ComputeFunction[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+class Distributed:
+    """A function with what it needs around it. Travels like any function."""
+
+    def __init__(self, fn: Callable[..., Any], isolation: Isolation) -> None:
+        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(f"{fn.__name__}() is a generator function: return what it yields as a list instead")
+        functools.update_wrapper(self, fn)
+        self.skyward_isolation = isolation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fn: Callable[..., Any] = self.__wrapped__  # type: ignore[attr-defined]
+        if runtime.prepare is not None:  # a process of its own, which is ready
+            return fn(*args, **kwargs)
+        isolation = self.skyward_isolation
+        with _one_at_a_time, importlib.import_module(isolation.setup).session(runtime.world(), **isolation.options):
+            value = fn(*args, **kwargs)
+            return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+
+def _decorate(fn: Any, setup: str, packages: tuple[str, ...], **options: Any) -> Any:
+    isolation = Isolation(f"skyward.integrations.setup.{setup}", options, packages)
+    if isinstance(fn, ComputeFunction):
+        return ComputeFunction(Distributed(fn.fn, isolation), retries=fn.retries, timeout=fn.timeout)
+    return Distributed(fn, isolation)
+
+
+def _decorator(given: Any, setup: str, packages: tuple[str, ...], **options: Any) -> Any:
+    """Return a decorator, or what it makes of the function that was given in the place of an option."""
+    if callable(given):
+        return _decorate(given, setup, packages, **options)
+    return functools.partial(_decorate, setup=setup, packages=packages, **options)
+
+
+def _chosen(value: Any, accepted: tuple[str, ...], *, optional: bool) -> str | None:
+    if value in accepted or (value is None and optional):
+        return value  # type: ignore[no-any-return]
+    near = difflib.get_close_matches(str(value).lower(), accepted, n=1)
+    known = ", ".join(map(repr, accepted)) + (", or None to choose by what there is" if optional else "")
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise SpecError(f"backend={value!r}: accepted is {known}{hint}", option="backend", value=value, accepted=known)
+
+
+_TORCH_BACKENDS = ("nccl", "gloo")
+_KERAS_BACKENDS = ("jax", "torch", "tensorflow")
+TorchBackend = Literal["nccl", "gloo"]
+KerasBackend = Literal["jax", "torch", "tensorflow"]
+
+
+@overload
+def torch(fn: ComputeFunction[P, R], /) -> ComputeFunction[P, R]: ...
+@overload
+def torch(fn: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def torch(backend: TorchBackend | None = None) -> _Decorator: ...
+def torch(backend: Any = None) -> Any:
+    """Run a function under ``@`` as the ranks of a `torch.distributed` process group, which ends after it.
+
+    Above or below ``@sky.compute``. `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
+    `LOCAL_WORLD_SIZE` and `NODE_RANK` are set as torchrun sets them. Each rank runs in a process of its own, so nothing
+    stays from one job to the next but what is returned or written. When a rank fails, its exception is raised at once
+    and the others are ended.
+
+    Parameters
+    ----------
+    backend
+        ``"nccl"``, for GPUs, or ``"gloo"``; None: nccl where torch sees a GPU.
+
+    Raises
+    ------
+    SpecError
+        No such backend. On the worker, and raised by ``@``: nccl without a GPU, or torch is not installed there.
+    VersionMismatchError
+        By ``@``: torch differs between nodes.
+    WorkerDiedError
+        By ``@``: the process of a rank was killed, or crashed.
+
+    Examples
+    --------
+    ::
+
+        @sky.integrations.torch(backend="gloo")
+        @sky.compute
+        def train() -> float: ...
+
+        losses = train() @ pool
+    """
+    options = {"backend": None if callable(backend) else _chosen(backend, _TORCH_BACKENDS, optional=True)}
+    return _decorator(backend, "torch", ("torch",), **options)
+
+
+@overload
+def jax(fn: ComputeFunction[P, R], /) -> ComputeFunction[P, R]: ...
+@overload
+def jax(fn: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def jax() -> _Decorator: ...
+def jax(fn: Any = None) -> Any:
+    """Run a function under ``@`` as the processes of one `jax.distributed` cluster; see `torch` for the rest.
+
+    `jax.devices()` has the devices of all nodes, `jax.local_devices()` one's own; on CPUs collectives go through gloo.
+    """
+    return _decorator(fn, "jax", ("jax",))
+
+
+@overload
+def keras(fn: ComputeFunction[P, R], /) -> ComputeFunction[P, R]: ...
+@overload
+def keras(fn: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def keras(backend: KerasBackend = "jax") -> _Decorator: ...
+def keras(backend: Any = "jax") -> Any:
+    """Run a function under ``@`` with Keras 3 on `backend`, data-parallel over all nodes; see `torch` for the rest.
+
+    `fit` takes each participant's own part of the data, equally many batches on each: ``sky.shard(x, y,
+    drop_last=True)``. On jax the distribution is `keras.distribution.DataParallel` over all devices; on torch gradients
+    are averaged among the ranks before the optimizer applies them; on tensorflow make models inside the scope of a
+    `tf.distribute.MultiWorkerMirroredStrategy`, for which `TF_CONFIG` is set. All ranks begin with the same random
+    seed, and so with the same weights: if you set another one, set the same on all.
+    """
+    chosen = "jax" if callable(backend) else _chosen(backend, _KERAS_BACKENDS, optional=False)
+    return _decorator(backend, "keras", ("keras", str(chosen)), backend=chosen)
+
+
+@overload
+def tensorflow(fn: ComputeFunction[P, R], /) -> ComputeFunction[P, R]: ...
+@overload
+def tensorflow(fn: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def tensorflow() -> _Decorator: ...
+def tensorflow(fn: Any = None) -> Any:
+    """Run a function under ``@`` with `TF_CONFIG` set to all nodes, for `tf.distribute.MultiWorkerMirroredStrategy`.
+
+    See `torch` for the rest.
+    """
+    return _decorator(fn, "tensorflow", ("tensorflow",))
+
+
+@overload
+def transformers(fn: ComputeFunction[P, R], /) -> ComputeFunction[P, R]: ...
+@overload
+def transformers(fn: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def transformers(backend: TorchBackend | None = None) -> _Decorator: ...
+def transformers(backend: Any = None) -> Any:
+    """Run a function under ``@`` as ranks that a `transformers.Trainer` in it trains on together; else as `torch`."""
+    options = {"backend": None if callable(backend) else _chosen(backend, _TORCH_BACKENDS, optional=True)}
+    return _decorator(backend, "torch", ("torch", "transformers", "accelerate"), **options)

@@ -1,0 +1,37 @@
+"""A text stream of whole lines, in the place of standard output. Imports nothing of skyward."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+
+
+class Lines(io.TextIOBase):
+    """Hands over whole lines, without their ends. Half a line waits for its end, per thread."""
+
+    encoding = "utf-8"
+
+    def __init__(self, add: Callable[[str], None]) -> None:
+        self._add = add
+        self._rest = threading.local()
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> int:
+        # Per thread, so that threads do not cut each other's lines.
+        *lines, rest = (getattr(self._rest, "text", "") + text).split("\n")
+        self._rest.text = rest
+        for line in lines:
+            self._add(line)
+        return len(text)
+
+    def flush(self) -> None:
+        rest = getattr(self._rest, "text", "")
+        if rest:
+            self._rest.text = ""
+            self._add(rest)

@@ -1,0 +1,15 @@
+"""A set-up as those of `skyward.integrations.setup`, without a framework."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from skyward.integrations.setup.environment import variables
+from skyward.runtime import World
+
+
+@contextlib.contextmanager
+def session(world: World) -> Iterator[None]:
+    with variables(world.environment()):
+        yield
