@@ -8,6 +8,7 @@ APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rcl
 VENV := .venv
 VENV313 := .venv313
 FRAMEWORKS := .venv-frameworks
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 EVERYDAY := not soak and not gpu
 # Frameworks for training have an environment of their own: they are large, and not to be had for every Python.
@@ -22,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-frameworks test-313 test-gpu soak bench lint types clean system-packages
+.PHONY: help demo test test-fast test-frameworks test-313 test-gpu soak bench docs lint types clean system-packages
 
 help: ## Show this list
 	@echo "Targets (PYTHON=$(PYTHON), PYTEST_WORKERS=$(PYTEST_WORKERS)):"
@@ -75,11 +76,16 @@ lint: $(VENV)/.test types ## Check style, types and which module may import whic
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports --no-logo
 
+docs: ## Build the documentation into build/site; a warning, such as a link to nowhere, is an error
+	@$(MAKE) --no-print-directory $(DOCS)/.docs VENV=$(DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/site
+	@echo "Documentation: build/site/index.html"
+
 types: $(VENV)/.test ## Check types
 	@$(BIN)/mypy
 
 clean: ## Remove environments, caches and build outputs
-	rm -rf $(VENV) $(VENV313) $(FRAMEWORKS) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV313) $(FRAMEWORKS) $(DOCS) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 system-packages:
@@ -118,6 +124,11 @@ $(VENV)/.frameworks: pyproject.toml tools/install-frameworks $(VENV)/.made-for
 	@echo "Installing skyward and frameworks for training into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sklearn]' pytest pytest-timeout hypothesis
 	@tools/install-frameworks $(VENV) > $@
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.made-for
+	@echo "Installing what builds the documentation into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.made-for

@@ -94,9 +94,6 @@ if TYPE_CHECKING:
     from skyward.providers.local import Local as Local
     from skyward.providers.ssh import SSH as SSH
     from skyward.providers.verda import Verda as Verda
-    from skyward.runtime import InstanceInfo as InstanceInfo
-    from skyward.runtime import current_accelerator as current_accelerator
-    from skyward.runtime import instance_info as instance_info
     from skyward.selection import select_instance as select_instance
     from skyward.selection import select_instances as select_instances
     from skyward.spec import Allocation as Allocation
@@ -107,6 +104,9 @@ if TYPE_CHECKING:
     from skyward.spec import LogConfig as LogConfig
     from skyward.spec import S3Volume as S3Volume
     from skyward.spec import Volume as Volume
+    from skyward.task import InstanceInfo as InstanceInfo
+    from skyward.task import current_accelerator as current_accelerator
+    from skyward.task import instance_info as instance_info
 
 _HOME = {
     "conc": "skyward",
@@ -187,9 +187,9 @@ _HOME = {
     "Local": "skyward.providers.local",
     "SSH": "skyward.providers.ssh",
     "Verda": "skyward.providers.verda",
-    "InstanceInfo": "skyward.runtime",
-    "current_accelerator": "skyward.runtime",
-    "instance_info": "skyward.runtime",
+    "InstanceInfo": "skyward.task",
+    "current_accelerator": "skyward.task",
+    "instance_info": "skyward.task",
     "select_instance": "skyward.selection",
     "select_instances": "skyward.selection",
     "Allocation": "skyward.spec",

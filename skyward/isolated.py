@@ -17,7 +17,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from skyward import interrupts, runtime
+from skyward import interrupts, runtime, task
 from skyward.logs import Lines
 from skyward.wire import Outcomes
 
@@ -45,7 +45,7 @@ def main() -> None:
 
         def prepare() -> None:
             setup = importlib.import_module(chunk.isolation.setup)
-            session.enter_context(setup.session(runtime.world(), **chunk.isolation.options))
+            session.enter_context(setup.session(task.world(), **chunk.isolation.options))
 
         runtime.prepare = prepare
         outcomes = runtime.run_batch(replace(chunk, timeout_s=None), *blobs, job=job)

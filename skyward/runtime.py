@@ -1,4 +1,4 @@
-"""What runs on a worker: a chunk of calls, each kept apart, and the answers to "who am I?".
+"""What runs on a worker: a chunk of calls, each kept apart.
 
 Imported by every worker process; imports only facts, and dask where a worker has loaded it anyway.
 """
@@ -11,7 +11,6 @@ import importlib.metadata
 import inspect
 import mmap
 import os
-import random
 import socket
 import sys
 import threading
@@ -21,13 +20,12 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
-from skyward import interrupts, isolation, pickling, shelf
+from skyward import interrupts, isolation, pickling, shelf, task
 from skyward.errors import SerializationError, SpecError, VersionMismatchError, WorkerDiedError
+from skyward.variables import variables
 from skyward.wire import (
     BlobRef,
     Chunk,
@@ -40,185 +38,6 @@ from skyward.wire import (
     WireCall,
     barrier_handler,
 )
-
-# --- who am I -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkInfo:
-    """How the node is reached by its peers: the address that its workers listen on."""
-
-    address: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceInfo:
-    """Where a task runs, within its pool.
-
-    `node` and `worker` count from 0; `worker` is the part within the node: 0, unless a broadcast reaches several
-    workers of a node (MIG partitions, `pool.slots`). `peers` are the addresses of all nodes, in order.
-    """
-
-    node: int
-    worker: int
-    total_nodes: int
-    workers_per_node: int
-    accelerators: int
-    total_accelerators: int
-    head_addr: str
-    head_port: int
-    job_id: str
-    peers: tuple[str, ...]
-    accelerator: str | None
-    network: NetworkInfo
-
-    @property
-    def is_head(self) -> bool:
-        return self.node == 0 and self.worker == 0
-
-    @property
-    def global_worker_index(self) -> int:
-        return self.node * self.workers_per_node + self.worker
-
-    @property
-    def total_workers(self) -> int:
-        return self.total_nodes * self.workers_per_node
-
-    @property
-    def is_trainium(self) -> bool:
-        return "trainium" in (self.accelerator or "").lower()
-
-    @staticmethod
-    def current() -> InstanceInfo | None:
-        return instance_info()
-
-
-class Peer(NamedTuple):
-    """A participant of a broadcast as others reach it: an address, and a port of it that was free."""
-
-    host: str
-    port: int
-
-
-class Job(NamedTuple):
-    """What a part in a process of its own is told: its worker's address, and who else takes part, by rank."""
-
-    address: str
-    peers: tuple[Peer, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """The task that runs in this context."""
-
-    layout: Layout
-    address: str
-    participant: Participant | None
-    peers: tuple[Peer, ...] = ()
-
-
-_task: ContextVar[_Task | None] = ContextVar("skyward_task", default=None)
-
-
-def instance_info() -> InstanceInfo | None:
-    """Return where the running task is, or None outside a pool's task."""
-    task = _task.get()
-    if task is None:
-        return None
-    layout, part = task.layout, task.participant
-    node, _slot = layout.place(task.address) or (0, 0)
-    hosts = tuple(_host(slots[0]) if slots else "" for slots in layout.nodes)
-    return InstanceInfo(
-        node=node,
-        worker=part.worker if part else 0,
-        total_nodes=len(layout.nodes),
-        workers_per_node=part.workers_per_node if part else 1,
-        accelerators=layout.accelerators_per_node,
-        total_accelerators=layout.accelerators_per_node * len(layout.nodes),
-        head_addr=layout.head_addr,
-        head_port=layout.head_port,
-        job_id=layout.pool_id,
-        peers=hosts,
-        accelerator=layout.accelerator,
-        network=NetworkInfo(_host(task.address)),
-    )
-
-
-def current_accelerator() -> str | None:
-    """Return the name of the accelerator that the running task's node has, or None."""
-    info = instance_info()
-    return info.accelerator if info else None
-
-
-def participant() -> tuple[int, int]:
-    """Return (index, count) of the running task in its broadcast; (0, 1) for any other task, and outside one."""
-    task = _task.get()
-    part = task.participant if task else None
-    return (part.rank, part.size) if part else (0, 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """The participants of the running broadcast, as frameworks for distributed training want to know them."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    node_rank: int
-    peers: tuple[Peer, ...]
-
-    def environment(self) -> dict[str, str]:
-        """Return the variables that torchrun sets too, which most frameworks read."""
-        return {
-            "MASTER_ADDR": self.peers[0].host,
-            "MASTER_PORT": str(self.peers[0].port),
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_size),
-            "NODE_RANK": str(self.node_rank),
-        }
-
-
-def world() -> World:
-    """Return who takes part in the running broadcast; anything else is alone."""
-    task = _task.get()
-    part = task.participant if task else None
-    if task is None or part is None:
-        alone = (Peer("127.0.0.1", free_port("127.0.0.1")),)
-        return World(rank=0, size=1, local_rank=0, local_size=1, node_rank=0, peers=alone)
-    if not task.peers:
-        raise SpecError(
-            "a function for distributed training was called by another one that runs on every node: send it itself, "
-            "`train(...) @ pool`",
-            option="fn",
-            value=None,
-            accepted="the decorated function itself",
-        )
-    node, _slot = task.layout.place(task.address) or (0, 0)
-    return World(
-        rank=part.rank,
-        size=part.size,
-        local_rank=part.worker,
-        local_size=part.workers_per_node,
-        node_rank=node,
-        peers=task.peers,
-    )
-
-
-def free_port(host: str) -> int:
-    """Return a port of this machine that nothing listens on, from below those that systems give to connections."""
-    while True:
-        port = random.SystemRandom().randint(20_000, 32_000)
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
-            return port
-
-
-def _host(address: str) -> str:
-    return address.rpartition("://")[2].rpartition(":")[0].strip("[]")
-
 
 # --- running calls ------------------------------------------------------------------------------------------
 
@@ -235,7 +54,7 @@ prepare: Callable[[], None] | None = None
 """Makes this process ready for its one call, where it has only one."""
 
 
-def run_batch(chunk: Chunk, *blobs: Any, job: Job | None = None) -> Outcomes:
+def run_batch(chunk: Chunk, *blobs: Any, job: task.Job | None = None) -> Outcomes:
     """Run the calls of `chunk` one after another and return one outcome for each, in order.
 
     Never raises for what a call does. `blobs` are the large buffers that came with the task, in the order in
@@ -262,7 +81,7 @@ def _run_calls(
     worker: Any,
     me: interrupts.Running,
     outcomes: list[Outcome],
-    job: Job | None,
+    job: task.Job | None,
 ) -> None:
     started = time.perf_counter()
     address = job.address if job else worker.address if worker else ""
@@ -274,7 +93,7 @@ def _run_calls(
         with _limit(chunk):
             outcomes += _run_isolated(chunk, part, blobs, worker, me, layout)
         return
-    token = _task.set(_Task(layout, address, part, job.peers if job else ()))
+    token = task.running.set(task.Task(layout, address, part, job.peers if job else ()))
     try:
         shipped = _Shipped(chunk, blobs)
         if part and part.barrier and job is None:
@@ -289,7 +108,7 @@ def _run_calls(
                 else:
                     outcomes.append(_run_call(chunk, call, shipped, me, machine))
     finally:
-        _task.reset(token)
+        task.running.reset(token)
 
 
 def _run_call(chunk: Chunk, call: WireCall, shipped: _Shipped, me: interrupts.Running, machine: str) -> Outcome:
@@ -333,20 +152,20 @@ def _run_isolated(
 ) -> list[Outcome]:
     """Run the one call of a chunk in a process of its own, when all participants are here and have what it needs."""
     assert chunk.isolation is not None
-    host = _host(worker.address)
-    mine: list[Any] = [host, free_port(host), [_version(p) for p in chunk.isolation.packages]]
+    host = task.host_of(worker.address)
+    mine: list[Any] = [host, task.free_port(host), [_version(p) for p in chunk.isolation.packages]]
     facts: list[list[Any]] = _pass_barrier(worker, layout.pool_id, part, mine) if part.barrier else [mine]
     if len(facts) < part.size:
         return [Outcome(me.why or Kind.CANCELLED)]  # the others were sent away
     machine = _machine_name(layout, worker.address)
     try:
         _check_versions(chunk.isolation.packages, [f[2] for f in facts])
-        job = Job(worker.address, tuple(Peer(f[0], f[1]) for f in facts))
-        token = _task.set(_Task(layout, worker.address, part, job.peers))
+        job = task.Job(worker.address, tuple(task.Peer(f[0], f[1]) for f in facts))
+        token = task.running.set(task.Task(layout, worker.address, part, job.peers))
         try:
-            environment = world().environment()
+            environment = task.world().environment()
         finally:
-            _task.reset(token)
+            task.running.reset(token)
         if cores := _node_cores(part):
             environment |= thread_environment(cores)
         found = isolation.run(
@@ -624,14 +443,5 @@ def _whole_node(part: Participant | None) -> Iterator[None]:
         return
     import threadpoolctl
 
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(thread_environment(cores))
-    try:
-        with threadpoolctl.threadpool_limits(limits=cores):
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with variables(thread_environment(cores)), threadpoolctl.threadpool_limits(limits=cores):
+        yield

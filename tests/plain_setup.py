@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from skyward.integrations.setup.environment import variables
-from skyward.runtime import World
+from skyward.task import World
+from skyward.variables import variables
 
 
 @contextlib.contextmanager

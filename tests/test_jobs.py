@@ -15,7 +15,7 @@ import pytest
 import skyward as sky
 from skyward.integrations.frameworks import Distributed
 from skyward.integrations.setup.torch import device_of
-from skyward.runtime import Peer, World
+from skyward.task import Peer, World
 from skyward.wire import Isolation
 
 PLAIN = Isolation("tests.plain_setup", {}, ())

@@ -1,4 +1,4 @@
-"""Every Python block of README.md and of some pages in docs/ runs as a script of its own."""
+"""Every Python block of README.md and docs/ runs as a script of its own, but for those that need machines: `no-run`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import skyward as sky
+from skyward import errors, events
+
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/configuration.md")
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
 
 def _blocks(page: str) -> list[tuple[str, int, str]]:
@@ -29,3 +32,13 @@ def test_a_block_of_a_page_runs(page: str, line: int, code: str, tmp_path: Path)
     ran = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     assert ran.returncode == 0, f"{page}, line {line}:\n{ran.stdout}{ran.stderr}"
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs/api-reference.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^::: skyward\.(?:integrations\.)?(\w+)$", page, re.MULTILINE))
+    in_modules = {*vars(events), *vars(errors), "conc", "events", "errors", "integrations"}  # listed as modules
+    aliases = {"lazy", "GPU", "Auto"}
+
+    assert set(sky.__all__) - listed - in_modules - aliases == set()
+    assert set(sky.integrations.__all__) <= listed

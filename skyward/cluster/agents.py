@@ -29,10 +29,6 @@ class Agent(Protocol):
     machine: str  # its name in messages
 
     @property
-    def in_touch(self) -> bool:
-        """Whether it can be heard now."""
-
-    @property
     def facts(self) -> Machine | None:
         """What is known of its machine; None for this host."""
 
@@ -47,6 +43,9 @@ class Agent(Protocol):
         BootstrapError
             The machine can't be made ready.
         """
+
+    async def answers(self) -> bool:
+        """Tell whether its machine is there now, and answers."""
 
     def send(self, command: dict[str, Any]) -> None:
         """Send a command. One that can't be delivered is dropped: `heard` is told of an agent that is gone."""
@@ -68,7 +67,6 @@ class LocalAgent:
     """An agent on this host, which ends with us: it plays all nodes of the pool."""
 
     machine = "local"
-    in_touch = True  # until it ends
     facts: Machine | None = None
 
     def __init__(self, config: AgentConfig, environment: dict[str, str]) -> None:
@@ -110,6 +108,9 @@ class LocalAgent:
         if not self._stopping:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(heard, {"event": "ended", "why": f"status {status}"})
+
+    async def answers(self) -> bool:
+        return True  # this host does
 
     def send(self, command: dict[str, Any]) -> None:
         self._write(json.dumps(command))

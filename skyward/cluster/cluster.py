@@ -29,7 +29,7 @@ _EVACUATION_MARGIN_S = 15.0
 """Seconds before a machine is taken away by which its work has been moved. By feel."""
 _LOOK_S = 2.0
 _BREAK_S = 0.5
-"""Seconds after the end of a worker within which the connection to its agent breaks too, if its machine is gone."""
+"""Seconds after the end of a worker within which its machine is gone too, if that was why."""
 _TOLD = {"told_by_event": True}
 """Marks what is logged and of which an event tells too: consoles show it once."""
 _REPLACEMENT_PAUSES_S = (0.0, 15.0, 60.0, 120.0, 300.0)
@@ -332,7 +332,7 @@ class AgentCluster(SkyCluster):
             await asyncio.sleep(_BREAK_S)
             node = self._places.get(address)
             while agent := next((agent for agent in self._agents if node in agent.nodes), None):
-                if agent.in_touch or self._stopping:
+                if self._stopping or await agent.answers():
                     break
                 await asyncio.sleep(_BREAK_S)  # until it is heard again, or it is known what has become of it
         return address in self._excused

@@ -49,6 +49,8 @@ _BEAT_S = 5.0
 _AGAIN_S = 0.2
 _ASK_S = 5.0
 """Seconds that a machine is out of reach before its cloud is asked whether it is still there, and between questions."""
+_ANSWER_S = 5.0
+"""Seconds that a machine may take to answer. By feel: a busy one takes one."""
 _STOP_S = 15.0
 _FIRST_LOGIN_S = 3.0
 _FLUSH_S = 120.0
@@ -143,9 +145,19 @@ class RemoteAgent:
     def link(self) -> Link:
         return self._link
 
-    @property
-    def in_touch(self) -> bool:
-        return self._writer is not None
+    async def answers(self) -> bool:
+        if self._writer is None:
+            return False
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await self._link.run("true")
+        except (TimeoutError, *_TROUBLE):
+            return False
+        return await self._is_there()
+
+    async def _is_there(self) -> bool:
+        """Ask its cloud for the machine; where nobody is to be asked, it is taken to be there."""
+        return self._exists is None or await asyncio.to_thread(self._exists, self.facts)
 
     def instance_id(self, node: int) -> str:  # noqa: ARG002 - it has only one
         return self.facts.id
@@ -363,7 +375,7 @@ class RemoteAgent:
                 lost_at = time.monotonic()
                 ask_at = lost_at + _ASK_S
             if time.monotonic() > ask_at:
-                if self._exists is not None and not await asyncio.to_thread(self._exists, self.facts):
+                if not await self._is_there():
                     self._started = False  # there is nothing to clean up any more
                     heard({"event": "ended", "why": "its provider has taken it away", "gone": True})
                     return
@@ -373,7 +385,8 @@ class RemoteAgent:
                 async with asyncio.timeout(left if self._exists is None else min(left, _ASK_S)):
                     reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
             except NotListening:
-                heard({"event": "ended", "why": "the agent is not running any more"})
+                gone = not await self._is_there()  # one that is shut down ends agents first
+                heard({"event": "ended", "why": "the agent is not running any more", "gone": gone})
                 return
             except _TROUBLE as exc:
                 why = str(exc) or why

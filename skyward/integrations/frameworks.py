@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from skyward import runtime
+from skyward import runtime, task
 from skyward.compute import ComputeFunction
 from skyward.errors import SpecError
 from skyward.wire import Isolation
@@ -48,7 +48,7 @@ class Distributed:
         if runtime.prepare is not None:  # a process of its own, which is ready
             return fn(*args, **kwargs)
         isolation = self.skyward_isolation
-        with _one_at_a_time, importlib.import_module(isolation.setup).session(runtime.world(), **isolation.options):
+        with _one_at_a_time, importlib.import_module(isolation.setup).session(task.world(), **isolation.options):
             value = fn(*args, **kwargs)
             return asyncio.run(value) if inspect.iscoroutine(value) else value
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from skyward.integrations.setup.environment import load, variables
-from skyward.runtime import World
+from skyward.integrations.setup.loading import load
+from skyward.task import World
+from skyward.variables import variables
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from typing import Any
 
 from skyward.errors import SpecError
 from skyward.integrations.setup import jax, tensorflow, torch
-from skyward.integrations.setup.environment import load, variables
-from skyward.runtime import World
+from skyward.integrations.setup.loading import load
+from skyward.task import World
+from skyward.variables import variables
 
 _SEED = 42
 """Where all ranks begin."""

@@ -6,8 +6,9 @@ import contextlib
 import json
 from collections.abc import Iterator
 
-from skyward.integrations.setup.environment import load, variables
-from skyward.runtime import World
+from skyward.integrations.setup.loading import load
+from skyward.task import World
+from skyward.variables import variables
 
 
 @contextlib.contextmanager

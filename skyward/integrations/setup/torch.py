@@ -7,8 +7,9 @@ import socket
 from collections.abc import Iterator
 
 from skyward.errors import SpecError
-from skyward.integrations.setup.environment import load, variables
-from skyward.runtime import World
+from skyward.integrations.setup.loading import load
+from skyward.task import World
+from skyward.variables import variables
 
 
 @contextlib.contextmanager

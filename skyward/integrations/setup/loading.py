@@ -1,29 +1,11 @@
-"""Environment variables for the time of a session, and what to say of a package that is not there."""
+"""What is imported when a session begins, and what to say where it is not there."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from skyward.errors import SpecError
-
-
-@contextlib.contextmanager
-def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, and put back what was there before."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def load(package: str) -> Any:
