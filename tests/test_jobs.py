@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import skyward as sky
+from skyward import runtime
 from skyward.integrations.frameworks import Distributed
 from skyward.integrations.setup.torch import device_of
 from skyward.task import Peer, World
@@ -231,3 +232,11 @@ def _is_gone(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_versions_that_differ_between_participants_are_shown_with_what_to_do() -> None:
+    with pytest.raises(sky.VersionMismatchError, match=r"rank 0: 2\.7, rank 1: 2\.7, rank 2: 2\.6") as info:
+        runtime._check_versions(("numpy", "torch"), [["2.4", "2.7"], ["2.4", "2.7"], ["2.4", "2.6"]])
+
+    assert "sky.Image(pip=['torch==2.7'])" in str(info.value)
+    runtime._check_versions(("torch",), [["2.7"], ["2.7"]])
