@@ -302,7 +302,7 @@ class ComputeFunction(Generic[P, R_co]):
         """Run the function here and now, as a worker would: an async function is awaited."""
         value: Any = self.fn(*args, **kwargs)
         if inspect.iscoroutine(value):
-            value = _await(value)
+            value = run_coroutine(value)
         result: R_co = value
         return result
 
@@ -335,7 +335,8 @@ def _signature(fn: Callable[..., Any]) -> str:
         return "(...)"
 
 
-def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
+def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine to its end, also where a loop runs already, and return its value."""
     import asyncio  # here, because it is most of what `import skyward` would take
 
     try:
@@ -415,13 +416,18 @@ def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None
         fn = fn.fn
     if not callable(fn):
         raise TypeError(f"@sky.compute wraps a function, not a {type(fn).__name__}")
+    refuse_generator(fn)
+    return ComputeFunction(fn, retries=retries, timeout=timeout)
+
+
+def refuse_generator(fn: Callable[..., Any]) -> None:
+    """Raise `TypeError` for a generator function: its values can't travel one by one."""
     if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         name = getattr(fn, "__name__", "fn")
         raise TypeError(
             f"{name}() is a generator function, and a generator can't travel from a worker: return a list, or make "
             "one call per value and stream those: `sky.gather(calls, stream=True) >> pool`"
         )
-    return ComputeFunction(fn, retries=retries, timeout=timeout)
 
 
 lazy = compute

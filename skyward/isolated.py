@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import os
 import pickle
 import sys
 import threading
-import warnings
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from skyward import interrupts, runtime, task
-from skyward.logs import Lines
+from skyward import interrupts, logs, runtime, task
 from skyward.wire import Outcomes
 
 
@@ -32,11 +29,7 @@ def main() -> None:
         with sending, contextlib.suppress(OSError):  # nobody hears it any more
             connection.send(line)
 
-    sys.stdout, sys.stderr = Lines(say), Lines(say)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    warnings.simplefilter("always")  # as in workers: the caller's filters decide
+    logs.take_over(say)
     interrupts.may_restart = True
     over = threading.Event()
     threading.Thread(target=_listen, args=[connection, chunk.key, over], daemon=True).start()

@@ -1,10 +1,24 @@
-"""A text stream of whole lines, in the place of standard output. Imports nothing of skyward."""
+"""What a process prints and logs, as whole lines. Imports nothing of skyward."""
 
 from __future__ import annotations
 
 import io
+import logging
+import sys
 import threading
+import warnings
 from collections.abc import Callable
+
+
+def take_over(add: Callable[[str], None]) -> None:
+    """Give `add` each line that this process prints, logs or warns of, from now on."""
+    # Every warning: it goes to the caller, whose own filters then decide what is shown.
+    warnings.simplefilter("always")
+    sys.stdout = Lines(add)
+    sys.stderr = Lines(add)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
 
 
 class Lines(io.TextIOBase):

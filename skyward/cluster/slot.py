@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
 import os
 import sys
 import threading
 import time
 import uuid
-import warnings
 from typing import Any
 
-from skyward import inbox, interrupts, runtime, shelf
-from skyward.logs import Lines
+from skyward import inbox, interrupts, logs, runtime, shelf
 
 LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
@@ -31,15 +28,9 @@ async def dask_setup(worker: Any) -> None:
     inbox.install(worker)
     shelf.install(worker)
     _die_with_parent()
-    # Every warning goes to the caller, whose own filters then decide what is shown.
-    warnings.simplefilter("always")
     shipper = _Shipper(worker)
-    sys.stdout = Lines(shipper.add)
-    sys.stderr = Lines(shipper.add)
+    logs.take_over(shipper.add)
     runtime.take_output = shipper.take
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
 
 
 def _die_with_parent() -> None:

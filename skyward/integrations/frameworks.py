@@ -7,8 +7,6 @@ themselves are imported on workers only, by the modules of `setup`.
 
 from __future__ import annotations
 
-import asyncio
-import difflib
 import functools
 import importlib
 import inspect
@@ -17,8 +15,9 @@ from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from skyward import runtime, task
-from skyward.compute import ComputeFunction
+from skyward.compute import ComputeFunction, refuse_generator, run_coroutine
 from skyward.errors import SpecError
+from skyward.validation import check_choice
 from skyward.wire import Isolation
 
 P = ParamSpec("P")
@@ -38,8 +37,7 @@ class Distributed:
     """A function with what it needs around it. Travels like any function."""
 
     def __init__(self, fn: Callable[..., Any], isolation: Isolation) -> None:
-        if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-            raise TypeError(f"{fn.__name__}() is a generator function: return what it yields as a list instead")
+        refuse_generator(fn)
         functools.update_wrapper(self, fn)
         self.skyward_isolation = isolation
 
@@ -50,7 +48,7 @@ class Distributed:
         isolation = self.skyward_isolation
         with _one_at_a_time, importlib.import_module(isolation.setup).session(task.world(), **isolation.options):
             value = fn(*args, **kwargs)
-            return asyncio.run(value) if inspect.iscoroutine(value) else value
+            return run_coroutine(value) if inspect.iscoroutine(value) else value
 
 
 def _decorate(fn: Any, setup: str, packages: tuple[str, ...], **options: Any) -> Any:
@@ -68,12 +66,14 @@ def _decorator(given: Any, setup: str, packages: tuple[str, ...], **options: Any
 
 
 def _chosen(value: Any, accepted: tuple[str, ...], *, optional: bool) -> str | None:
-    if value in accepted or (value is None and optional):
-        return value  # type: ignore[no-any-return]
-    near = difflib.get_close_matches(str(value).lower(), accepted, n=1)
-    known = ", ".join(map(repr, accepted)) + (", or None to choose by what there is" if optional else "")
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise SpecError(f"backend={value!r}: accepted is {known}{hint}", option="backend", value=value, accepted=known)
+    if value is None and optional:
+        return None
+    try:
+        return str(check_choice(accepted, "None to choose by what there is" if optional else "")(value))
+    except ValueError as exc:
+        raise SpecError(
+            f"backend={value!r}: accepted is {exc}", option="backend", value=value, accepted=str(exc)
+        ) from None
 
 
 _TORCH_BACKENDS = ("nccl", "gloo")
