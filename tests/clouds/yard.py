@@ -32,6 +32,8 @@ class Yard:
         self.failed: set[str] = set()
         """Names of those that could not boot."""
         self._gone: set[str] = set()
+        self._threads: dict[str, threading.Thread] = {}
+        self._closing = threading.Event()
         self._count = 0
         self._lock = threading.Lock()
 
@@ -44,14 +46,17 @@ class Yard:
             return f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
         place = self.network.take_address()
         arguments = (name, user_data, place, self.boot_delay_s, when_off)
-        threading.Thread(target=self._boot, args=arguments, name=f"boot-{name}", daemon=True).start()
+        thread = self._threads[name] = threading.Thread(
+            target=self._boot, args=arguments, name=f"boot-{name}", daemon=True
+        )
+        thread.start()
         return place[0]
 
     def _boot(
         self, name: str, user_data: str, place: tuple[str, int], delay_s: float, when_off: Callable[[], None]
     ) -> None:
         assert self.network is not None
-        threading.Event().wait(delay_s)
+        self._closing.wait(delay_s)
         if name in self._gone:
             self.network.free_address(place[1])
             return
@@ -81,8 +86,12 @@ class Yard:
             machine.destroy()
 
     def close(self) -> None:
-        for name in list(self.machines):
+        self._closing.set()
+        for name in list(self._threads):
             self.destroy(name)
+        # One that still boots would lose its cable to whoever gets this network's number next.
+        for thread in self._threads.values():
+            thread.join(timeout=60)
         if self.network is not None:
             with contextlib.suppress(OSError):
                 self.network.close()
