@@ -632,6 +632,7 @@ def test_the_end_takes_all_of_the_pool_and_nothing_else(cloud: DigitalOceanCloud
     _launch(2)
     _launch(1, pool_id=OTHER)
     theirs = cloud.add_foreign_droplet("skyward-like", ["web"])
+    wait_until(lambda: cloud.left() and cloud.droplets[theirs].status == "active")
     cloud.keys[1] = {"id": 1, "fingerprint": "aa", "public_key": "ssh-rsa AAAA", "name": "skyward"}
 
     DigitalOcean().end(POOL, ["nyc3"])
