@@ -64,7 +64,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         self._group: Group | None = None
         self._asked = 1
         self._started_with = 1
-        self._in_flight = 0
+        self._in_flight = self._tasks_in_flight = 0
         self._batches = BatchSizes()
         self.parallel: Any = None
 
@@ -98,7 +98,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         self.parallel = parallel
         self._asked = n_jobs
         self._started_with = effective
-        self._in_flight = 0
+        self._in_flight = self._tasks_in_flight = 0
         self._engine = engine_for(self._pool, self._client)
         # A count below zero grows with the pool, so only a count that was named is a limit.
         self._group = self._engine.group(limit=n_jobs if n_jobs > 0 else None)
@@ -120,9 +120,12 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         engine, group = self._engine, self._group
         assert engine is not None
         assert group is not None
+        tasks = len(func) if isinstance(func, BatchedCalls) else 1
         self._in_flight += 1
+        self._tasks_in_flight += tasks
+        alone = not self._batches.is_short(tasks)
         try:
-            future = engine.submit(_call(func, self.inner_max_num_threads), group=group)
+            future = engine.submit(_call(func, self.inner_max_num_threads, alone=alone), group=group)
         except Exception as exc:
             # Unpicklable work, a pool that has ended: joblib may be in a thread where nobody would hear of it, so
             # it is told as it is told of tasks that fail.
@@ -135,6 +138,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
     def retrieve_result_callback(self, out: concurrent.futures.Future[Any]) -> Any:
         self._in_flight -= 1
         values, seconds = out.result()
+        self._tasks_in_flight -= len(values)
         self._batches.observe(len(values), seconds)
         return values
 
@@ -142,16 +146,24 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         return self._batches.size
 
     def batch_completed(self, batch_size: int, duration: float) -> None:
-        """Keep the slots busy that have come since the call began; joblib itself replaces batch by batch."""
+        """Send more, where one batch for each that is done, as joblib does by itself, leaves slots with nothing to do.
+
+        That is so while there are more slots than when the call began, and with batches that take no longer than
+        their way there: the last tasks of short ones, which joblib cuts into many.
+        """
         engine, parallel = self._engine, self.parallel
-        if engine is None or self._asked > 0:
+        if engine is None:
             return
-        now = max(1, engine.slots + 1 + self._asked)
-        if now <= self._started_with:
-            return
+        now = self._asked if self._asked > 0 else max(1, engine.slots + 1 + self._asked)
+        has_grown = now > self._started_with
         with parallel._lock:
-            parallel._cached_effective_n_jobs = now
-            while self._in_flight < 2 * now and parallel._original_iterator is not None and not parallel._aborting:
+            if has_grown:
+                parallel._cached_effective_n_jobs = now
+            while parallel._original_iterator is not None and not parallel._aborting:
+                is_idle = has_grown and self._in_flight < 2 * now
+                is_short = not parallel._ready_batches.empty() and self._batches.is_short(self._tasks_in_flight / now)
+                if not is_idle and not is_short:
+                    break
                 parallel.dispatch_next()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
@@ -161,7 +173,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             self._group.close()
             self._group = self._engine.group(limit=self._group.limit)
             self._group.may_grow = self._may_grow
-        self._in_flight = 0
+        self._in_flight = self._tasks_in_flight = 0
 
     # --- inside tasks ---------------------------------------------------------------------------------------
 
@@ -209,6 +221,8 @@ class BatchSizes:
     """Seconds of work per batch: far more than its overhead, little enough to share out evenly."""
     GROWTH = 8
     """At most so many times the last size: the first tasks may not be like the others."""
+    SHORT_S = 0.02
+    """Seconds of work that are no more than a few ways to a worker and back."""
 
     def __init__(self) -> None:
         self.size = 1
@@ -220,18 +234,22 @@ class BatchSizes:
         ideal = int(self.TARGET_S * self._tasks / max(self._seconds, 1e-6))
         self.size = max(1, min(ideal, self.GROWTH * self.size))
 
+    def is_short(self, tasks: float) -> bool:
+        """Tell whether so many tasks are known to take less than `SHORT_S`."""
+        return self._tasks > 0 and tasks * self._seconds < self.SHORT_S * self._tasks
 
-def _call(func: Any, threads: int | None) -> Call:
+
+def _call(func: Any, threads: int | None, *, alone: bool) -> Call:
     if not isinstance(func, BatchedCalls):
-        return Call(_run_other, (func, threads), alone=True, name=_name(func))
+        return Call(_run_other, (func, threads), alone=alone, name=_name(func))
     # The parts rather than the whole: it would carry joblib's cache of pickled functions along.
     tasks, nested = func.items, (func._backend, func._n_jobs)
     first = tasks[0][0] if tasks else _run
     if all(task[0] is first for task in tasks):
         # One function for all: the engine pickles it once for all batches, and workers keep it.
         calls = [(args, kwargs) for _, args, kwargs in tasks]
-        return Call(_same(first), (calls, nested, threads), alone=True, name=_name(first), tasks=len(tasks))
-    return Call(_run, (tasks, nested, threads), alone=True, name=_name(first), tasks=len(tasks))
+        return Call(_same(first), (calls, nested, threads), alone=alone, name=_name(first), tasks=len(tasks))
+    return Call(_run, (tasks, nested, threads), alone=alone, name=_name(first), tasks=len(tasks))
 
 
 def _name(fn: Any) -> str:
