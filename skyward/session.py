@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib
+import logging
 import secrets
 import shutil
 import tempfile
@@ -128,7 +130,7 @@ class Session:
         # Machines of a pool's own let nobody in but through the scheduler's tunnel.
         direct = self._record is None
         self.client = client = _connect(cluster, direct)
-        stack.callback(client.close)
+        stack.callback(_disconnect, client)
         self.emit(events.ClusterSetupCompleted())
         see_share = direct
         if isinstance(cluster, joined.JoinedCluster):
@@ -413,6 +415,21 @@ def _connect(cluster: SkyCluster, direct: bool) -> Client:
             client.status = "closed"
             raise
         return client
+
+
+def _disconnect(client: Client) -> None:
+    log = logging.getLogger("distributed.client")
+    log.addFilter(_is_no_search)
+    try:
+        client.close()
+    finally:
+        log.removeFilter(_is_no_search)
+
+
+def _is_no_search(record: logging.LogRecord) -> bool:
+    """Refuse what a client logs when it is closed while it looks for a scheduler that is gone: errors, to Dask."""
+    is_cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not is_cancelled and not str(record.msg).startswith("Failed to reconnect")
 
 
 def _register_joblib() -> None:

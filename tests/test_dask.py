@@ -122,6 +122,19 @@ def test_a_scheduler_that_does_not_answer_is_an_error() -> None:
         joined("tcp://127.0.0.1:9").__enter__()
 
 
+def test_leaving_after_the_cluster_has_ended_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        pool = sky.ComputePool(sky.Dask(cluster), display="quiet")
+        pool.__enter__()
+        client = pool.client
+    wait_until(lambda: client.status == "connecting")
+
+    pool.__exit__(None, None, None)
+
+    assert client.status == "closed"
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("distributed.client")] == []
+
+
 @pytest.mark.parametrize("target", ["nonsense", 5, None])
 def test_what_cannot_be_joined_is_told_what_can(target: Any) -> None:
     with pytest.raises(sky.SpecError, match="scheduler address such as"):

@@ -92,6 +92,24 @@ def test_many_tiny_tasks_become_few_batches() -> None:
     assert sent < 1000
 
 
+@pytest.mark.parametrize(("seconds", "tasks", "goes_far_ahead"), [(0.0, 20_000, True), (0.03, 100, False)])
+def test_short_batches_alone_go_far_ahead(seconds: float, tasks: int, goes_far_ahead: bool) -> None:
+    most = 0
+
+    class Counting(SkywardBackend):
+        def submit(self, func: Any, callback: Any = None) -> Any:
+            nonlocal most
+            future = super().submit(func, callback)
+            most = max(most, self._in_flight)
+            return future
+
+    fn = square if not seconds else time.sleep
+    with parallel_config(backend=Counting()):
+        Parallel()(delayed(fn)(seconds or i) for i in range(tasks))
+
+    assert (most > 2 * 4) == goes_far_ahead  # joblib has two batches a slot on their way
+
+
 def test_lambdas_closures_and_local_classes_travel() -> None:
     factor = 3
 
