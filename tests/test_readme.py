@@ -1,4 +1,4 @@
-"""Every Python block of README.md and docs/ runs as a script of its own, but for those that need machines: `no-run`."""
+"""Every Python block of README.md and docs/ runs as a script of its own, but for those that say why not: `{no-run="…"}`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,35 @@ import skyward as sky
 from skyward import errors, events
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+LANGUAGES = {"", "console", "json", "python", "sh", "toml"}
 
 
-def _blocks(page: str) -> list[tuple[str, int, str]]:
+def _fences(page: str) -> list[tuple[str, int, str, str]]:
+    """Return page, line, what stands behind the opening marks, and content of each block."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [(page, text.count("\n", 0, m.start()) + 2, m.group(1)) for m in found]
+    found = re.finditer(r"^ *```([^`\n]*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    return [(page, text.count("\n", 0, m.start()) + 2, m.group(1), m.group(2)) for m in found]
 
 
-@pytest.mark.parametrize(
-    ("page", "line", "code"), [pytest.param(*b, id=f"{b[0]}-{b[1]}") for page in PAGES for b in _blocks(page)]
-)
+FENCES = [fence for page in PAGES for fence in _fences(page)]
+RUN = [(page, line, code) for page, line, head, code in FENCES if head == "python"]
+NOT_RUN = [(page, line, head, code) for page, line, head, code in FENCES if head.startswith("python ")]
+
+
+def test_every_block_is_of_a_language_that_is_known_here() -> None:
+    """A fence that is misspelt, such as "```py", would not be run and nobody would know."""
+    assert {head.partition(" ")[0] for _, _, head, _ in FENCES} <= LANGUAGES
+
+
+@pytest.mark.parametrize(("page", "line", "head", "code"), [pytest.param(*b, id=f"{b[0]}-{b[1]}") for b in NOT_RUN])
+def test_a_block_that_is_not_run_says_why_and_is_python(page: str, line: int, head: str, code: str) -> None:
+    assert re.fullmatch(r'python \{no-run="[^"]{10,}"\}', head), f"{page}, line {line - 1}: {head}"
+
+    compile(code, f"{page}, from line {line}", "exec")
+
+
+@pytest.mark.parametrize(("page", "line", "code"), [pytest.param(*b, id=f"{b[0]}-{b[1]}") for b in RUN])
 def test_a_block_of_a_page_runs(page: str, line: int, code: str, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
