@@ -1,4 +1,4 @@
-"""The pages of errors: every class and message of the sources is in the one, and the other tells of none that is not."""
+"""The pages of errors: one has every class and message of the sources, the other tells of none that is not there."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from botocore import xform_name
 ROOT = Path(__file__).parent.parent
 PROVIDERS = ROOT / "skyward" / "providers"
 ACCOUNTS = PROVIDERS / "accounts.py"
-SERVICES = {"ec2": "ec2", "iam": "iam", "pricing": "pricing", "service-quotas": "servicequotas", "ssm": "ssm", "sts": "sts"}
+SERVICES = ("ec2", "iam", "pricing", "service-quotas", "ssm", "sts")
 # Of actions that are no call of boto3's here.
 UNCALLED = {
     "ec2:RunInstances",  # CreateFleet's, in the caller's name
@@ -38,8 +38,8 @@ def _aws_actions() -> set[str]:
     """Return what the code calls or pages through, under any name that is an operation of a service it uses."""
     session = botocore.session.get_session()
     actions = {
-        xform_name(operation): f"{prefix}:{operation}"
-        for service, prefix in SERVICES.items()
+        xform_name(operation): f"{service.replace('-', '')}:{operation}"
+        for service in SERVICES
         for operation in session.get_service_model(service).operation_names
     }
     nodes = list(_nodes(*PROVIDERS.glob("aws*.py"), ACCOUNTS))

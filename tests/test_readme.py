@@ -1,4 +1,4 @@
-"""Every Python block of README.md and docs/ runs as a script of its own, but for those that say why not: `{no-run="…"}`."""
+"""Every Python block of README.md and docs/ runs as a script of its own, or says why not: `{no-run="…"}`."""
 
 from __future__ import annotations
 
