@@ -29,6 +29,7 @@ from skyward.cli import main
 from skyward.cli.pools import machine_of
 from skyward.cli.ssh import ssh_arguments
 from skyward.cluster import journal
+from skyward.providers import aws_api
 from skyward.providers.base import Machine
 from skyward.version import __version__
 from tests.sshhost import Host
@@ -79,6 +80,37 @@ def test_no_pools_are_no_error() -> None:
     assert skyward("ps", "--json").output == "[]\n"
     assert skyward("down", "--all").output == "no pools\n"
     assert skyward("down", "--expired").output == "no expired pools\n"
+
+
+@pytest.fixture
+def without_boto3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without the extra `aws`, and with credentials that something else uses."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    aws_api._session.cache_clear()
+
+
+@pytest.mark.usefixtures("without_boto3")
+def test_a_cloud_whose_sdk_is_not_installed_is_not_spoken_of() -> None:
+    assert skyward("ps").output == "no pools\n"
+    assert skyward("down", "--expired").output == "no expired pools\n"
+
+
+@pytest.mark.usefixtures("without_boto3")
+def test_a_cloud_whose_sdk_is_not_installed_is_told_where_a_pool_may_be_there() -> None:
+    lacks = "aws could not be asked for pools: sky.AWS needs boto3: pip install 'skyward[aws]'"
+
+    unknown = skyward("down", "cafe0000")
+    pool_id = add_pool(provider="aws")
+    (entry,) = journal.entries()
+    journal.update(entry, places=[journal.Place(provider="aws", region="eu-west-1")])
+    listed = skyward("ps")
+
+    assert lacks in unknown.stderr
+    assert unknown.exit_code == 2
+    assert lacks in listed.stderr
+    assert pool_id in listed.stdout
 
 
 def test_ps_has_a_line_for_each_pool(host: Host) -> None:

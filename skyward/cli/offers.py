@@ -49,7 +49,7 @@ def offers(names: tuple[str, ...], limit: int, as_json: bool, **options: Any) ->
         plan = make_plan(resolved, spec)
     except SpecError as exc:
         raise click.UsageError(str(exc)) from exc
-    tell_failed(plan.failed, "could not be asked")
+    tell_failed(plan.failed, "could not be asked", meant=[name.lower() for name in names])
     found = list({(o.provider, o.region, o.instance.name): o for step in plan.steps for o in [step.offer]}.values())
     if as_json:
         click.echo(json.dumps([_offer_facts(offer) for offer in found], indent=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import click
 from rich.console import Console
@@ -34,8 +34,12 @@ def print_table(table: Table) -> None:
     click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
-def tell_failed(failed: Iterable[tuple[str, ProviderError]], what: str) -> None:
-    """Say which clouds failed, but for those that there are no credentials for: nobody uses them here."""
+def tell_failed(failed: Iterable[tuple[str, ProviderError]], what: str, *, meant: Collection[str]) -> None:
+    """Say which clouds failed, but for those that nobody uses here: no credentials are there, or no SDK is installed.
+
+    Of a lacking SDK it is said all the same for those in `meant`.
+    """
     for name, error in failed:
-        if not isinstance(error, CredentialsError) or not error.missing:
+        unused = isinstance(error, CredentialsError) and error.missing
+        if not unused and (name in meant or not isinstance(error.__cause__, ImportError)):
             click.echo(f"{name} {what}: {error}", err=True)

@@ -28,16 +28,22 @@ def on_record() -> list[Entry]:
     return found
 
 
-def all_pools(here: bool) -> list[Entry]:
-    """Return the pools of the journal, and unless `here` those that only clouds know of."""
+def all_pools(here: bool, *, of_any_cloud: bool = False) -> list[Entry]:
+    """Return the pools of the journal, and unless `here` those that only clouds know of.
+
+    `of_any_cloud`: a pool is looked for that may be anywhere, so of a cloud that can't be asked it is always told.
+    """
     found = on_record()
     if here:
         return found
     from skyward import providers
     from skyward.cluster.sightings import sightings
 
-    seen, failed = sightings(providers.clouds())
-    tell_failed(failed.items(), "could not be asked for pools")
+    clouds = providers.clouds()
+    seen, failed = sightings(clouds)
+    recorded = {place.provider for entry in found for place in entry.places}
+    meant = {cloud.name for cloud in clouds} if of_any_cloud else recorded
+    tell_failed(failed.items(), "could not be asked for pools", meant=meant)
     known = {entry.pool_id for entry in found}
     return found + [entry for entry in seen if entry.pool_id not in known]
 
@@ -46,7 +52,7 @@ def named(pools: Sequence[str], here: bool) -> list[Entry]:
     """Return the pools with these ids."""
     known = {entry.pool_id: entry for entry in on_record()}
     if not here and not set(pools) <= set(known):
-        known = {entry.pool_id: entry for entry in all_pools(here)}
+        known = {entry.pool_id: entry for entry in all_pools(here, of_any_cloud=True)}
     problems = []
     for name in dict.fromkeys(pools):
         if name not in known:
