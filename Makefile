@@ -23,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-frameworks test-313 test-gpu soak bench docs lint types clean system-packages
+.PHONY: help demo test test-fast test-frameworks test-313 test-gpu soak bench docs links lint types clean system-packages
 
 help: ## Show this list
 	@echo "Targets (PYTHON=$(PYTHON), PYTEST_WORKERS=$(PYTEST_WORKERS)):"
@@ -80,6 +80,9 @@ docs: ## Build the documentation into build/site; a warning, such as a link to n
 	@$(MAKE) --no-print-directory $(DOCS)/.docs VENV=$(DOCS)
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/site
 	@echo "Documentation: build/site/index.html"
+
+links: ## Ask whether the pages of others that the documentation names are there; needs the network
+	@tools/check-links
 
 types: $(VENV)/.test ## Check types
 	@$(BIN)/mypy
