@@ -238,7 +238,7 @@ class AgentCluster(SkyCluster):
             case "notice" if agent is not self._agents[0]:
                 self._spawn(self._evacuate(agent, event["seconds"]))
             case "notice":
-                logger.warning("%s, with the scheduler on it, will be taken away by its provider", agent.machine)
+                logger.warning("%s, which has the scheduler, will be taken away by its provider", _named(agent))
             case "ended" if not self._stopping:
                 self._agent_ended(agent, event["why"], gone=event.get("gone", False))
 
@@ -290,7 +290,7 @@ class AgentCluster(SkyCluster):
         """
         if agent not in self._agents or not agent.nodes <= self._nodes:
             return
-        logger.warning("%s will be taken away in %.0f s: its work is moved", agent.machine, seconds)
+        logger.warning("%s will be taken away by its provider in %.0f s: its work is moved", _named(agent), seconds)
         self._nodes -= agent.nodes
         self.on_change()
         self._replace(agent)
@@ -302,7 +302,7 @@ class AgentCluster(SkyCluster):
                 )
                 while await self._is_busy(addresses):
                     await asyncio.sleep(_LOOK_S)
-        await self._drop(agent, "its provider gave notice and takes it away", gone=True)
+        await self._drop(agent, "its provider took it back", gone=True)
 
     async def _is_busy(self, addresses: Sequence[str]) -> bool:
         """Tell whether workers run something, as they said within the last second or two."""
@@ -523,6 +523,11 @@ class AgentCluster(SkyCluster):
     def adapt(self, *, minimum: int = 1, maximum: int, **options: Any) -> Any:
         """Keep between `minimum` and `maximum` nodes, as many as the waiting calls can use."""
         return super().adapt(Adaptive=_NodeAdaptive, minimum=minimum, maximum=maximum, **options)
+
+
+def _named(agent: Agent) -> str:
+    """Return what an agent's machine is called in messages: by its node, as events and the console do."""
+    return ", ".join(f"node {node} ({agent.instance_id(node)})" for node in sorted(agent.nodes))
 
 
 class _NodeAdaptive(Adaptive):  # type: ignore[misc]

@@ -75,13 +75,15 @@ def test_a_lost_machine_and_its_replacement() -> None:
     lost = sky.InstanceLost(instance_id="i-1", node=1, reason="its provider has taken it away")
     model = model_of([*START, (50.0, lost)])
     state = model.nodes[1].state
-    model.hear(sky.InstanceReplaced(instance_id="i-9", node=1, replaced_id="i-1"), 90.0)
+    replaced = sky.InstanceReplaced(instance_id="i-9", node=3, replaced_id="i-1")
+    model.hear(replaced, 90.0)
 
     assert state == "lost"
     assert model.lost == 1
     assert list(wording.told(lost, model)) == [
         "node 1 is lost (i-1): its provider has taken it away; its calls run again elsewhere"
     ]
+    assert list(wording.told(replaced, model)) == ["node 3 is up: i-9 in the place of i-1"]
 
 
 def test_a_local_pool_has_no_prices() -> None:
