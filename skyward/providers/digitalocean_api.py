@@ -168,8 +168,8 @@ def _as_ours(exc: HttpResponseError, doing: str) -> ProviderError:
             )
         case 403:
             return CredentialsError(
-                f"DigitalOcean's token may not {doing}: {words}. Give it the scopes droplet, ssh_key, firewall, tag, "
-                "sizes and regions at https://cloud.digitalocean.com/account/api/tokens"
+                f"DigitalOcean's token may not {doing}: {words}. Give it the scopes droplet, image, actions, sizes, "
+                "regions, firewall, ssh_key and tag at https://cloud.digitalocean.com/account/api/tokens"
             )
         case 429:
             response: Any = exc.response
