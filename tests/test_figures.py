@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +70,24 @@ def test_a_gpu_that_does_not_answer_is_left_out(two_gpus: SimpleNamespace) -> No
 
     assert "gpu_utilization" not in metrics.sample()
     assert "cpu_percent" in metrics.sample()
+
+
+def test_processor_use_is_always_asked_for_in_the_same_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", threading.get_ident)
+    over = threading.Event()
+
+    async def samples() -> set[float]:
+        sampler = metrics.Sampler()
+        found = {(await sampler.sample())["cpu_percent"]}
+        others = [asyncio.ensure_future(asyncio.to_thread(over.wait, 30)) for _ in range(3)]
+        await asyncio.sleep(0)
+        found.add((await sampler.sample())["cpu_percent"])
+        over.set()
+        await asyncio.gather(*others)
+        sampler.close()
+        return found
+
+    assert len(asyncio.run(samples())) == 1
 
 
 def test_events_come_to_figures_of_each_node_and_the_cost() -> None:

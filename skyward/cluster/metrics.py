@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
 
 PERIOD_S = 5.0
 _MB = 1e6
+
+
+class Sampler:
+    """Takes samples in a thread, because a driver that is asked for the first time may take seconds.
+
+    It is one thread: psutil counts for each by itself, and the first sample of another would say 0 % of processors.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "skyward-metrics")
+
+    async def sample(self) -> dict[str, float]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, sample)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)
 
 
 def sample() -> dict[str, float]:

@@ -323,11 +323,11 @@ class _Agent:
             self._add(node)
 
     async def _tell_metrics(self) -> None:
-        # In a thread: a driver that is asked for the first time may take seconds.
-        await asyncio.to_thread(metrics.sample)
-        while True:
-            await asyncio.sleep(metrics.PERIOD_S)
-            self._tell("metrics", keep=False, **await asyncio.to_thread(metrics.sample))
+        with contextlib.closing(metrics.Sampler()) as sampler:
+            await sampler.sample()
+            while True:
+                await asyncio.sleep(metrics.PERIOD_S)
+                self._tell("metrics", keep=False, **await sampler.sample())
 
     async def _watch_notice(self, cloud: str) -> None:
         while (seconds := await asyncio.to_thread(notice.seconds_left, cloud)) is None:
