@@ -18,6 +18,7 @@ from skyward import runtime
 from skyward.wire import RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
 
 _here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
+_NO_FAILURE = frozenset({Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN})
 
 
 def install(worker: Any) -> None:
@@ -72,7 +73,12 @@ def _in_thread(worker: Any, chunk: Chunk) -> tuple[Outcomes, dict[str, Any]]:
     with set_thread_state(start_time=began, execution_state=worker.execution_state, key=chunk.key):
         outcomes = runtime.run_batch(chunk)
     shift = worker.scheduler_delay
-    return outcomes, {"start": began + shift, "stop": time.time() + shift, "thread": threading.get_ident()}
+    return outcomes, {
+        "start": began + shift,
+        "stop": time.time() + shift,
+        "thread": threading.get_ident(),
+        "has_failed": any(outcome.kind not in _NO_FAILURE for outcome in outcomes.items),
+    }
 
 
 async def take_back(keys: list[str]) -> None:

@@ -72,7 +72,6 @@ def test_tasks_carry_the_name_of_the_users_function_on_the_dashboard(pool: sky.C
     def my_own_name() -> int:
         return 1
 
-    names_shown(pool.client)  # from the first look on they are recorded
     my_own_name() >> pool
 
     wait_until(lambda: "my_own_name" in names_shown(pool.client))

@@ -335,7 +335,6 @@ def test_the_dashboard_shows_the_users_function(pool: sky.ComputePool) -> None:
     def a_name_to_be_seen(x: int) -> int:
         return x
 
-    names_shown(pool.client)  # from the first look on they are recorded
     Parallel()(delayed(a_name_to_be_seen)(i) for i in range(3))
 
     wait_until(lambda: "a_name_to_be_seen" in names_shown(pool.client))
