@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from skyward import events
+from skyward.console import wording
 from skyward.console.model import About, Model
 
 PERIOD_S = 2.0
@@ -15,6 +16,7 @@ PERIOD_S = 2.0
 _HEARD = (
     events.InstanceProvisioned, events.InstanceLost, events.InstanceStopping, events.BootstrapProgress,
     events.BootstrapCompleted, events.ProvisioningCompleted, events.PoolStarted, events.Metrics, events.CostUpdate,
+    events.TaskProgress,
 )  # fmt: skip
 
 
@@ -39,8 +41,8 @@ class Figures:
             self._model.hear(event, now)
             if isinstance(event, events.Metrics):
                 self._metrics[event.node] = event
-            if self.send is None or now - self._sent_at < PERIOD_S:
-                return
+            if self.send is None or now - self._sent_at < PERIOD_S or isinstance(event, events.TaskProgress):
+                return  # progress alone is no reason: machines tell of their load every few seconds
             self._sent_at = now
             self.send(self._message(now))
 
@@ -50,10 +52,13 @@ class Figures:
             "nodes": [self._node(number) for number in sorted(self._model.nodes)],
             "cost": None if cost is None else cost.now(now),
             "time": time.time(),
+            "heading": wording.state(self._model, now),
         }
 
     def _node(self, number: int) -> dict[str, Any]:
         node, metrics = self._model.nodes[number], self._metrics.get(number)
+        if metrics is None and self._model.about.is_here:  # where all nodes are one machine, and the first tells of it
+            metrics = self._metrics.get(0)
         facts: dict[str, Any] = {
             "node": number,
             "machine": node.instance_id,

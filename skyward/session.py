@@ -81,7 +81,7 @@ class Session:
 
     def _want_progress(self) -> None:
         """Let the engine tell of its progress, if anybody hears it."""
-        if hasattr(self, "engine") and self._emitter.is_heard:
+        if hasattr(self, "engine") and (self._emitter.is_heard or self._figures is not None):
             self.engine.progress.tell = self._progress
 
     def _progress(self, done: int, total: int | None, failed: int) -> None:

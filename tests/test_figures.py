@@ -97,17 +97,33 @@ def test_events_come_to_figures_of_each_node_and_the_cost() -> None:
     figures.hear(PROVISIONED)
     figures.hear(cost)
     figures.send = sent.append
+    figures.hear(sky.TaskProgress(done=30, total=40, failed=1))
+    assert sent == []  # a machine will tell soon
     figures.hear(BUSY)
     figures.hear(BUSY)  # too soon for another one
 
     (message,) = sent
     assert message["cost"] == pytest.approx(0.5)
+    assert message["heading"] == [
+        "pool abcdef01", "1 node × 1 slot on aws", "30 of 40 calls, 1 failed", "0.5000 USD so far, 0.0000 USD/h"
+    ]  # fmt: skip
     assert message["nodes"] == [
         {
             "node": 0, "machine": "i-1", "type": "g5.xlarge", "lease": "spot", "price": 0.4, "state": "booting",
             "cpu": 50.0, "memory": 25.0, "gpu": 80.0, "gpu_memory": 25.0, "gpu_temperature": 60.0,
         }
     ]  # fmt: skip
+
+
+def test_nodes_that_are_one_machine_share_its_load() -> None:
+    sent: list[dict[str, Any]] = []
+    figures = Figures(About("abcdef01", 2, 1, "local", is_here=True))
+    for node in range(2):
+        figures.hear(sky.InstanceProvisioned(instance_id=f"local-{node}", node=node, spot=False, provider="local"))
+    figures.send = sent.append
+    figures.hear(BUSY)
+
+    assert [node["cpu"] for node in sent[0]["nodes"]] == [50.0, 50.0]
 
 
 def test_the_scheduler_keeps_means_and_not_for_ever() -> None:
@@ -123,18 +139,26 @@ def test_the_scheduler_keeps_means_and_not_for_ever() -> None:
     }  # fmt: skip
 
 
-def test_the_page_has_what_the_plugin_knows() -> None:
+def test_the_page_has_what_the_plugin_knows_and_no_room_for_what_it_does_not() -> None:
     from skyward.cluster.page import _Figures
 
     plugin = FiguresPlugin()
     page = _Figures(plugin)
-    plugin.heard("client", [{"node": 0, "machine": "i-1", "price": 0.4, "cpu": 10.0}], 0.25, 100.0)
+    assert "has not told" in page._nodes.text
+    node = {"node": 0, "machine": "<i-1>", "price": 0.4, "cpu": 9.6}
+    plugin.heard("client", [node], 0.25, 100.0, ["pool <a>", "1 call"])
     page.update()
 
-    assert page._nodes.data["machine"] == ["i-1"]
-    assert page._nodes.data["price"] == [0.4]
+    assert "<p>pool &lt;a&gt; · 1 call</p>" in page._nodes.text
+    assert "<td>0</td><td>&lt;i-1&gt;</td><td class=number>0.4000</td>" in page._nodes.text
+    assert "<td class=number>10</td><td class=number>–</td>" in page._nodes.text  # memory is not known yet
+    assert "GPU" not in page._nodes.text
     assert page._history.data["time"] == [100_000.0]
     assert page._history.data["cost"] == [0.25]
+    assert {share: line.visible for share, line in page._lines.items()} == {
+        "cpu": True, "memory": False, "gpu": False, "gpu_memory": False
+    }  # fmt: skip
+    assert page._costs.visible
 
 
 @pytest.mark.slow

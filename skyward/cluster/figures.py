@@ -21,15 +21,24 @@ class FiguresPlugin(SchedulerPlugin):  # type: ignore[misc]
     name = FIGURES
 
     def __init__(self) -> None:
+        self.heading: Sequence[str] = ()
         self.nodes: Sequence[Mapping[str, Any]] = ()
         self.history: deque[dict[str, float | None]] = deque(maxlen=KEPT)
 
     async def start(self, scheduler: Any) -> None:
         scheduler.stream_handlers[FIGURES] = self.heard
 
-    def heard(self, client: str, nodes: Sequence[Mapping[str, Any]], cost: float | None, time: float) -> None:  # noqa: ARG002
+    def heard(
+        self,
+        client: str,  # noqa: ARG002 - Dask's
+        nodes: Sequence[Mapping[str, Any]],
+        cost: float | None,
+        time: float,
+        heading: Sequence[str] = (),
+    ) -> None:
         """Take what the client has to say; `time` is in seconds since the epoch, `cost` in USD."""
         self.nodes = nodes
+        self.heading = heading
         self.history.append({"time": time, "cost": cost, **{share: _mean(nodes, share) for share in SHARES}})
 
 

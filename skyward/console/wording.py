@@ -61,11 +61,24 @@ def up(model: Model) -> str:
     return f"{model.about} up in {duration(model.start_s())}{where}"
 
 
+def state(model: Model, now: float) -> list[str]:
+    """Return what there is to say of a pool that is up: which it is, its calls, and its cost."""
+    calls, failed = model.total_calls()
+    parts = [f"pool {model.about.pool_id}", str(model.about)]
+    if model.work is not None and not model.work.has_ended:
+        parts.append(progress(model.work, now))
+    elif calls:
+        parts.append(f"{_calls(calls)} so far" + (f", {failed:,} failed" if failed else ""))
+    if model.cost is not None:
+        parts.append(f"{money(model.cost.now(now))} so far, {money(model.cost.hourly)}/h")
+    return parts
+
+
 def summary(model: Model, now: float) -> list[str]:
     """Return what a pool came to, in a line or two: the first says it all, the second where the time went."""
     seconds = model.by_phase(now)
     calls, failed = model.total_calls()
-    parts = [f"{calls:,} call{'' if calls == 1 else 's'}"] if calls else []
+    parts = [_calls(calls)] if calls else []
     if failed:
         parts.append(f"{failed:,} failed")
     if model.lost:
@@ -78,6 +91,10 @@ def summary(model: Model, now: float) -> list[str]:
     if not model.about.is_here:
         lines.append(", ".join(f"{name} {duration(s)}" for name, s in seconds.items() if s >= _SHORTEST_S))
     return lines
+
+
+def _calls(count: int) -> str:
+    return f"{count:,} call{'' if count == 1 else 's'}"
 
 
 def not_started(model: Model, now: float) -> str:
