@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 
 import skyward as sky
+from tests import chromium
 
 hypothesis.settings.register_profile("skyward", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("skyward")
@@ -31,3 +32,20 @@ def pool() -> Iterator[sky.ComputePool]:
     """Two nodes of two slots, started once per test process; leave it as you found it."""
     with sky.ComputePool(provider="local", nodes=2, concurrency=2, display="quiet") as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def _browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
+    if reason := chromium.why_not():
+        pytest.skip(reason)
+    browser = chromium.Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(_browser: chromium.Browser) -> Iterator[chromium.Browser]:
+    """A browser with nothing in it, started once per test process."""
+    yield _browser
+    _browser.open("about:blank")  # no page goes on asking a pool that is gone
+    _browser.complaints()
