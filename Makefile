@@ -2,8 +2,10 @@
 
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
-# System packages to install first, where make runs as root and apt is there: for tests on machines in a box.
-APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rclone
+# System packages to install first, where make runs as root and apt is there: for tests on machines in a box, and for
+# those in a browser, which need some font.
+APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rclone \
+    chromium chromium-driver fonts-dejavu-core
 
 VENV := .venv
 VENV313 := .venv313
@@ -91,10 +93,12 @@ clean: ## Remove environments, caches and build outputs
 	rm -rf $(VENV) $(VENV313) $(FRAMEWORKS) $(DOCS) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# What another distribution has not, such as a browser that is no snap, is left out; its tests say so.
 system-packages:
 	@if [ -n "$(strip $(APT_PACKAGES))" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    dpkg -s $(APT_PACKAGES) >/dev/null 2>&1 || \
-	    { apt-get update -q && apt-get install -qy --no-install-recommends $(APT_PACKAGES); }; \
+	    { apt-get update -q && apt-get install -qy --no-install-recommends \
+	        $$(apt-cache --names-only --generate pkgnames | grep -Fx $(APT_PACKAGES:%=-e %)); }; \
 	fi
 
 # Each stamp is written last: what was interrupted is done again.

@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
@@ -437,18 +438,36 @@ class ComputePool:
             self._session.listen(only)
 
     def __repr__(self) -> str:
+        state, size = self._state()
+        return f"<ComputePool {state}: {size}>"
+
+    def _state(self) -> tuple[str, str]:
+        """Return whether the pool is active, and what it has been asked for."""
+        from skyward.console.model import About
+
         state = "active" if self.is_active else "not active"
-        return f"<ComputePool {state}: {self.spec.nodes} nodes × {self.spec.slots_per_node} slots on {self._where}>"
+        return state, str(About("", self.spec.nodes, self.spec.slots_per_node, self._where))
 
     def _repr_html_(self) -> str:
         from skyward.console.notebook import pool_html
 
         cluster = getattr(self._session, "cluster", None)
+        title = [type(self).__name__, *self._state()]
         if cluster is None:  # not active, or about to be
-            return pool_html(repr(self), cost=self.cost)
+            return pool_html(title, cost=self.cost)
+        instances = self.instances
+        missing = len(getattr(cluster, "plan", instances)) - len(instances)  # somebody else's has no plan
+        if missing > 0:
+            title.append(f"{missing} not there now")
         # Not by way of `dashboard_link`, which waits for it.
         link = str(cluster.dashboard_link)
-        return pool_html(repr(self), instances=self.instances, cost=self.cost, link=link)
+        return pool_html(title, instances=instances, states=self._node_states(), cost=self.cost, link=link)
+
+    def _node_states(self) -> dict[int, str]:
+        """Return what is to be said of each node that is there: ready, or how many of its slots are."""
+        there = Counter(slot.node for slot in self.cluster.slots())
+        most = self.spec.slots_per_node
+        return {node: "ready" if n >= most else f"{n} of {most} slots ready" for node, n in there.items()}
 
     # --- events ---------------------------------------------------------------------------------------------
 

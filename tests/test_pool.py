@@ -304,11 +304,22 @@ def test_instances_are_the_nodes(pool: sky.ComputePool) -> None:
 def test_repr_in_a_notebook_is_html(pool: sky.ComputePool) -> None:
     shown = pool._repr_html_()
 
-    assert "&lt;ComputePool active" in shown
+    assert "<b>ComputePool</b> · active · 2 nodes × 2 slots on local" in shown
     assert f'<a href="{pool.dashboard_link}" target="_blank">dashboard</a>' in shown
-    assert all(f"<td>{instance.id}</td>" in shown for instance in pool.instances)
+    assert all(f">{instance.id}</td>" in shown for instance in pool.instances)
+    assert shown.count(">ready</td>") == 2
     assert "USD so far" not in shown  # it costs nothing
-    assert small()._repr_html_().startswith("<div><p><b>&lt;ComputePool not active: 1 nodes × 1 slots on local&gt;")
+    assert small()._repr_html_() == "<div><p><b>ComputePool</b> · not active · 1 node × 1 slot on local</p></div>"
+
+
+def test_repr_in_a_notebook_tells_of_what_is_not_there(pool: sky.ComputePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *_ = pool.cluster.slots()
+    monkeypatch.setattr(pool.cluster, "slots", lambda: [first])
+
+    shown = pool._repr_html_()
+
+    assert "2 slots on local · 1 not there now" in shown
+    assert ">1 of 2 slots ready</td>" in shown
 
 
 def test_scale_adds_and_removes_nodes() -> None:

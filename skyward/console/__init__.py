@@ -1,7 +1,7 @@
 """What a pool shows of itself: status on standard error, what its calls print on standard output.
 
 A subscriber of events, of which `model` keeps what is known, and a view of it: `plain` writes lines, `live` draws on a
-terminal. Whatever goes wrong here, the pool goes on.
+terminal, `cell` in a notebook. Whatever goes wrong here, the pool goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from skyward import events
 from skyward.console import records
+from skyward.console.cell import is_notebook
 from skyward.console.model import About, Model
 from skyward.console.streams import Streams, is_terminal
 
@@ -25,6 +26,9 @@ _FRAME_S = 0.2
 
 
 class _View(Protocol):
+    moves: bool
+    """Whether it is to be refreshed a few times a second."""
+
     def say(self, lines: list[str]) -> None: ...
 
     def show(self, event: Any, now: float) -> None: ...
@@ -56,7 +60,9 @@ class Console:
         self._end_warnings = records.show(self)
         if not self.shows:
             return
-        if display != "log" and is_terminal(sys.stderr):
+        if display == "auto" and is_notebook():
+            self._go_to_cell()
+        elif display != "log" and is_terminal(sys.stderr):
             self._go_live(one_line=display == "spinner")
         else:
             self._go_plain()
@@ -68,6 +74,15 @@ class Console:
         self._screen = Screen()
         self._view = LiveView(self._model, self._screen, one_line=one_line)
         self._screen.open()
+        self._start_drawing()
+
+    def _go_to_cell(self) -> None:
+        from skyward.console.cell import CellView
+
+        self._view = CellView(self._model)
+        self._start_drawing()
+
+    def _start_drawing(self) -> None:
         threading.Thread(target=self._draw, name="skyward-console", daemon=True).start()
 
     def _go_plain(self) -> None:
@@ -111,7 +126,7 @@ class Console:
     def _draw(self) -> None:
         while not self._closed.wait(_FRAME_S):
             with self._lock:
-                if self._screen is None or self._view is None or self._closed.is_set():
+                if self._view is None or not self._view.moves or self._closed.is_set():
                     return
                 self._guarded(self._view.refresh, time.monotonic())
 
@@ -121,10 +136,11 @@ class Console:
             act(*args)
         except Exception:  # a terminal that has gone, or a fault of ours: neither may end a run
             logger.debug("the console failed", exc_info=True)
-            if self._screen is None:
+            if self._view is None or not self._view.moves:
                 self._view = None
                 return
-            self._leave_screen()
+            if self._screen is not None:
+                self._leave_screen()
             self._go_plain()
 
     def _leave_screen(self) -> None:

@@ -30,6 +30,8 @@ _START = ("plan", "launch", "boot", "bootstrap", "workers")
 class LiveView:
     """Draws a pool again and again. `one_line`: no more than one line of it. Used under the lock of its console."""
 
+    moves = True
+
     def __init__(self, model: Model, screen: Screen, *, one_line: bool) -> None:
         self._model = model
         self._screen = screen

@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from skyward.console.wording import money
 from skyward.spec import Instance
 
 _MOST = 20
-_HEADINGS = ("node", "machine", "type", "", "USD/h", "address")
+_HEADINGS = ("node", "machine", "state", "type", "lease", "USD/h", "address")
 
 
-def pool_html(title: str, *, instances: Sequence[Instance] = (), cost: float = 0.0, link: str = "") -> str:
-    """Return a pool's title, cost, nodes, and a link to its dashboard. Everything in it is escaped."""
-    facts = [f"<b>{html.escape(title)}</b>"]
+def pool_html(
+    title: Sequence[str],
+    *,
+    instances: Sequence[Instance] = (),
+    states: Mapping[int, str] | None = None,
+    cost: float = 0.0,
+    link: str = "",
+) -> str:
+    """Return what is said of a pool, its cost, its nodes with their states, and a link to its dashboard.
+
+    Everything in it is escaped.
+    """
+    facts = [f"<b>{html.escape(title[0])}</b>", *map(html.escape, title[1:])]
     if cost:
         facts.append(f"{money(cost)} so far")
     if link:
         facts.append(f'<a href="{html.escape(link)}" target="_blank">dashboard</a>')
     parts = [f"<p>{' · '.join(facts)}</p>"]
     if instances:
-        parts.append(_row("th", _HEADINGS))
-        parts += [_row("td", _cells(instance)) for instance in instances[:_MOST]]
-        parts[1:] = [f"<table>{''.join(parts[1:])}</table>"]
+        parts.append(table_html(_HEADINGS, [_cells(i, (states or {}).get(i.node, "")) for i in instances[:_MOST]]))
     if len(instances) > _MOST:
         parts.append(f"<p>and {len(instances) - _MOST} more</p>")
     return f"<div>{''.join(parts)}</div>"
 
 
-def _cells(instance: Instance) -> list[str]:
+def table_html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table without those columns that have nothing in them."""
+    shown = [number for number in range(len(headings)) if any(row[number] for row in rows)]
+    lines = [_row("th", [headings[number] for number in shown])]
+    lines += [_row("td", [row[number] for number in shown]) for row in rows]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _cells(instance: Instance, state: str) -> list[str]:
     facts = instance.metadata
     price = facts.get("price")
     lease = "" if price is None else "spot" if instance.spot else "on-demand"
     return [
         str(instance.node),
         instance.id,
+        state,
         str(facts.get("instance_type", "")),
         lease,
         "" if price is None else f"{price:.4f}",
@@ -44,4 +61,5 @@ def _cells(instance: Instance) -> list[str]:
 
 
 def _row(kind: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
+    left = ' style="text-align: left"'  # as Jupyter has it for no tables but its own
+    return f"<tr>{''.join(f'<{kind}{left}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"

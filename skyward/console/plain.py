@@ -1,4 +1,4 @@
-"""A console of plain lines with time stamps: for logs, pipes, notebooks, and terminals that can't do more."""
+"""A console of plain lines with time stamps: for logs, pipes, and terminals that can't do more."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _PROGRESS_S = (5.0, 10.0, 30.0, 60.0)
 
 class PlainView:
     """Writes what is worth a line. Used under the lock of its console."""
+
+    moves = False
 
     def __init__(self, model: Model, streams: Streams) -> None:
         self._model = model
