@@ -98,7 +98,7 @@ system-packages:
 	@if [ -n "$(strip $(APT_PACKAGES))" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    dpkg -s $(APT_PACKAGES) >/dev/null 2>&1 || \
 	    { apt-get update -q && apt-get install -qy --no-install-recommends \
-	        $$(apt-cache --names-only --generate pkgnames | grep -Fx $(APT_PACKAGES:%=-e %)); }; \
+	        $$(apt-cache pkgnames | grep -Fx $(APT_PACKAGES:%=-e %)); }; \
 	fi
 
 # Each stamp is written last: what was interrupted is done again.
