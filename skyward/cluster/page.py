@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bokeh.models import ColumnDataSource, Div, Range1d
+from bokeh.models import ColumnDataSource, DataRange1d, Div, NumeralTickFormatter, Range1d
 from bokeh.plotting import column, figure
 from distributed.dashboard import scheduler as dashboard
 from distributed.dashboard.components import add_periodic_callback
@@ -61,6 +61,8 @@ class _Figures:
         self._lines: dict[str, Any] = {}
         self._shares = self._share_plot()
         self._costs = self._plot("Cost so far, in USD (times are UTC)")
+        self._costs.y_range = DataRange1d(start=0, default_span=0.01)  # the span where nothing has changed yet
+        self._costs.yaxis.formatter = NumeralTickFormatter(format="0.00[00]")
         self._costs.line("time", "cost", source=self._history, color="#d62728", line_width=2)
         self.root = column(self._nodes, self._shares, self._costs, sizing_mode="stretch_width")
         self.update()

@@ -84,10 +84,14 @@ class Cost:
     told: float
     total: float
     hourly: float
+    elapsed: float  # seconds since the first machine was launched
     saved: float | None = None
 
     def now(self, now: float) -> float:
-        return self.total + self.hourly * (now - self.told) / 3600
+        """Return what it may be by now: never more than will be told next, for a cost that falls is none."""
+        since = now - self.told
+        so_long = self.hourly * (self.elapsed + since) / 3600  # less than the total while that is the least to be paid
+        return min(self.total + self.hourly * since / 3600, max(self.total, so_long))
 
 
 @dataclass(slots=True)
@@ -144,10 +148,10 @@ class Model:
                 self.nodes[number].busy = {**busy, **gpu}
             case events.TaskProgress():
                 self._progress(event, now)
-            case events.CostUpdate(accumulated_cost=total, hourly_rate=hourly):
-                self.cost = Cost(now, total, hourly)
-            case events.CostFinal(total_cost=total, savings_vs_ondemand=saved):
-                self.cost = Cost(now, total, 0.0, saved)
+            case events.CostUpdate(accumulated_cost=total, hourly_rate=hourly, elapsed_seconds=elapsed):
+                self.cost = Cost(now, total, hourly, elapsed)
+            case events.CostFinal(total_cost=total, savings_vs_ondemand=saved, total_seconds=elapsed):
+                self.cost = Cost(now, total, 0.0, elapsed, saved)
 
     def end(self, now: float) -> None:
         """Note that nothing is left of the pool."""

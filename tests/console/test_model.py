@@ -129,12 +129,33 @@ def test_calls_are_added_up_over_the_life_of_a_pool() -> None:
 
 def test_cost_goes_on_between_two_updates() -> None:
     update = sky.CostUpdate(
-        elapsed_seconds=0, accumulated_cost=1.0, hourly_rate=3.6, spot_count=0, ondemand_count=1
+        elapsed_seconds=1000, accumulated_cost=1.0, hourly_rate=3.6, spot_count=0, ondemand_count=1
     )
     model = model_of([(100.0, update)])
 
     assert model.cost is not None
     assert model.cost.now(110.0) == pytest.approx(1.01)
+
+
+def test_cost_does_not_go_on_while_it_is_the_least_that_a_machine_costs() -> None:
+    update = sky.CostUpdate(  # after ten of the sixty seconds that are to be paid anyway
+        elapsed_seconds=10, accumulated_cost=0.06, hourly_rate=3.6, spot_count=0, ondemand_count=1
+    )
+    model = model_of([*START, (100.0, update)])
+
+    assert model.cost is not None
+    assert model.cost.now(130.0) == 0.06
+    assert model.cost.now(160.0) == pytest.approx(0.07)
+
+
+def test_cost_goes_on_at_the_rate_of_what_runs_now() -> None:
+    update = sky.CostUpdate(  # nine machines have come just now
+        elapsed_seconds=3600, accumulated_cost=1.0, hourly_rate=10.0, spot_count=0, ondemand_count=10
+    )
+    model = model_of([*START, (100.0, update)])
+
+    assert model.cost is not None
+    assert model.cost.now(136.0) == pytest.approx(1.1)
 
 
 def test_the_summary_of_a_cloud_s_pool() -> None:
