@@ -33,7 +33,10 @@ def why_not() -> str | None:
 
 
 class Browser:
-    """A browser with a profile of its own in `folder`, which has to be empty. Close it."""
+    """A browser with a profile of its own in `folder`, which has to be empty. Close it.
+
+    `width` and `height` are those of what it shows of a page, in pixels.
+    """
 
     def __init__(self, folder: Path, *, width: int = 1280, height: int = 900) -> None:
         from selenium import webdriver
@@ -47,6 +50,8 @@ class Browser:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self._driver: Any = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         self._driver.set_page_load_timeout(_PAGE_S)
+        shown = self.run("return [innerWidth, innerHeight]")
+        self._driver.set_window_size(2 * width - shown[0], 2 * height - shown[1])  # with what is around the page
 
     def open(self, url: str) -> None:
         self._driver.get(url)
@@ -80,24 +85,22 @@ class Browser:
         found: list[str] = self.run(_PLOTS)
         return found
 
-    def shown_when_pointing_at(self, plot: str) -> str:
-        """Return what is shown when the mouse comes to the middle of what the plot of this name has drawn."""
+    def shown_when_pointing_at(self, plot: str, name: str) -> str:
+        """Return what is shown when the mouse comes to the longest bar of this name in a plot of Dask's."""
         from selenium.webdriver.common.actions.action_builder import ActionBuilder
 
-        middle = self.run(_MIDDLE, plot)
-        if middle is None:  # not drawn yet
+        place = self.run(_BAR, plot, name)
+        if place is None:  # not drawn yet
             return ""
         mouse = ActionBuilder(self._driver)
         for off in (3, 0):  # it has to move
-            mouse.pointer_action.move_to_location(round(middle[0]) + off, round(middle[1]))
+            mouse.pointer_action.move_to_location(round(place[0]) + off, round(place[1]))
         mouse.perform()
         text: str = self.run(_TOOLTIPS)
         return text
 
-    def picture(self, path: Path, *, height: int | None = None) -> None:
-        """Save what the window shows as PNG, all of the page's height if it is given as that of the window."""
-        if height is not None:
-            self._driver.set_window_size(self._driver.get_window_size()["width"], height)
+    def picture(self, path: Path) -> None:
+        """Save what the window shows, as PNG."""
         self._driver.save_screenshot(str(path))
 
     def close(self) -> None:
@@ -121,11 +124,15 @@ return views
     .filter((view) => view.model.type === "Figure" && view.model.visible && view.model.title)
     .map((view) => view.model.title.text);
 """
-_MIDDLE = f"""{_WALK}
+_BAR = _WALK + """
 const plot = views.find((view) => view.model.type === "Figure" && view.model.name === arguments[0]);
 if (!plot) return null;
-const box = plot.el.getBoundingClientRect(), frame = plot.frame.bbox;
-return [box.left + frame.hcenter, box.top + frame.vcenter];
+const data = plot.model.renderers[0].data_source.data;
+const bars = Array.from(data.name.keys()).filter((i) => data.name[i] === arguments[1]);
+if (!bars.length) return null;
+const bar = bars.reduce((a, b) => (data.duration[a] > data.duration[b] ? a : b));
+const box = plot.el.getBoundingClientRect();
+return [box.left + plot.frame.x_scale.compute(data.start[bar]), box.top + plot.frame.y_scale.compute(data.y[bar])];
 """
 _TOOLTIPS = """
 const texts = [];

@@ -74,7 +74,7 @@ def test_the_name_of_what_one_points_at_is_shown(browser: Browser) -> None:
         load_table(0.5) >> pool
         wait_until_drawn(browser, {"load_table"})
 
-        wait_until(lambda: "load_table:" in browser.shown_when_pointing_at("task_stream"))
+        wait_until(lambda: "load_table:" in browser.shown_when_pointing_at("task_stream", "load_table"))
 
 
 def test_the_page_of_skyward_shows_nodes_and_calls_and_keeps_up(browser: Browser) -> None:
