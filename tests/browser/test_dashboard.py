@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from joblib import Parallel, delayed
 
 import skyward as sky
 from tests.chromium import Browser
 from tests.dashboard import drawn, wait_until_drawn
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 
 @sky.compute
@@ -63,7 +66,7 @@ def test_the_task_stream_has_the_users_names_of_what_ran_before_somebody_looked_
 
     assert {task["name"] for task in after} == NAMES
     assert {task["name"] for task in after if task["color"] == "black"} == {"fail_to_fit"}
-    assert any(task["name"] == "load_table" and task["duration"] >= 500 for task in after)
+    assert any(task["name"] == "load_table" and task["duration"] > 400 for task in after)
     assert len({task["y"] for task in after}) == 4  # a row for each slot
     assert complaints == []
 

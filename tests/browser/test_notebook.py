@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.chromium import Browser
 from tests.notebook import Notebook
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 CELLS = [
     """
