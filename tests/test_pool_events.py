@@ -172,7 +172,7 @@ def test_a_broadcast_and_a_single_call_count_once_each(heard: Heard) -> None:
 
 
 def test_the_engine_tells_nobody_when_nobody_listens(pool: sky.ComputePool) -> None:
-    with sky.ComputePool("local", display="quiet") as quiet:
+    with sky.ComputePool("local", display="quiet", collect_metrics=False) as quiet:  # nor is there a page of ours
         assert quiet.engine.progress.tell is None
         quiet.on(sky.TaskProgress, lambda _: None)
         assert quiet.engine.progress.tell is not None
