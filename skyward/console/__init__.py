@@ -79,8 +79,13 @@ class Console:
     def _go_to_cell(self) -> None:
         from skyward.console.cell import CellView
 
-        self._view = CellView(self._model)
-        self._start_drawing()
+        try:
+            self._view = CellView(self._model)
+        except Exception:  # whatever a kernel's display raises: it may be another one than IPython's
+            logger.debug("the notebook shows nothing", exc_info=True)
+            self._go_plain()
+        else:
+            self._start_drawing()
 
     def _start_drawing(self) -> None:
         threading.Thread(target=self._draw, name="skyward-console", daemon=True).start()

@@ -147,3 +147,15 @@ def test_a_notebook_that_fails_is_replaced_by_lines(
     console(sky.PoolStarted())
 
     assert "up in" in capsys.readouterr().err
+
+
+def test_a_notebook_that_shows_nothing_from_the_start_gets_lines(
+    display: Display, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display.fails = True
+    console = open_console("auto", HERE)
+    console(sky.InfraCreating())
+    console(sky.PoolStarted())
+    console.close()
+
+    assert "up in" in capsys.readouterr().err
