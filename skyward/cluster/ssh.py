@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ class Link:
     def __init__(self, login: Login) -> None:
         self.login = login
         self._connection: Any = None
+        self._proxy: Any = None  # the process of a proxy command, a subprocess.Popen
         self._connecting = asyncio.Lock()
         self._servers: list[asyncio.Server] = []
         self._pumps: set[asyncio.Task[None]] = set()
@@ -65,6 +67,7 @@ class Link:
                 raise ConnectionError(f"the way to {self.login} is closed")
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
+                self._proxy = self._connection.get_extra_info("subprocess")
             return self._connection
 
     async def _connect(self) -> Any:
@@ -159,6 +162,10 @@ class Link:
             self._connection.close()
             with contextlib.suppress(Exception):  # a connection that is broken can't be closed better than that
                 await asyncio.wait_for(self._connection.wait_closed(), 2)
+        # asyncssh has killed it, and does not wait for it: it would be left over when the event loop ends now.
+        deadline = time.monotonic() + 2
+        while self._proxy is not None and self._proxy.returncode is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
 
     # --- through it -----------------------------------------------------------------------------------------
 

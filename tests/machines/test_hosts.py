@@ -324,6 +324,7 @@ def test_a_proxy_command_leads_to_a_machine_without_an_address(pair: list[Machin
             return (await link.run("hostname")).output.strip()
         finally:
             await link.close()
+            assert link._proxy.returncode is not None  # or it would outlive the event loop
 
     assert asyncio.run(name()) == pair[0].name
 
