@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
+import urllib.request
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import click
 
@@ -16,6 +18,8 @@ from skyward.cluster import journal
 from skyward.cluster.journal import Entry
 
 _LOOK_S = 1.0
+_LOAD_S = 30.0
+"""Seconds that the page has to be there: a pool that has just come up loads it afterwards. By feel."""
 
 
 @click.command(epilog=statuses())
@@ -32,27 +36,37 @@ def dashboard(pool: str, no_browser: bool, as_json: bool) -> None:
     if entry.dashboard_port is None:
         raise click.ClickException(f"pool {pool} has no dashboard yet: its state is {entry.state!r}")
 
-    def show(port: int) -> None:
+    async def show(port: int) -> None:
         url = f"http://127.0.0.1:{port}/status"
+        await _is_there(url)
         click.echo(json.dumps({"pool": pool, "url": url}) if as_json else url)
         if not no_browser:
             webbrowser.open(url)
 
-    if entry.provider == "local":
-        show(entry.dashboard_port)
-        return
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_keep_open(entry, show))
+        asyncio.run(show(entry.dashboard_port) if entry.provider == "local" else _keep_open(entry, show))
 
 
-async def _keep_open(entry: Entry, show: Callable[[int], None]) -> None:
+async def _is_there(url: str) -> None:
+    """Return when the page is there, or has had its time."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + _LOAD_S
+    while time.monotonic() < deadline:
+        try:
+            with await asyncio.to_thread(opener.open, url, timeout=5):
+                return
+        except OSError:  # nobody listens yet, or there is no such page yet
+            await asyncio.sleep(0.2)
+
+
+async def _keep_open(entry: Entry, show: Callable[[int], Awaitable[None]]) -> None:
     from skyward.cluster.ssh import Link
 
     assert entry.dashboard_port is not None
     link = Link(machine_of(entry, "0").login)
     try:
         await link.connect()
-        show(await link.forward("127.0.0.1", entry.dashboard_port))
+        await show(await link.forward("127.0.0.1", entry.dashboard_port))
         while await asyncio.to_thread(journal.read, entry.pool_id) is not None:
             await asyncio.sleep(_LOOK_S)
     finally:
