@@ -82,7 +82,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         engine = engine_for(self._pool, self._client)
         if n_jobs is None:
             n_jobs = self.default_n_jobs
-        return n_jobs if n_jobs > 0 else max(1, engine.slots + 1 + n_jobs)
+        return _count(n_jobs, engine)
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **_memmapping_options: Any) -> int:
         effective = self.effective_n_jobs(n_jobs)
@@ -154,7 +154,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         engine, parallel = self._engine, self.parallel
         if engine is None:
             return
-        now = self._asked if self._asked > 0 else max(1, engine.slots + 1 + self._asked)
+        now = _count(self._asked, engine)
         has_grown = now > self._started_with
         with parallel._lock:
             if has_grown:
@@ -237,6 +237,11 @@ class BatchSizes:
     def is_short(self, tasks: float) -> bool:
         """Tell whether so many tasks are known to take less than `SHORT_S`."""
         return self._tasks > 0 and tasks * self._seconds < self.SHORT_S * self._tasks
+
+
+def _count(n_jobs: int, engine: Engine) -> int:
+    """Return how many jobs `n_jobs` means: below zero it is counted back from all slots, as joblib does."""
+    return n_jobs if n_jobs > 0 else max(1, engine.slots + 1 + n_jobs)
 
 
 def _call(func: Any, threads: int | None, *, alone: bool) -> Call:

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 from skyward import events
 from skyward.console import records
-from skyward.console.cell import is_notebook
 from skyward.console.model import About, Model
-from skyward.console.streams import Streams, is_terminal
+from skyward.console.streams import Streams, is_notebook, is_terminal
 
 __all__ = ["About", "Console", "open_console"]
 

@@ -6,7 +6,6 @@ Nothing is written to the cell's streams, where it would tear a bar of tqdm and 
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -15,19 +14,12 @@ from typing import Any
 
 from skyward.console import wording
 from skyward.console.model import Model
-from skyward.console.notebook import table_html
+from skyward.console.notebook import line_html, table_html
 
 _PERIOD_S = 0.5
 """Seconds between two changes at least. By feel: each of them is a message to the browser."""
 _WORK_S = 0.5
 _SAID_LINES = 20
-_MOST_NODES = 20
-
-
-def is_notebook() -> bool:
-    """Tell whether this runs in a Jupyter kernel, or in one of its kind."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return getattr(shell, "kernel", None) is not None
 
 
 class CellView:
@@ -61,9 +53,9 @@ class CellView:
         """Show what the pool came to."""
         model = self._model
         if model.is_up:
-            self._change([_line(str(model.about), *wording.summary(model, now)), *self._lines()], now)
+            self._change([line_html(str(model.about), *wording.summary(model, now)), *self._lines()], now)
         elif model.phases:
-            self._change([_line(wording.not_started(model, now)), *self._lines()], now)
+            self._change([line_html(wording.not_started(model, now)), *self._lines()], now)
 
     def _change(self, parts: list[str], now: float) -> None:
         html = f"<div>{''.join(parts)}</div>"
@@ -79,14 +71,13 @@ class CellView:
         if not model.phases:
             return []
         if model.phase == "running":
-            link = f'<a href="{escape(model.link)}" target="_blank">dashboard</a>' if model.link else ""
-            heading = _line(str(model.about), f"up in {wording.duration(model.start_s())}", *self._cost(now), html=link)
-            return [heading, *self._work(now), *self._lines()]
+            words = [f"up in {wording.duration(model.start_s())}", *self._cost(now)]
+            return [line_html(str(model.about), *words, link=model.link), *self._work(now), *self._lines()]
         started = model.phases[-1 if model.phase == "ending" else 0].began
         words = [f"starting {model.about}", str(model.phase)] if model.phase != "ending" else [f"ending {model.about}"]
         if model.phase in ("boot", "bootstrap"):
             words.append(f"{model.ready} of {len(model.nodes)} nodes ready")
-        heading = _line(*words, wording.duration(float(int(now - started))), *self._cost(now))
+        heading = line_html(*words, wording.duration(float(int(now - started))), *self._cost(now))
         return [heading, *self._nodes(), *self._lines()]
 
     def _cost(self, now: float) -> list[str]:
@@ -105,14 +96,8 @@ class CellView:
         nodes = [self._model.nodes[number] for number in sorted(self._model.nodes)]
         if self._model.about.is_here or not nodes:
             return []
-        rows = [[str(node.number), *wording.node_facts(node), node.state] for node in nodes[:_MOST_NODES]]
-        more = f"<p>and {len(nodes) - _MOST_NODES} more</p>" if len(nodes) > _MOST_NODES else ""
-        return [table_html(("node", "machine", "type", "lease", "price", "state"), rows), more]
+        rows = [[str(node.number), *wording.node_facts(node), node.state] for node in nodes]
+        return [table_html(("node", "machine", "type", "lease", "price", "state"), rows)]
 
     def _lines(self) -> list[str]:
         return [f"<pre>{escape(chr(10).join(self._said))}</pre>"] if self._said else []
-
-
-def _line(*parts: str, html: str = "") -> str:
-    texts = [f"<b>{escape(parts[0])}</b>", *map(escape, parts[1:]), *([html] if html else [])]
-    return f"<p>{' · '.join(texts)}</p>"

@@ -24,25 +24,29 @@ def pool_html(
 
     Everything in it is escaped.
     """
-    facts = [f"<b>{html.escape(title[0])}</b>", *map(html.escape, title[1:])]
-    if cost:
-        facts.append(f"{money(cost)} so far")
-    if link:
-        facts.append(f'<a href="{html.escape(link)}" target="_blank">dashboard</a>')
-    parts = [f"<p>{' · '.join(facts)}</p>"]
+    spent = [f"{money(cost)} so far"] if cost else []
+    parts = [line_html(*title, *spent, link=link)]
     if instances:
-        parts.append(table_html(_HEADINGS, [_cells(i, (states or {}).get(i.node, "")) for i in instances[:_MOST]]))
-    if len(instances) > _MOST:
-        parts.append(f"<p>and {len(instances) - _MOST} more</p>")
+        parts.append(table_html(_HEADINGS, [_cells(i, (states or {}).get(i.node, "")) for i in instances]))
     return f"<div>{''.join(parts)}</div>"
 
 
+def line_html(*parts: str, link: str = "") -> str:
+    """Return a line of what is said, the first part of it bold, and a link to the dashboard."""
+    texts = [f"<b>{html.escape(parts[0])}</b>", *map(html.escape, parts[1:])]
+    if link:
+        texts.append(f'<a href="{html.escape(link)}" target="_blank">dashboard</a>')
+    return f"<p>{' · '.join(texts)}</p>"
+
+
 def table_html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table without those columns that have nothing in them."""
-    shown = [number for number in range(len(headings)) if any(row[number] for row in rows)]
+    """Return a table of the first rows, without those columns that have nothing in them, and how many rows more."""
+    first = rows[:_MOST]
+    shown = [number for number in range(len(headings)) if any(row[number] for row in first)]
     lines = [_row("th", [headings[number] for number in shown])]
-    lines += [_row("td", [row[number] for number in shown]) for row in rows]
-    return f"<table>{''.join(lines)}</table>"
+    lines += [_row("td", [row[number] for number in shown]) for row in first]
+    more = f"<p>and {len(rows) - _MOST} more</p>" if len(rows) > _MOST else ""
+    return f"<table>{''.join(lines)}</table>{more}"
 
 
 def _cells(instance: Instance, state: str) -> list[str]:

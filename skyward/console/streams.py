@@ -59,6 +59,12 @@ def is_terminal(stream: Any) -> bool:
         return False
 
 
+def is_notebook() -> bool:
+    """Tell whether this runs in a Jupyter kernel, or in one of its kind."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
 def speaks_unicode(stream: Any) -> bool:
     """Tell whether a stream can show the signs that we use."""
     try:
