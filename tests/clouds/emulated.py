@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,17 @@ class Emulated:
                 self.cloud.lose(machine_id, gone=True)
             case _:
                 self.cloud.reclaim(machine_id)
+
+
+@contextmanager
+def emulated_aws() -> Iterator[Emulated]:
+    """Emulate AWS for a program that is no test; its own SDK asks it from then on."""
+    aws = Emulated("aws")
+    try:
+        os.environ.update(aws.environment)
+        yield aws
+    finally:
+        aws.close()
 
 
 def _start(name: str, yard: Yard) -> Any:
