@@ -6,18 +6,17 @@ import base64
 import itertools
 import logging
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from skyward.errors import CapacityError, ProviderError, SpecError
 from skyward.providers import aws_pool as of
 from skyward.providers.aws_api import Api, attempt, call, quota_of
 from skyward.providers.base import LaunchOrder, Offer
+from skyward.providers.launches import under_way
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Launch:
 
     def run(self) -> list[dict[str, Any]]:
         """Return the machines, which have their addresses, as AWS describes them."""
-        with _under_way(self._order.pool_id, self._region, self._access.endpoint_url) as others:
+        with under_way(self._order.pool_id, self._region, self._access.endpoint_url) as others:
             try:
                 with self._api.edge(self._doing, quota=self._quota):
                     with others.lock:
@@ -286,36 +285,6 @@ class Launch:
             (f"security group skyward-{order.pool_id} in {region}", shared),
         ]
         return attempt(self._api, steps)
-
-
-# --- launches of one pool that are under way ----------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Launches:
-    """The launches of one pool in one region that are under way in this process.
-
-    They share a firewall and a role: these are made, and removed after a failure, by one at a time, and removed only
-    by the last one.
-    """
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    count: int = 0
-
-
-_launches: dict[tuple[str, str, str | None], _Launches] = {}
-
-
-@contextmanager
-def _under_way(pool_id: str, region: str, endpoint_url: str | None) -> Iterator[_Launches]:
-    launches = _launches.setdefault((pool_id, region, endpoint_url), _Launches())
-    with launches.lock:
-        launches.count += 1
-    try:
-        yield launches
-    finally:
-        with launches.lock:
-            launches.count -= 1
 
 
 # --- images -------------------------------------------------------------------------------------------------

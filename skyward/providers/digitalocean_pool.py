@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -23,6 +22,7 @@ from skyward.errors import CapacityError, ProviderError
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
 from skyward.providers.caller import caller_range
 from skyward.providers.digitalocean_api import call, explained, is_unclear, once, pages, pauses, unless_missing
+from skyward.providers.launches import Launches, under_way
 
 logger = logging.getLogger(__name__)
 
@@ -202,41 +202,15 @@ def tags_of(order: LaunchOrder) -> list[str]:
 # --- launch -------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Beside:
-    """The launches of a pool that are under way in this process, which share a firewall and a key."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    count: int = 0
-
-
-_under_way: dict[tuple[str, str], _Beside] = {}
-_guard = threading.Lock()
-
-
-@contextmanager
-def _beside_others(key: tuple[str, str]) -> Iterator[_Beside]:
-    with _guard:
-        beside = _under_way.setdefault(key, _Beside())
-        beside.count += 1
-    try:
-        yield beside
-    finally:
-        with _guard:
-            beside.count -= 1
-            if not beside.count:
-                del _under_way[key]
-
-
 def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> list[Machine]:
     """Launch an order's machines, or none and nothing left of it."""
     do = account.do
     names = [f"{_name(order.pool_id)}-{order.token}-{number}" for number in range(order.count)]
-    with _beside_others((order.pool_id, account.url)) as beside:
+    with under_way(order.pool_id, account.url) as others:
         made: list[dict[str, Any]] = []
         try:
             with explained(f"launch {order.count} {offer.instance.name} in {offer.region}"):
-                with beside.lock:
+                with others.lock:
                     key = _prepare(account, order)
                 order.prepared()
                 body = {
@@ -253,7 +227,7 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
         except BaseException as exc:
             try:
                 with explained(f"undo the launch of {order.count} {offer.instance.name}"):
-                    _undo(do, order, names, made, beside)
+                    _undo(do, order, names, made, others)
             except ProviderError as left:
                 logger.error("after a failed launch: %s", left)
                 exc.add_note(f"left for the end of the pool: {left}")
@@ -358,14 +332,14 @@ def _check_price(order: LaunchOrder, found: Iterable[Mapping[str, Any]]) -> None
 
 
 def _undo(
-    do: Any, order: LaunchOrder, names: Sequence[str], made: Sequence[Mapping[str, Any]], beside: _Beside
+    do: Any, order: LaunchOrder, names: Sequence[str], made: Sequence[Mapping[str, Any]], others: Launches
 ) -> None:
     tag = f"{_POOL}{order.pool_id}"
     ids = {raw["id"] for raw in made} | {raw["id"] for raw in find(do, tag) if raw["name"] in names}
     if ids:
         destroy(do, ids)
-    with beside.lock:
-        if beside.count == 1 and not find(do, tag):
+    with others.lock:
+        if others.count == 1 and not find(do, tag):
             _clear(do, order.pool_id)
 
 
