@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import _pickle  # has pickle's errors without all the rest, and `import skyward` is to stay fast
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 
 class SkywardError(Exception):
@@ -75,7 +75,14 @@ class AllProvidersFailedError(SkywardError):
 
 
 class ProviderError(SkywardError):
-    """A provider refused or failed; the SDK's own error is the cause."""
+    """A provider refused or failed; the SDK's own error is the cause.
+
+    Attribute: `rules_out`, what is not worth trying after it: ``"offer"`` is this type in this region and market,
+    ``"type"`` the type in both markets of the region, ``"market"`` all spot machines of the region, ``"region"`` and
+    ``"provider"`` everything there.
+    """
+
+    rules_out: Literal["offer", "type", "market", "region", "provider"] = "region"
 
 
 class CredentialsError(ProviderError):
@@ -85,14 +92,19 @@ class CredentialsError(ProviderError):
     """
 
     missing: bool = False
+    rules_out = "provider"
 
 
 class CapacityError(ProviderError):
     """The provider has no such machine at present."""
 
+    rules_out = "offer"
+
 
 class QuotaError(ProviderError):
     """The account's quota does not allow the machine; the message says which and how to raise it."""
+
+    rules_out = "offer"
 
 
 class PoolError(SkywardError, RuntimeError):

@@ -37,6 +37,11 @@ _CAPACITY = {
     "InsufficientFreeAddressesInSubnet", "SpotMaxPriceTooLow", "Unsupported", "UnsupportedOperation",
     "Server.InsufficientInstanceCapacity", "Server.SpotInstanceTermination", "Server.SpotInstanceShutdown",
 }  # fmt: skip
+# Of one type in a region, whatever the market; the message says what it lacks.
+_TYPE = {"Unsupported", "UnsupportedOperation", "InvalidParameterCombination"}
+_NO_SPOT_ROLE = "AuthFailure.ServiceLinkedRoleCreationNotPermitted"
+_LAUNCHES = {"RunInstances", "CreateFleet", "RequestSpotInstances", "CreateServiceLinkedRole"}
+# These depend on the type: "Error codes", as above.
 _QUOTA = {
     "VcpuLimitExceeded", "InstanceLimitExceeded", "MaxSpotInstanceCountExceeded", "SpotInstanceCountLimitExceeded",
 }  # fmt: skip
@@ -162,8 +167,11 @@ class Api:
     # --- errors ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def edge(self, doing: str, *, quota: str = "") -> Iterator[None]:
-        """Translate the SDK's errors of what is inside; `doing` says what that is, `quota` what it counts against."""
+    def edge(self, doing: str, *, quota: str = "", spot: bool = False) -> Iterator[None]:
+        """Translate the SDK's errors of what is inside.
+
+        `doing` says what that is; for a launch, `quota` is what it counts against, and `spot` its market.
+        """
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
 
@@ -172,7 +180,7 @@ class Api:
         except exceptions.ClientError as exc:
             error = exc.response.get("Error", {})
             code, message = str(error.get("Code", "")), str(error.get("Message", ""))
-            raise self.failure(code, message, doing, quota=quota, operation=exc.operation_name) from exc
+            raise self.failure(code, message, doing, quota=quota, spot=spot, operation=exc.operation_name) from exc
         except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.ProfileNotFound) as exc:
             raise self._missing(str(exc)) from exc
         except (
@@ -185,10 +193,23 @@ class Api:
             raise ProviderError(f"AWS: {doing} failed: {exc}") from exc
 
     def failure(
-        self, code: str, message: str, doing: str, *, quota: str = "", operation: str = "CreateFleet"
+        self,
+        code: str,
+        message: str,
+        doing: str,
+        *,
+        quota: str = "",
+        spot: bool = False,
+        operation: str = "CreateFleet",
     ) -> ProviderError:
-        """Return the error that a code and a message of AWS's mean."""
+        """Return the error that a code and a message of AWS's mean; `spot`: spot machines were asked for."""
         said = f"{message} ({code})"
+        if code == _NO_SPOT_ROLE:
+            return ProviderError(
+                f"AWS: {doing}: {said}. An account needs the role for spot machines once: run `aws iam "
+                "create-service-linked-role --aws-service-name spot.amazonaws.com`",
+                rules_out="market",
+            )
         if code in _WRONG:
             return self._bad(f"are wrong: {said}")
         if code in _EXPIRED:
@@ -196,16 +217,22 @@ class Api:
         if code in DENIED:
             named = re.search(r"perform: ([A-Za-z0-9]+:[A-Za-z0-9]+)", message)
             action = named[1] if named else operation
-            return ProviderError(f"AWS: {doing} is not allowed: the identity lacks the permission {action} ({code})")
+            return ProviderError(
+                f"AWS: {doing} is not allowed: the identity lacks the permission {action} ({code})",
+                # A policy may deny spot machines alone.
+                rules_out="market" if spot and action.rpartition(":")[2] in _LAUNCHES else "region",
+            )
         if code in _OTHER_QUOTAS:
             return QuotaError(
-                f"AWS: {doing}: {said}. The quota is {_OTHER_QUOTAS[code]!r}; raise it in the Service Quotas console"
+                f"AWS: {doing}: {said}. The quota is {_OTHER_QUOTAS[code]!r}; raise it in the Service Quotas console",
+                rules_out="region",
             )
         if code in _QUOTA:
             return QuotaError(f"AWS: {doing}: {said}. The {quota or 'quota is shown in the Service Quotas console'}")
+        facts = {"rules_out": "type"} if code in _TYPE else {}
         if code in _CAPACITY:
-            return CapacityError(f"AWS: {doing}: {said}")
-        return ProviderError(f"AWS: {doing} failed: {said}")
+            return CapacityError(f"AWS: {doing}: {said}", **facts)
+        return ProviderError(f"AWS: {doing} failed: {said}", **facts)
 
     def origin(self) -> str:
         """Return where the credentials are from, in words.

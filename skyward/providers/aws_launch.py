@@ -69,7 +69,7 @@ class Launch:
         """Return the machines, which have their addresses, as AWS describes them."""
         with under_way(self._order.pool_id, self._region, self._access.endpoint_url) as others:
             try:
-                with self._api.edge(self._doing, quota=self._quota):
+                with self._api.edge(self._doing, quota=self._quota, spot=self._order.spot):
                     with others.lock:
                         overrides = self._prepare()
                     self._order.prepared()
@@ -157,7 +157,8 @@ class Launch:
         if not fit:
             raise CapacityError(
                 f"AWS: {offer.instance.name} is in {', '.join(offer.zones)}, the subnets are in "
-                f"{', '.join(sorted(zones))}{f', and zones={list(access.zones)} is asked for' if access.zones else ''}"
+                f"{', '.join(sorted(zones))}{f', and zones={list(access.zones)} is asked for' if access.zones else ''}",
+                rules_out="type",
             )
         return sorted((s for s in there if s["AvailabilityZone"] in fit), key=lambda s: str(s["AvailabilityZone"]))
 
@@ -229,13 +230,20 @@ class Launch:
     def _shortage(self, errors: Sequence[Mapping[str, Any]]) -> ProviderError:
         """Return why there are too few machines: what keeps every zone from having them, before what one lacks."""
         causes = dict.fromkeys((e.get("ErrorCode", ""), e.get("ErrorMessage", "")) for e in errors)
-        failures = [self._api.failure(code, message, self._doing, quota=self._quota) for code, message in causes]
+        failures = [self._failure(code, message) for code, message in causes]
         graver = [failure for failure in failures if not isinstance(failure, CapacityError)]
         if graver:
             # A quota or a key that lacks a right is the same in all zones; anything else may be of one zone.
             return min(graver, key=lambda failure: type(failure) is ProviderError)
         said = "; ".join(f"{message} ({code})" for code, message in causes) or "AWS gives no reason"
-        return CapacityError(f"AWS: {self._doing}: {len(self._ids)} can be had: {said}")
+        # What holds of the type in one zone may not hold in the next.
+        is_type = bool(failures) and all(failure.rules_out == "type" for failure in failures)
+        return CapacityError(
+            f"AWS: {self._doing}: {len(self._ids)} can be had: {said}", rules_out="type" if is_type else "offer"
+        )
+
+    def _failure(self, code: str, message: str) -> ProviderError:
+        return self._api.failure(code, message, self._doing, quota=self._quota, spot=self._order.spot)
 
     def _arrived(self) -> list[dict[str, Any]]:
         """Return what is known of the machines, once all have their addresses."""
@@ -256,7 +264,7 @@ class Launch:
         state, reason = raw["State"]["Name"], raw.get("StateReason", {})
         if state not in ("pending", "running"):
             said = f"machine {raw['InstanceId']} is {state}: {reason.get('Message') or 'AWS gives no reason'}"
-            raise self._api.failure(reason.get("Code", state), said, self._doing, quota=self._quota)
+            raise self._failure(reason.get("Code", state), said)
 
     # --- after a failure ----------------------------------------------------------------------------------
 

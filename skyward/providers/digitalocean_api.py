@@ -179,7 +179,8 @@ def _as_ours(exc: HttpResponseError, doing: str) -> ProviderError:
     if status in (402, 422) and re.search(r"limit|quota", words, re.IGNORECASE):
         return QuotaError(
             f"DigitalOcean would not {doing}: {words}. The account's droplet limit is raised at "
-            "https://cloud.digitalocean.com/account/team/droplet_limit_increase"
+            "https://cloud.digitalocean.com/account/team/droplet_limit_increase",
+            rules_out="provider" if "droplet limit" in words.lower() else "offer",
         )
     if re.search(r"not available|unavailable|capacity|sold out|out of stock", words, re.IGNORECASE) and status == 422:
         return CapacityError(f"DigitalOcean could not {doing}: {words}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import skyward as sky
+import skyward.provision
 from skyward.cluster import journal
 from skyward.cluster.record import Record
 from skyward.plan import make_plan
@@ -103,6 +104,69 @@ def test_credentials_that_are_refused_are_not_tried_again(
         provisioner.launch()
 
     monkeypatch.setenv("DIGITALOCEAN_TOKEN", cloud.cloud.token)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        ("AuthFailure.ServiceLinkedRoleCreationNotPermitted", "The provided credentials do not have permission to "
+         "create the service-linked role for EC2 Spot Instances."),
+        ("UnauthorizedOperation", "User: arn:aws:iam::1:user/me is not authorized to perform: ec2:RunInstances"),
+        ("SpotMaxPriceTooLow", "Your Spot request price of 0.01 is lower than the minimum"),
+        ("MaxSpotInstanceCountExceeded", "Max spot instance count exceeded"),
+    ],
+)  # fmt: skip
+def test_where_spot_is_refused_on_demand_machines_are_launched(
+    refusal: tuple[str, str], emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    cloud = emulate("aws", boots=False)
+    cloud.faults.refused["*", cloud.region, "spot"] = refusal
+
+    machines = provision(cloud.provider(), machine=cloud.type, nodes=2, allocation="spot-if-available").launch()
+
+    assert [m.spot for m in machines] == [False, False]
+    assert cloud.cloud.calls["CreateFleet"] == 3  # one for each market, then both on demand
+
+
+def test_many_spot_types_without_capacity_leave_on_demand_its_tries(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skyward.provision, "_MOST_TRIES", 2)
+    cloud = emulate("aws", boots=False)
+    cloud.faults.no_capacity.add(("*", cloud.region, "spot"))
+
+    (machine,) = provision(cloud.provider(), cpu=2, allocation="spot-if-available").launch()
+
+    assert not machine.spot
+
+
+def test_a_type_that_is_refused_is_followed_by_another_in_its_region(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    cloud = emulate("aws", boots=False)
+    options: dict[str, Any] = {"cpu": 2, "allocation": "spot-if-available"}
+    first = make_plan([cloud.provider()], PoolSpec(**options)).steps[0].offer.instance.name
+    said = f"Cluster placement groups are not supported by the '{first}' instance type."
+    cloud.faults.refused[first, cloud.region] = ("InvalidParameterCombination", said)
+    heard: list[Any] = []
+
+    (machine,) = provision(cloud.provider(), heard=heard, **options).launch()
+
+    assert machine.region == cloud.region
+    assert machine.instance_type != first
+    assert len([e for e in heard if isinstance(e, sky.Error)]) == 1
+
+
+def test_a_quota_of_a_whole_region_is_met_once(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    cloud = emulate("aws", boots=False)
+    cloud.faults.refused["*", cloud.region] = ("VolumeLimitExceeded", "Maximum storage of gp3 volumes exceeded")
+
+    with pytest.raises(sky.QuotaError, match="gp3"):
+        provision(cloud.provider(), cpu=2, allocation="spot-if-available").launch()
+
+    assert cloud.cloud.calls["CreateFleet"] == 1
 
 
 def test_four_nodes_on_aws_are_one_fleet_call(

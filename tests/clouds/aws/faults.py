@@ -41,6 +41,8 @@ class Faults:
         ``"on-demand"``; ``"*"`` stands for any.
     capacity
         The same keys, and how many machines there may be at once.
+    refused
+        The same keys, and the code and message with which every launch there is refused.
     quotas
         ``(family, region)`` or ``(family, region, market)``, and how many vCPUs there may be at once. Families:
         ``"standard"``, ``"g"``, ``"p"``, ``"inf"``, ``"trn"``; ``"*"`` stands for any.
@@ -54,6 +56,7 @@ class Faults:
 
     no_capacity: set[Key] = field(default_factory=set)
     capacity: dict[Key, int] = field(default_factory=dict)
+    refused: dict[Key, tuple[str, str]] = field(default_factory=dict)
     quotas: dict[Key, int] = field(default_factory=dict)
     throttled: dict[str, float] = field(default_factory=dict)
     unavailable: dict[str, float] = field(default_factory=dict)
@@ -71,6 +74,10 @@ class Faults:
                     counts[name] -= 1
                     return True
         return False
+
+    def refusal(self, new: Place) -> tuple[str, str] | None:
+        """Return code and message with which a launch is refused; None when it is not."""
+        return next((said for key, said in self.refused.items() if _matches(key, new)), None)
 
     def room(self, new: Place, there: Iterable[Place]) -> int:
         """Return how many machines more there is capacity for."""

@@ -122,6 +122,8 @@ def _plan(
     for option in found:
         try:
             check(cloud, backend, option.spec, option.pool.subnet)
+            if refusal := cloud.faults.refusal(option.pool.place()):
+                raise EC2ClientError(*refusal)
             limit = option.override.get("MaxPrice") or options.get("MaxPrice")
             if market == "spot" and limit and float(limit) < option.pool.price:
                 raise too_low(float(limit), option.pool)
