@@ -60,15 +60,19 @@ async def _is_there(url: str) -> None:
 
 
 async def _keep_open(entry: Entry, show: Callable[[int], Awaitable[None]]) -> None:
+    from skyward.cluster.node import SOCKET
+    from skyward.cluster.remote import pool_folder
     from skyward.cluster.ssh import Link
+    from skyward.cluster.tunnel import Tunnel
 
-    assert entry.dashboard_port is not None
     link = Link(machine_of(entry, "0").login)
+    tunnel = Tunnel(link, f"{pool_folder(entry.pool_id)}/{SOCKET}")
     try:
         await link.connect()
-        await show(await link.forward("127.0.0.1", entry.dashboard_port))
+        await show(await tunnel.listen(f"127.0.0.1:{entry.dashboard_port}"))
         while await asyncio.to_thread(journal.read, entry.pool_id) is not None:
             await asyncio.sleep(_LOOK_S)
     finally:
+        await tunnel.close()
         await link.close()
     click.echo(f"pool {entry.pool_id} has ended", err=True)

@@ -31,7 +31,7 @@ from skyward import shelf
 from skyward.bootstrap import POWER_OFF
 from skyward.cluster import metrics, notice
 from skyward.cluster.config import AgentConfig, NodeSpec
-from skyward.cluster.relay import Switchboard
+from skyward.cluster.relay import INTERPRETER, Switchboard
 
 HEADROOM_S = 60.0
 """Seconds beyond the pool's time-out after which an agent ends by itself, whatever its caller does."""
@@ -198,6 +198,7 @@ class _Agent:
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             if self._pipe is None:
+                (Path(self.config.folder) / INTERPRETER).symlink_to(sys.executable)
                 # Heard before anything is started: what takes long is then seen to be under way.
                 server = await asyncio.start_unix_server(self._serve, Path(self.config.folder) / SOCKET)
                 stack.push_async_callback(_close, server)

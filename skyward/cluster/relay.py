@@ -20,6 +20,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+INTERPRETER = "python"
+"""Name of a link to the agent's Python interpreter, beside its socket: a program there may be the carrier."""
+
 _HEADER = struct.Struct(">BI")
 _DATA, _ACK, _END = range(3)
 _READ_BYTES = 1 << 18

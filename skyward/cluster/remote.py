@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import logging
-import secrets
 import shlex
 import tarfile
 import time
@@ -26,9 +25,9 @@ from skyward.cluster import bootlogs
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.node import CONFIG, LOG, SOCKET
-from skyward.cluster.relay import Relay, StreamEnded, meet_as_caller
 from skyward.cluster.slots import node_spec
 from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
+from skyward.cluster.tunnel import Tunnel
 from skyward.cluster.wheel import Wheel
 from skyward.devices import Reading
 from skyward.errors import BootstrapError
@@ -131,9 +130,9 @@ class RemoteAgent:
         self._shipment = shipment
         self._emit = emit
         self._link = Link(machine.login)
+        self._tunnel = Tunnel(self._link, f"{self._config.folder}/{SOCKET}")
         self._writer: Any = None
         self._commands: list[dict[str, Any]] = []  # all that were given, for an agent that has not got them
-        self._carrying: set[asyncio.Task[None]] = set()
         self._talking: asyncio.Task[None] | None = None
         self._seen = 0  # events that the agent keeps and that have been heard
         self._step = ""
@@ -425,38 +424,10 @@ class RemoteAgent:
             await asyncio.sleep(_BEAT_S)
 
     async def reach(self, port: int) -> tuple[str, int]:
-        return "127.0.0.1", await self._link.forward("127.0.0.1", port)
+        return "127.0.0.1", await self._tunnel.listen(f"127.0.0.1:{port}")
 
     async def reach_scheduler(self, address: str) -> tuple[str, int]:
-        target = address.rpartition("://")[2]
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            # Not a coroutine: asyncio complains about those that are cancelled at the end.
-            task = asyncio.create_task(self._carry(Relay(reader, writer), target))
-            self._carrying.add(task)
-            task.add_done_callback(self._carrying.discard)
-
-        return "127.0.0.1", await self._link.listen(accept)
-
-    async def _carry(self, relay: Relay, target: str) -> None:
-        """Bring a connection to `target`, over one SSH connection after another, until either end closes it."""
-        stream = secrets.token_hex(8)
-        try:
-            while not self._stopped and not relay.closed.is_set():
-                try:
-                    reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
-                    confirmed = await meet_as_caller(relay, reader, writer, stream=stream, target=target)
-                    await relay.carry(reader, writer, confirmed)
-                    writer.close()
-                except NotListening:
-                    return  # the agent is gone, and what it ran
-                except _TROUBLE as exc:
-                    logger.debug("no way to %s at present: %s", self.machine, exc)
-                    await asyncio.sleep(_AGAIN_S)
-        except StreamEnded as exc:
-            logger.debug("the way to %s on %s has ended: %s", target, self.machine, exc)
-        finally:
-            relay.close()
+        return "127.0.0.1", await self._tunnel.listen(address.rpartition("://")[2])
 
     # --- stop -----------------------------------------------------------------------------------------------
 
@@ -480,9 +451,7 @@ class RemoteAgent:
             logger.warning("%s could not be cleaned: %s", self.machine, why)
             return f"{self.machine}: {why}"
         finally:
-            for task in self._carrying:
-                task.cancel()
-            await asyncio.gather(*self._carrying, return_exceptions=True)
+            await self._tunnel.close()
             await self._link.close()
         return None
 

@@ -1,10 +1,12 @@
-"""An SSH connection to a machine that is made again when it is lost; commands, sockets and ports through it."""
+"""An SSH connection to a machine that is made again when it is lost; commands and sockets through it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import posixpath
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 
 import asyncssh
 
+from skyward.cluster.relay import INTERPRETER
 from skyward.errors import BootstrapError
 from skyward.providers.base import Login
 
@@ -22,9 +25,24 @@ logging.getLogger("asyncssh").setLevel(logging.WARNING)
 CONNECT_TIMEOUT_S = 20.0
 _KEEPALIVE_S = 5
 _KEEPALIVES = 3
-_PUMP_BYTES = 1 << 18
 _SSH_FAILED = 255
 """The status of ssh itself when it is SSH that failed."""
+_CONNECTED = b"skyward: connected\n"
+_COPY = f"""
+import os, socket, sys, threading
+there = socket.socket(socket.AF_UNIX)
+there.connect(sys.argv[1])
+os.write(1, {_CONNECTED!r})
+def send():
+    while data := os.read(0, 1 << 18):
+        there.sendall(data)
+    there.shutdown(socket.SHUT_WR)
+threading.Thread(target=send, daemon=True).start()
+while data := there.recv(1 << 18):
+    while data:
+        data = data[os.write(1, data):]
+"""
+"""Program that connects its standard input and output with a Unix socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +64,10 @@ class Link:
     def __init__(self, login: Login) -> None:
         self.login = login
         self._connection: Any = None
-        self._proxy: Any = None  # the process of a proxy command, a subprocess.Popen
+        self._proxies: list[Any] = []  # the processes of proxy commands, each a subprocess.Popen
         self._connecting = asyncio.Lock()
-        self._servers: list[asyncio.Server] = []
-        self._pumps: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()  # each closes a connection when its only session ends
+        self._forwards: bool | None = None  # whether sshd forwards to sockets; None: not known
         self._closed = False
 
     # --- the connection -------------------------------------------------------------------------------------
@@ -67,28 +85,32 @@ class Link:
                 raise ConnectionError(f"the way to {self.login} is closed")
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
-                self._proxy = self._connection.get_extra_info("subprocess")
             return self._connection
 
     async def _connect(self) -> Any:
         login = self.login
         key = None if login.key is None else await asyncio.to_thread(self._load_key, login.key)
         try:
-            return await asyncssh.connect(login.host, **await self._options(key))
+            connection = await asyncssh.connect(login.host, **await self._options(key))
         except asyncssh.HostKeyNotVerifiable as exc:
-            raise self._error(f"{exc}: the host key is not the one that is expected. {self._about_host_key()}") from exc
+            raise self._ssh_error(
+                f"{exc}: the host key is not the one that is expected. {self._about_host_key()}"
+            ) from exc
         except asyncssh.PermissionDenied as exc:
             tried = "the key that sky.SSH was given" if login.key else "the SSH agent's and the usual keys"
-            raise self._error(
+            raise self._ssh_error(
                 f"{login} refused to let us in with {tried}. Try `ssh {login}`; give user= and key= to sky.SSH"
             ) from exc
         except (asyncssh.KeyImportError, asyncssh.ConfigParseError) as exc:
-            raise self._error(f"a key or ~/.ssh/config can't be used to log in to {login}: {exc}") from exc
+            raise self._ssh_error(f"a key or ~/.ssh/config can't be used to log in to {login}: {exc}") from exc
         except (OSError, asyncssh.Error) as exc:
-            raise self._error(
+            raise self._ssh_error(
                 f"{login} does not answer over SSH: {_reason(exc)}. "
                 f"Check name, port and firewall, and that `ssh {login}` gets there"
             ) from exc
+        if (proxy := connection.get_extra_info("subprocess")) is not None:
+            self._proxies = [*(p for p in self._proxies if p.returncode is None), proxy]
+        return connection
 
     async def _options(self, key: Any) -> dict[str, Any]:
         login = self.login
@@ -118,7 +140,7 @@ class Link:
                 **options | {"host": login.host, "client_keys": None, "config": ()}
             )
             if chosen.known_hosts is None:  # then asyncssh would take any host for the right one
-                raise self._error(
+                raise self._ssh_error(
                     f"UserKnownHostsFile for {login} in ~/.ssh/config is 'none', and nothing says which host key is "
                     "the right one: give known_hosts= to sky.SSH"
                 )
@@ -138,12 +160,12 @@ class Link:
         try:
             return asyncssh.import_private_key(key) if "PRIVATE KEY" in key else asyncssh.read_private_key(key)
         except (OSError, ValueError) as exc:
-            raise self._error(
+            raise self._ssh_error(
                 f"{name} for {self.login} can't be read: {_reason(exc)}. One with a passphrase has to be in the SSH "
                 "agent (`ssh-add`), and sky.SSH be given no key"
             ) from exc
 
-    def _error(self, text: str) -> BootstrapError:
+    def _ssh_error(self, text: str) -> BootstrapError:
         return BootstrapError(text, machine=str(self.login), step="ssh", status=_SSH_FAILED, last_lines=())
 
     def drop(self) -> None:
@@ -154,34 +176,30 @@ class Link:
     async def close(self) -> None:
         """Close everything. May be called twice."""
         self._closed = True
-        for server in self._servers:
-            server.close()
-        for pump in list(self._pumps):
-            pump.cancel()
+        for closing in self._closing:
+            closing.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
         if self._connection is not None:
-            self._connection.close()
-            with contextlib.suppress(Exception):  # a connection that is broken can't be closed better than that
-                await asyncio.wait_for(self._connection.wait_closed(), 2)
-        # asyncssh has killed it, and does not wait for it: it would be left over when the event loop ends now.
+            await _close(self._connection)
+        # asyncssh has killed them, and does not wait: they would be left over when the event loop ends now.
         deadline = time.monotonic() + 2
-        while self._proxy is not None and self._proxy.returncode is None and time.monotonic() < deadline:
+        while any(proxy.returncode is None for proxy in self._proxies) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     # --- through it -----------------------------------------------------------------------------------------
 
     async def run(self, command: str, *, input: bytes = b"") -> Completed:  # noqa: A002 - as subprocess has it
         """Run a shell command, with `input` on its standard input, and return how it ended."""
-        connection = await self.connect()
         given = {"input": input} if input else {"stdin": asyncssh.DEVNULL}  # asyncssh never ends an empty input
-        done = await connection.run(command, encoding=None, **given)
+        process = await self._session(command, encoding=None, **given)
+        done = await process.wait()
         output, error = (bytes(stream).decode(errors="replace") for stream in (done.stdout, done.stderr))
         return Completed(self._status(done), output, error)
 
     async def lines(self, command: str, heard: Callable[[str], None]) -> int:
         """Run a shell command, hand on each line of its output, and return its status."""
-        connection = await self.connect()
         options: Any = {"stdin": asyncssh.DEVNULL, "stderr": asyncssh.STDOUT, "errors": "replace"}
-        process = await connection.create_process(command, **options)
+        process = await self._session(command, **options)
         try:
             async for line in process.stdout:
                 heard(line.rstrip("\n"))
@@ -189,6 +207,31 @@ class Link:
             return self._status(process)
         finally:
             process.close()  # without waiting for it: whoever is cancelled would wait for the command's own end
+
+    async def _session(self, command: str, **options: Any) -> Any:
+        """Start a command; where sshd allows the connection no further session, over a connection for it alone."""
+        connection = await self.connect()
+        try:
+            return await connection.create_process(command, **options)
+        except asyncssh.ChannelOpenError as exc:
+            if connection.is_closed():
+                raise ConnectionError(f"the connection to {self.login} was lost") from exc
+        further = await self._connect()
+        try:
+            process = await further.create_process(command, **options)
+        except asyncssh.ChannelOpenError as exc:
+            further.abort()
+            raise self._ssh_error(
+                f"{self.login} can be logged in to, but its sshd refuses to run commands. Set MaxSessions in its "
+                "sshd_config (also in Match blocks) to 10, which is sshd's default, and reload sshd"
+            ) from exc
+        except BaseException:
+            further.abort()
+            raise
+        closing = asyncio.create_task(_close_after(process, further))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        return process
 
     def _status(self, ended: Any) -> int:
         """Return the status as a shell has it, where a signal counts as 128 and its number."""
@@ -205,58 +248,72 @@ class Link:
             raise OSError(f"{path} can't be written on {self.login}: {done.error.strip()}")
 
     async def open_socket(self, path: str) -> tuple[Any, Any]:
-        """Return reader and writer of a Unix socket on the machine.
+        """Return reader and writer of a Unix socket on the machine, beside which there is an `INTERPRETER`.
+
+        sshd connects to the socket, or where its configuration forbids that, a program that is run in a session.
 
         Raises
         ------
         NotListening
             The machine answers, and nobody listens there.
         """
+        if self._forwards is not False:
+            try:
+                return await self._open_forwarded(path)
+            except NotListening:  # or not allowed: sshd says "open failed" in both cases
+                if self._forwards:
+                    raise
+        reader, writer = await self._open_copied(path)
+        if self._forwards is None:
+            try:
+                forwarded = await self._open_forwarded(path)
+            except NotListening:  # although the program has just been let in
+                logger.debug("sshd on %s does not forward: sessions are used", self.login)
+                self._forwards = False
+            else:  # the socket has come up between the two
+                writer.close()
+                return forwarded
+        return reader, writer
+
+    async def _open_forwarded(self, path: str) -> tuple[Any, Any]:
         connection = await self.connect()
         try:
-            reader, writer = await connection.open_unix_connection(path, encoding=None)
+            opened: tuple[Any, Any] = await connection.open_unix_connection(path, encoding=None)
         except asyncssh.ChannelOpenError as exc:
             if connection.is_closed():
                 raise ConnectionError(f"the connection to {self.login} was lost") from exc
             raise NotListening(f"nobody listens at {path} on {self.login}") from exc
-        return reader, writer
+        self._forwards = True
+        return opened
 
-    async def listen(self, accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]) -> int:
-        """Return a port on our loopback whose connections go to `accept`, until this is closed."""
-        server = await asyncio.start_server(accept, "127.0.0.1", 0)
-        self._servers.append(server)
-        port: int = server.sockets[0].getsockname()[1]
-        return port
-
-    async def forward(self, host: str, port: int) -> int:
-        """Return a port on our loopback from which every connection goes to `host`:`port`, as the machine sees it.
-
-        Outlives the SSH connection: when that is made again, new connections go through the new one.
-        """
-
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                connection = await self.connect()
-                there_reader, there_writer = await connection.open_connection(host, port, encoding=None)
-            except (OSError, asyncssh.Error, BootstrapError):
-                logger.debug("no way through %s to %s:%s", self.login, host, port, exc_info=True)
-                writer.close()
-                return
-            for source, target in ((reader, there_writer), (there_reader, writer)):
-                task = asyncio.create_task(_pump(source, target))
-                self._pumps.add(task)
-                task.add_done_callback(self._pumps.discard)
-
-        return await self.listen(accept)
+    async def _open_copied(self, path: str) -> tuple[Any, Any]:
+        interpreter = posixpath.join(posixpath.dirname(path), INTERPRETER)
+        # Isolated and without site packages: it starts in 10 ms, and nothing of the user's gets in.
+        command = shlex.join(["exec", interpreter, "-I", "-S", "-c", _COPY, path])
+        process = await self._session(command, encoding=None, stderr=asyncssh.DEVNULL)
+        try:
+            while (line := await process.stdout.readline()) != _CONNECTED:  # a shell may greet before
+                if not line:
+                    await process.wait()
+                    self._status(process)
+                    raise NotListening(f"nobody listens at {path} on {self.login}")
+        except BaseException:
+            process.close()
+            raise
+        return process.stdout, process.stdin
 
 
-async def _pump(source: Any, target: Any) -> None:
-    with contextlib.suppress(OSError, asyncssh.Error, asyncio.IncompleteReadError):
-        while data := await source.read(_PUMP_BYTES):
-            target.write(data)
-            await target.drain()
-    with contextlib.suppress(OSError, asyncssh.Error, RuntimeError):
-        target.close()
+async def _close_after(process: Any, connection: Any) -> None:
+    try:
+        await process.wait_closed()
+    finally:
+        await _close(connection)
+
+
+async def _close(connection: Any) -> None:
+    connection.close()
+    with contextlib.suppress(Exception):  # a connection that is broken can't be closed better than that
+        await asyncio.wait_for(connection.wait_closed(), 2)
 
 
 def _reason(exc: BaseException) -> str:

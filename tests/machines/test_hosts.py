@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -324,7 +325,7 @@ def test_a_proxy_command_leads_to_a_machine_without_an_address(pair: list[Machin
             return (await link.run("hostname")).output.strip()
         finally:
             await link.close()
-            assert link._proxy.returncode is not None  # or it would outlive the event loop
+            assert all(p.returncode is not None for p in link._proxies)  # or they would outlive the event loop
 
     assert asyncio.run(name()) == pair[0].name
 
@@ -337,3 +338,73 @@ def test_the_error_survives_pickling_with_its_facts(site: Site, pair: list[Machi
     again = pickle.loads(pickle.dumps(error))
     assert json.dumps(vars(again)) == json.dumps(vars(error))
     assert str(again) == str(error)
+
+
+# --- what sshd forbids --------------------------------------------------------------------------------------
+
+SSHDS = {
+    "tcp": ["AllowTcpForwarding no"],
+    "sockets": ["AllowStreamLocalForwarding no"],
+    "all": ["DisableForwarding yes"],
+    "targets": ["PermitOpen none"],
+    "sessions": ["MaxSessions 1"],
+    "all but one session": ["DisableForwarding yes", "MaxSessions 1"],
+    "every session": ["MaxSessions 0"],
+}
+
+
+@pytest.fixture(scope="module")
+def sshds(site: Site, pair: list[Machine]) -> dict[str, str]:
+    """Hosts as sky.SSH takes them, each with an sshd that forbids something."""
+    machine, hosts = pair[0], {}
+    for port, (forbidden, settings) in enumerate(SSHDS.items(), 2201):
+        options = "".join(f" -o '{setting}'" for setting in settings)
+        machine.run(f"/usr/sbin/sshd -f /etc/ssh/sshd_config -E /var/log/sshd.log -o Port={port}{options}")
+        with site.known_hosts.open("a") as known:
+            known.write(f"[{machine.address}]:{port} {machine.host_key()}\n")
+        hosts[forbidden] = f"root@{machine.address}:{port}"
+    return hosts
+
+
+@pytest.mark.parametrize("forbidden", [f for f in SSHDS if f != "every session"])
+def test_a_pool_runs_whatever_forwarding_sshd_forbids(forbidden: str, site: Site, sshds: dict[str, str]) -> None:
+    @sky.compute
+    def size(data: bytes) -> int:
+        return len(data)
+
+    provider = sky.SSH(sshds[forbidden], key=site.key, known_hosts=site.known_hosts)
+    with open_pool(provider, concurrency=2) as pool:
+        sizes = sky.gather(*(size(bytes([n]) * 3_000_000) for n in range(4))) >> pool
+        with urllib.request.urlopen(pool.dashboard_link.replace("status", "health"), timeout=30) as page:
+            health = page.read()
+
+    assert sizes == (3_000_000,) * 4
+    assert health == b"ok"
+
+
+def test_an_sshd_without_sessions_is_named_with_the_setting(
+    site: Site, pair: list[Machine], sshds: dict[str, str]
+) -> None:
+    provider = sky.SSH(sshds["every session"], key=site.key, known_hosts=site.known_hosts)
+
+    error = refused(open_pool(provider), beside=pair[0])
+
+    assert f"{sshds['every session']} can be logged in to, but its sshd refuses to run commands" in str(error)
+    assert "Set MaxSessions in its sshd_config" in str(error)
+
+
+def test_a_stream_through_a_session_is_made_again_when_it_breaks(
+    site: Site, pair: list[Machine], sshds: dict[str, str]
+) -> None:
+    @sky.compute
+    def meet(here: str, there: str) -> str:
+        Path(here).touch()
+        while not Path(there).exists():
+            time.sleep(0.05)
+        return "met"
+
+    provider = sky.SSH(sshds["all"], key=site.key, known_hosts=site.known_hosts)
+    with open_pool(provider) as pool:
+        call = pool.submit(meet("/tmp/here", "/tmp/there"))
+        pair[0].run("until [ -e /tmp/here ]; do sleep 0.05; done; pkill -f '[s]shd: root'; touch /tmp/there")
+        assert call.result(timeout=60) == "met"
