@@ -144,18 +144,23 @@ class Birth:
             "ssh_deletekeys": True,
             "ssh_keys": {"ed25519_private": self.host_key, "ed25519_public": self.host_key_public},
             "ssh_authorized_keys": [self.authorized_key],
-            "runcmd": [["sh", "-c", self._dead_man()]],
+            # Not runcmd: that runs last, after cloud-init's own package upgrades, and only at the first boot.
+            "bootcmd": [["sh", "-c", self._dead_man()]],
         }
         return "#cloud-config\n" + json.dumps(facts)
 
     def script(self) -> str:
         """Return it as a shell script, for clouds that run one at boot, after a first start of sshd."""
         place = "/etc/ssh/ssh_host_ed25519_key"
+        at_boot = "/var/lib/cloud/scripts/per-boot"  # what cloud-init runs at every boot; this script only at the first
+        timer = f"#!/bin/sh\n{self._dead_man()}\n"
         return "\n".join(
             [
                 "#!/bin/sh",
                 self._dead_man(),
                 "umask 077",
+                f"mkdir -p {at_boot} && printf %s {shlex.quote(timer)} > {at_boot}/skyward",
+                f"chmod 700 {at_boot}/skyward",
                 f"printf '%s\\n' {shlex.quote(self.host_key.rstrip())} > {place}",
                 f"printf '%s\\n' {shlex.quote(self.host_key_public.rstrip())} > {place}.pub",
                 "mkdir -p /root/.ssh",
@@ -166,7 +171,7 @@ class Birth:
         )
 
     def _dead_man(self) -> str:
-        # First of all that runs there: from here on the machine ends even if nobody is left to end it.
+        # Armed before anything that can fail or hang: the machine ends even if nobody is left to end it.
         return (
             f"(trap '' HUP; exec setsid sh -c 'sleep {int(self.ttl_s)}; {POWER_OFF}') "
             "> /dev/null 2>&1 < /dev/null &"

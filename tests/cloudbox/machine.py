@@ -26,8 +26,8 @@ class Machine:
     Parameters
     ----------
     user_data
-        As cloud-init takes it: ``#cloud-config`` with `ssh_keys`, `ssh_authorized_keys`, `write_files` and `runcmd`,
-        or a script that begins with ``#!``.
+        As cloud-init takes it: ``#cloud-config`` with `ssh_keys`, `ssh_authorized_keys`, `bootcmd`, `write_files` and
+        `runcmd`, or a script that begins with ``#!``.
     user
         Who may log in.
     disk
@@ -204,18 +204,21 @@ def _write_seed(seed: Path, user_data: str) -> None:
         path.touch(mode=0o600)
         path.write_text(value.rstrip() + "\n")
     (seed / "authorized_keys").write_text("".join(f"{k}\n" for k in config.get("ssh_authorized_keys", [])))
-    lines = []
+    lines = _commands(config, "bootcmd")
     for file in config.get("write_files", []):
         lines.append(f"mkdir -p {shlex.quote(str(Path(file['path']).parent))}")
         lines.append(f"printf %s {shlex.quote(file['content'])} > {shlex.quote(file['path'])}")
         if "permissions" in file:
             lines.append(f"chmod {file['permissions']} {shlex.quote(file['path'])}")
-    for command in config.get("runcmd", []):
-        lines.append(command if isinstance(command, str) else shlex.join(command))
+    lines += _commands(config, "runcmd")
     if lines:
         script = "\n".join(["#!/bin/sh", *lines, ""])
     if script:
         (seed / "script").write_text(script)
+
+
+def _commands(config: dict[str, Any], key: str) -> list[str]:
+    return [command if isinstance(command, str) else shlex.join(command) for command in config.get(key, [])]
 
 
 def cloud_config(**facts: Any) -> str:
