@@ -2,9 +2,9 @@
 
 PYTHON ?= python3
 PYTEST_WORKERS ?= 2
-# System packages to install first, where make runs as root and apt is there: for tests on machines in a box, and for
-# those in a browser, which need some font.
-APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rclone \
+# System packages to install first, where make runs as root and apt is there: for tests on machines in a box, some of
+# which have other login shells, and for those in a browser, which need some font.
+APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rclone fish tcsh zsh \
     chromium chromium-driver fonts-dejavu-core
 
 VENV := .venv

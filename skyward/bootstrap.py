@@ -258,7 +258,8 @@ get_uv() {{
 
 find_python() {{
     for name in python{recipe.python} python3 /usr/bin/python3 /usr/local/bin/python3; do
-        python=$("$name" -c 'import sys
+        # -I and -S: what a usercustomize or sitecustomize prints would be taken for the path.
+        python=$("$name" -IS -c 'import sys
 version = "%d.%d.%d." % sys.version_info[:3]
 version.startswith("{recipe.python}.") or sys.exit(1)
 print(sys.executable)' 2> /dev/null) && return 0
@@ -288,7 +289,7 @@ install_packages() {{
 }}
 
 # What is there but not complete is made again from nothing: which of its packages are whole, nobody knows.
-if ! [ -e "$environment/complete" ] || ! "$environment/bin/python" -c '' 2> /dev/null; then
+if ! [ -e "$environment/complete" ] || ! "$environment/bin/python" -I -c '' > /dev/null 2>&1; then
     use_pip_settings
     find_uv || step uv get_uv
     find_uv

@@ -58,6 +58,9 @@ _BEAT = "beat"
 _LOG_S = 10.0
 """Seconds that the logs of a machine that failed may take to arrive. By feel: nobody waits longer for bad news."""
 _HEARD_LINES = 10_000
+_READ_DEVICES = shlex.quote(
+    "import sys; sys.path.insert(0, sys.argv[1]); from skyward.devices import read; print(read(sys.argv[2]).to_json())"
+)
 _ADVICE = {
     "apt": "Check the names in Image(apt=...).",
     "packages": "Check the names and versions in Image(pip=...).",
@@ -193,6 +196,8 @@ class RemoteAgent:
         """Keep here what was heard of the machine, and its own logs where it still answers; return the path."""
         heard = [f"{self.machine}, machine {self.facts.id} of pool {self._config.pool_id}: failed at {step}", "", error]
         heard += ["", "== heard", *self._heard]
+        if self._link.noise:
+            heard += ["", "== printed by the login", self._link.noise]
         if self._started:
             with contextlib.suppress(TimeoutError, *_TROUBLE):  # what was heard has to do
                 async with asyncio.timeout(_LOG_S):
@@ -292,11 +297,13 @@ class RemoteAgent:
             await self._run_steps(path)
         self._progress("gpu")
         recipe = self._shipment.recipe
-        command = f"PYTHONPATH={recipe.import_path} {recipe.interpreter} -m skyward.devices {wanted.vendor}"
-        done = await self._link.run(command)
+        done = await self._link.run(f"{recipe.interpreter} -I -c {_READ_DEVICES} {recipe.import_path} {wanted.vendor}")
         if done.status:
             raise self._failed("gpu", done.status, done.error.splitlines())
-        reading = Reading.from_json(done.output)
+        try:
+            reading = Reading.from_json(done.output.rstrip().rpartition("\n")[2])  # a sitecustomize may print before
+        except ValueError:
+            raise self._failed("gpu", 0, done.output.splitlines()) from None
         if lack := devices.lack(wanted, reading):
             raise self._failed("gpu", 1, (lack,))
         named = devices.names(wanted, reading.devices)
@@ -312,34 +319,37 @@ class RemoteAgent:
         if self._shipment.include:
             files = await asyncio.to_thread(self._shipment.files)
             done = await self._link.run(
-                f"umask 077; mkdir -p {folder}/work && tar xozf - -C {folder}/work", input=files
+                f"mkdir -p {folder}/work && tar xozf - -C {folder}/work", input=files
             )
             if done.status:
                 raise self._failed("include", done.status, done.error.splitlines())
         # Detached from this login: the agent outlives a lost connection. The socket in its folder is the way to it.
         command = (
-            f"umask 077; mkdir -p {folder}/work {folder}/tmp && cd {folder}/work || exit 1; "
+            f"mkdir -p {folder}/work {folder}/tmp && cd {folder}/work || exit 1; "
             f"SKYWARD_POOL={config.pool_id} TMPDIR={folder}/tmp PYTHONPATH={self._shipment.recipe.import_path} "
             f"setsid {self._shipment.recipe.interpreter} -m skyward.cluster.node --serve {folder} "
-            f"> {folder}/{LOG} 2>&1 < /dev/null &"
+            f"> {folder}/{LOG} 2>&1 < /dev/null & set -- $! {_facts_of('$!')}; echo $1 ${{21}}"
         )
         done = await self._link.run(command)
         if done.status:
             raise self._failed("agent", done.status, tuple(done.error.splitlines()[-LAST_LINES:]))
+        pid, started = [*done.output.split(), "0"][:2]  # one that has died already has no start time
         deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(NotListening):
                 _, writer = await self._link.open_socket(f"{folder}/{SOCKET}")
                 writer.close()
                 return
-            if time.monotonic() > deadline or not await self._is_alive():
+            if time.monotonic() > deadline or not await self._is_alive(int(pid), int(started)):
                 log = await self._link.run(f"tail -n {LAST_LINES} {folder}/{LOG}")
                 raise self._failed("agent", 1, tuple(log.output.splitlines()))
             await asyncio.sleep(0.05)
 
-    async def _is_alive(self) -> bool:
-        folder = self._config.folder
-        done = await self._link.run(f"pgrep -f -- '--serve {folder}' > /dev/null || test -S {folder}/{SOCKET}")
+    async def _is_alive(self, pid: int, started: int) -> bool:
+        """Tell whether the process that started as the agent still runs: it has its number and its start time."""
+        socket = f"{self._config.folder}/{SOCKET}"
+        is_it = f'set -- {_facts_of(str(pid))}; [ "${{1:-Z}}" != Z ] && [ "${{20}}" = {started} ]'
+        done = await self._link.run(f"{is_it} || test -S {socket}")
         return done.status == 0
 
     def _failed(self, step: str, status: int, lines: Sequence[str]) -> BootstrapError:
@@ -412,7 +422,7 @@ class RemoteAgent:
                 if event["event"] == "failed" and (path := await self._keep_log("workers", _words(event))):
                     event |= {"log": str(path)}
                 heard(event)
-        except _TROUBLE as exc:
+        except (*_TROUBLE, ValueError) as exc:  # a ForceCommand may print at the end
             logger.debug("lost the agent on %s: %s", self.machine, exc)
         finally:
             self._writer = None
@@ -477,13 +487,17 @@ def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:
     watch = (
         f"missed=0; while [ $missed -lt {_LOOKS} ]; do sleep {patience_s / _LOOKS:g}; "
         f"[ -d {folder} ] && ! [ -S {folder}/{SOCKET} ] || exit 0; "
-        f"if rm {folder}/{_BEAT} 2> /dev/null; then missed=0; else missed=$((missed + 1)); fi; done; "
-        f"exec env -u {POOL} sh -c {shlex.quote(end)}"  # unmarked, or it would end itself first
+        f"if rm {folder}/{_BEAT} 2> /dev/null; then missed=0; else missed=$((missed + 1)); fi; done; {end}"
     )
     return (
-        f"umask 077; mkdir -p {folder} && "
+        f"mkdir -p {folder} && "
         f"{{ {POOL}={pool_id} setsid sh -c {shlex.quote(watch)} > /dev/null 2>&1 < /dev/null & }}"
     )
+
+
+def _facts_of(pid: str) -> str:
+    """Return shell words for the state of a process, its parent and so on: field 20 is when it started (proc(5))."""
+    return f"$(sed 's/.*) //' /proc/{pid}/stat)"
 
 
 def _words(failed: dict[str, Any]) -> str:
@@ -499,15 +513,22 @@ def _logs_command(folder: str, *, cloud: bool) -> str:
 def clean_command(pool_id: str) -> str:
     """Return the shell command that ends all of a pool on a machine: its processes, however far away, and its files.
 
-    Every process that descends from the agent has the pool's id in its environment.
+    Every process that descends from the agent has the pool's id in its environment. The processes that run this
+    command may have it too: they are spared.
     """
-    mark = shlex.quote(f"SKYWARD_POOL={pool_id}")
-    return (
-        f"for try in 1 2 3 4 5 6 7 8 9 10; do "
-        f"found=$(grep -lsaF {mark} /proc/[0-9]*/environ | tr -dc '0-9\\n'); "
+    mark = shlex.quote(f"{POOL}={pool_id}")
+    # grep alone is not enough: behind a ForceCommand this whole command is in the environment of what sshd starts.
+    clean = (
+        f"own=' '; pid=$$; "
+        f"while [ \"${{pid:-0}}\" -gt 1 ]; do own=\"$own$pid \"; set -- {_facts_of('$pid')}; pid=$2; done; "
+        f"for try in 1 2 3 4 5 6 7 8 9 10; do found=; "
+        f"for pid in $(grep -lsaF {mark} /proc/[0-9]*/environ | tr -dc '0-9\\n'); do "
+        f'case $own in *" $pid "*) continue;; esac; '
+        f"2> /dev/null tr '\\0' '\\n' < /proc/$pid/environ | grep -qxF {mark} && found=\"$found $pid\"; done; "
         f'[ -z "$found" ] && break; '
         # multiprocessing's tracker ends by itself when all others have, and only then removes their semaphores.
         f"for pid in $found; do [ $try -gt 6 ] || ! grep -qsaF resource_tracker /proc/$pid/cmdline && "
         f"kill -9 $pid 2> /dev/null; done; sleep 0.05; done; "
-        f'rm -rf {pool_folder(pool_id)}; [ -z "$found" ] || {{ echo "still running: "$found >&2; exit 1; }}'
+        f'rm -rf {pool_folder(pool_id)}; [ -z "$found" ] || {{ echo "still running:$found" >&2; exit 1; }}'
     )
+    return f"( unset {POOL}; exec sh -c {shlex.quote(clean)} )"

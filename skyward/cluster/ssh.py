@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import posixpath
+import secrets
 import shlex
 import time
 from collections.abc import Callable
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncssh
+from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
 
+from skyward.bootstrap import LAST_LINES
 from skyward.cluster.relay import INTERPRETER
+from skyward.cluster.shell import Framed, sh_command
 from skyward.errors import BootstrapError
 from skyward.providers.base import Login
 
@@ -27,12 +31,13 @@ _KEEPALIVE_S = 5
 _KEEPALIVES = 3
 _SSH_FAILED = 255
 """The status of ssh itself when it is SSH that failed."""
-_CONNECTED = b"skyward: connected\n"
-_COPY = f"""
+_NOISE = 2_000
+"""Characters kept of what a login prints. Chosen, not measured."""
+_COPY = """
 import os, socket, sys, threading
 there = socket.socket(socket.AF_UNIX)
 there.connect(sys.argv[1])
-os.write(1, {_CONNECTED!r})
+os.write(1, sys.argv[2][::-1].encode() + b"\\n")
 def send():
     while data := os.read(0, 1 << 18):
         there.sendall(data)
@@ -42,7 +47,7 @@ while data := there.recv(1 << 18):
     while data:
         data = data[os.write(1, data):]
 """
-"""Program that connects its standard input and output with a Unix socket."""
+"""Program that connects its standard input and output with a Unix socket, and says so first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class Link:
 
     def __init__(self, login: Login) -> None:
         self.login = login
+        self.noise = ""  # what the last login printed, beside the command's own output
         self._connection: Any = None
         self._proxies: list[Any] = []  # the processes of proxy commands, each a subprocess.Popen
         self._connecting = asyncio.Lock()
@@ -189,24 +195,71 @@ class Link:
     # --- through it -----------------------------------------------------------------------------------------
 
     async def run(self, command: str, *, input: bytes = b"") -> Completed:  # noqa: A002 - as subprocess has it
-        """Run a shell command, with `input` on its standard input, and return how it ended."""
+        """Run a command of POSIX sh, on one line, with `input` on its standard input; return how it ended.
+
+        What the login prints is not part of the output.
+
+        Raises
+        ------
+        BootstrapError
+            The machine lets us in, and runs something else than the command.
+        """
+        framed = Framed(command)
         given = {"input": input} if input else {"stdin": asyncssh.DEVNULL}  # asyncssh never ends an empty input
-        process = await self._session(command, encoding=None, **given)
+        process = await self._session(framed.command, encoding=None, **given)
         done = await process.wait()
         output, error = (bytes(stream).decode(errors="replace") for stream in (done.stdout, done.stderr))
-        return Completed(self._status(done), output, error)
+        ended = self._status(done)
+        answer = framed.read(output)
+        self._note_noise(framed.noise(output) + framed.noise(error))
+        if answer is None:
+            raise self._runs_nothing(ended, output + error)
+        text, status = answer
+        return Completed(ended if status is None else status, text, error.rpartition(framed.mark)[2])
 
     async def lines(self, command: str, heard: Callable[[str], None]) -> int:
-        """Run a shell command, hand on each line of its output, and return its status."""
-        options: Any = {"stdin": asyncssh.DEVNULL, "stderr": asyncssh.STDOUT, "errors": "replace"}
-        process = await self._session(command, **options)
+        """Run a command as `run` does, hand on each line of its output, and return its status."""
+        framed = Framed(command, merged=True)
+        process = await self._session(framed.command, stdin=asyncssh.DEVNULL, errors="replace")
+        noise, began, status = "", False, None
         try:
-            async for line in process.stdout:
-                heard(line.rstrip("\n"))
-            await process.wait()
-            return self._status(process)
+            async for raw in process.stdout:
+                line, marked, rest = raw.rstrip("\n").partition(framed.mark)
+                if not began:
+                    began = bool(marked)
+                    noise += line if began else raw
+                elif status is None:
+                    if line or not marked:
+                        heard(line)
+                    if marked:
+                        status = int(rest)
+            done = await process.wait()
+            ended = self._status(process)
+            noise += done.stderr
+            self._note_noise(noise)
+            if not began:
+                raise self._runs_nothing(ended, noise)
+            return ended if status is None else status
         finally:
             process.close()  # without waiting for it: whoever is cancelled would wait for the command's own end
+
+    def _note_noise(self, noise: str) -> None:
+        if noise.strip():
+            self.noise = noise[-_NOISE:]
+            logger.debug("a login to %s prints %r", self.login, self.noise)
+
+    def _runs_nothing(self, status: int | None, output: str) -> BootstrapError:
+        lines = [line for line in output.splitlines() if line.strip()][-LAST_LINES:]
+        printed = "\n  ".join(["It printed:", *lines]) if lines else "It printed nothing"
+        ended = "was refused" if status is None else f"ended with status {status}"
+        return BootstrapError(
+            f"{self.login} lets us in and runs no commands: instead of /bin/sh the user's login shell, or a "
+            f"ForceCommand of sshd_config or authorized_keys, was started, and {ended}. {printed}",
+            machine=str(self.login),
+            step="ssh",
+            status=_SSH_FAILED if status is None else status,
+            last_lines=tuple(lines),
+        )
 
     async def _session(self, command: str, **options: Any) -> Any:
         """Start a command; where sshd allows the connection no further session, over a connection for it alone."""
@@ -216,6 +269,8 @@ class Link:
         except asyncssh.ChannelOpenError as exc:
             if connection.is_closed():
                 raise ConnectionError(f"the connection to {self.login} was lost") from exc
+            if exc.code == OPEN_REQUEST_SESSION_FAILED:  # not the session was refused, but the command
+                raise self._runs_nothing(None, "") from exc
         further = await self._connect()
         try:
             process = await further.create_process(command, **options)
@@ -242,7 +297,7 @@ class Link:
     async def write(self, path: str, data: bytes) -> None:
         """Write a file, readable by its owner only, whole or not at all. `path` is as the shell sees it."""
         part = f'{path}".$$"'
-        command = f'umask 077; mkdir -p "$(dirname {path})" && cat > {part} && mv {part} {path}'
+        command = f'mkdir -p "$(dirname {path})" && cat > {part} && mv {part} {path}'
         done = await self.run(f"{command} || {{ rm -f {part}; exit 1; }}", input=data)
         if done.status:
             raise OSError(f"{path} can't be written on {self.login}: {done.error.strip()}")
@@ -289,10 +344,11 @@ class Link:
     async def _open_copied(self, path: str) -> tuple[Any, Any]:
         interpreter = posixpath.join(posixpath.dirname(path), INTERPRETER)
         # Isolated and without site packages: it starts in 10 ms, and nothing of the user's gets in.
-        command = shlex.join(["exec", interpreter, "-I", "-S", "-c", _COPY, path])
-        process = await self._session(command, encoding=None, stderr=asyncssh.DEVNULL)
+        mark = secrets.token_hex(12)
+        program = shlex.join([interpreter, "-I", "-S", "-c", f"exec({_COPY!r})", path, mark[::-1]])
+        process = await self._session(sh_command(f"exec {program}"), encoding=None, stderr=asyncssh.DEVNULL)
         try:
-            while (line := await process.stdout.readline()) != _CONNECTED:  # a shell may greet before
+            while not (line := await process.stdout.readline()).endswith(f"{mark}\n".encode()):  # a login may print
                 if not line:
                     await process.wait()
                     self._status(process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 import skyward as sky
+from skyward.cluster.remote import RemoteAgent
 from skyward.spec import Image
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
@@ -333,6 +335,27 @@ def test_a_machine_with_an_old_python_and_no_way_to_a_new_one_is_told_so(
 
     assert (error.step, error.status) == ("uv", 79)
     assert "install it on this machine" in error.last_lines[-1]
+
+
+def test_an_agent_that_dies_at_birth_is_told_at_once_with_its_last_words(
+    site: Site, fresh: Callable[..., Machine], baked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = fresh(baked=baked)
+    died = "import os, sys; '--serve' in sys.orig_argv and (print('no luck', file=sys.stderr, flush=True), os._exit(3))"
+    machine.run(f"cd {CACHE}/envs/*/lib/python3*/site-packages && echo {shlex.quote(died)} > died.pth")
+    alive: list[bool] = []
+    is_alive = RemoteAgent._is_alive
+
+    async def note(*arguments: Any) -> bool:
+        alive.append(await is_alive(*arguments))
+        return alive[-1]
+
+    monkeypatch.setattr(RemoteAgent, "_is_alive", note)
+
+    error = fail_to_start(site, machine)
+
+    assert (error.step, error.last_lines) == ("agent", ("no luck",))
+    assert alive.count(True) < 50  # or it was waited for in vain
 
 
 def test_a_full_disk_is_named(site: Site, fresh: Callable[..., Machine]) -> None:
