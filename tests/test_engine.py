@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
 from skyward import pickling
-from skyward.engine import Call
+from skyward.engine import Call, run
 from skyward.engine.calls import Estimates
-from skyward.engine.store import Keeper, Store
+from skyward.engine.store import Store
+from tests.waiting import wait_until
 
 
 def square(x: int) -> int:
@@ -88,6 +92,81 @@ def test_a_slow_call_among_fast_ones_does_not_hold_them_back(pool: sky.ComputePo
     order = list(stream)
     assert sorted(order) == list(range(200))
     assert order.index(0) > 150  # some may share its chunk
+
+
+# --- what changes between two calls of one stream -----------------------------------------------------------
+
+
+def largest(a: Any, scale: int = 1) -> float:
+    return scale * float(np.max(a))
+
+
+def changing(array: Any, make: Any) -> Iterator[Any]:
+    for i in range(5):
+        array[:] = i
+        yield make(array)
+
+
+@pytest.mark.parametrize("size", [300_000, 1_000_000])  # compared as a whole, and by samples
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: sky.compute(largest)(a),
+        lambda a: sky.compute(largest)(a=a),
+        lambda a: sky.compute(lambda d: largest(d["x"][0]))({"x": [a]}),
+        lambda a: sky.compute(largest)(a[::-1]),
+        lambda a: sky.compute(largest)(pd.DataFrame({"x": a}, copy=False)),
+        lambda a: sky.compute(functools.partial(largest, a))(),
+    ],
+    ids=["argument", "keyword", "nested", "view", "pandas", "partial"],
+)
+def test_an_array_changed_in_place_arrives_as_it_was_at_each_call(pool: sky.ComputePool, make: Any, size: int) -> None:
+    stream = sky.gather(changing(np.zeros(size), make), stream=True) >> pool
+
+    assert list(stream) == [0, 1, 2, 3, 4]
+
+
+def test_a_loop_over_a_stream_may_change_arrays_of_calls_still_to_come(pool: sky.ComputePool) -> None:
+    array = np.zeros(300_000)
+    calls = [sky.compute(largest)(array) for _ in range(400)]  # more than are on their way at once
+    values = []
+    for value in sky.gather(calls, stream=True) >> pool:
+        values.append(value)
+        array[:] = len(values)
+
+    assert values[0] == 0
+    assert values[-1] > 0
+
+
+def test_a_callable_arrives_with_its_state_at_each_call(pool: sky.ComputePool) -> None:
+    class Scale:
+        factor = 0
+
+        def times(self, x: int) -> int:
+            return self.factor * x
+
+    scale = Scale()
+    times = sky.compute(scale.times)
+
+    def calls() -> Iterator[Any]:
+        for i in range(5):
+            scale.factor = i
+            yield times(2)
+
+    assert list(sky.gather(calls(), stream=True) >> pool) == [0, 2, 4, 6, 8]
+
+
+def test_large_arguments_do_not_leave_slots_idle(pool: sky.ComputePool, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "_AHEAD_BYTES", 1 << 20)
+
+    def meet(array: Any, i: int) -> int:
+        (tmp_path / str(i)).touch()
+        wait_until(lambda: len(list(tmp_path.iterdir())) >= 4)
+        return i
+
+    calls = (sky.compute(meet)(np.full(200_000, i), i) for i in range(4))
+
+    assert list(sky.gather(calls, stream=True) >> pool) == [0, 1, 2, 3]
 
 
 # --- groups -------------------------------------------------------------------------------------------------
@@ -208,19 +287,6 @@ def test_equal_buffers_are_kept_once_and_unused_ones_dropped_when_room_is_short(
     assert Path(str(other.path)).exists()
     store.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_array_is_hashed_once_within_a_group() -> None:
-    store = Store(None)
-    keeper = Keeper(store)
-    array = np.ones(1 << 18)
-    _, (first,) = pickling.dumps(array)
-    _, (again,) = pickling.dumps({"nested": array})
-
-    refs = keeper.put(first), keeper.put(again)
-
-    assert refs[0] == refs[1]
-    assert len(keeper._known) == 1
 
 
 def test_a_full_folder_is_an_error_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

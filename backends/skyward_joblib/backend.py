@@ -266,26 +266,23 @@ def _name(fn: Any) -> str:
 _last_same = threading.local()
 
 
-def _same(fn: Callable[..., Any]) -> _SameFunction:
+def _same(fn: Callable[..., Any]) -> functools.partial[tuple[list[Any], float]]:
     """Return the same object again for the same function, so that the engine recognises it."""
-    last: _SameFunction | None = getattr(_last_same, "value", None)
-    if last is None or last.fn is not fn:
-        last = _last_same.value = _SameFunction(fn)
+    last: functools.partial[Any] | None = getattr(_last_same, "value", None)
+    if last is None or last.args[0] is not fn:
+        last = _last_same.value = functools.partial(_run_same, fn)
+        last.__name__ = last.__qualname__ = _name(fn)  # type: ignore[attr-defined]  # for messages
     return last
 
 
-class _SameFunction:
-    """Runs one function with each of several arguments."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-        self.__name__ = self.__qualname__ = _name(fn)  # for messages
-
-    def __call__(self, calls: Sequence[tuple[Any, Any]], nested: Any, threads: int | None) -> tuple[list[Any], float]:
-        began = time.perf_counter()
-        with _inside(nested, threads):
-            values = [self.fn(*args, **kwargs) for args, kwargs in calls]
-        return values, time.perf_counter() - began
+def _run_same(
+    fn: Callable[..., Any], calls: Sequence[tuple[Any, Any]], nested: Any, threads: int | None
+) -> tuple[list[Any], float]:
+    """Run one function with each of several arguments."""
+    began = time.perf_counter()
+    with _inside(nested, threads):
+        values = [fn(*args, **kwargs) for args, kwargs in calls]
+    return values, time.perf_counter() - began
 
 
 def _run(tasks: Sequence[Task], nested: Any, threads: int | None) -> tuple[list[Any], float]:

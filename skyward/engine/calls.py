@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import xxhash
 
 from skyward import pickling
+from skyward.engine.captured import captured
 from skyward.engine.store import Keeper, Store
 from skyward.errors import RemoteTraceback, SerializationError, TaskExitError
 from skyward.wire import BlobRef, FunctionRef, Kind, Outcome
@@ -48,22 +50,29 @@ class Item:
     function: FunctionRef
     arguments: bytes
     buffers: tuple[BlobRef, ...]
+    size: int  # bytes of the arguments, and of large buffers that were not stored before
     sink: Any = None  # what the group needs to deliver the outcome
     attempts: int = 0  # runs that ended in the call's own exception
     losses: int = 0  # runs that ended with their worker
-    size: int = field(default=0)
 
-    def __post_init__(self) -> None:
-        self.size = len(self.arguments)
+    @property
+    def refs(self) -> tuple[BlobRef, ...]:
+        """The large buffers that it uses until it ends."""
+        return (*self.buffers, *self.function.buffers)
 
 
 class Packer:
-    """Packs the calls of one group: each function once, each large buffer once per identity."""
+    """Packs the calls of one group: each function once, each large buffer once per identity.
 
-    def __init__(self, store: Store) -> None:
+    With `unchanged`, the caller's code does not run between two calls, so functions and arrays stay as they were.
+    Otherwise both are looked at again for each call: see `Keeper` and `captured`.
+    """
+
+    def __init__(self, store: Store, *, unchanged: bool = False) -> None:
         self._store = store
-        self._keeper = Keeper(store)
-        self._functions: dict[int, tuple[Any, FunctionRef]] = {}
+        self._unchanged = unchanged
+        self._keeper = Keeper(store, unchanged=unchanged)
+        self._functions: dict[int, _Packed] = {}
 
     def pack(self, call: Call, index: int = 0, sink: Any = None) -> Item:
         """Pickle `call`.
@@ -74,6 +83,7 @@ class Packer:
             The function or an argument can't be pickled; the message names it.
         """
         kwargs = dict(call.kwargs)
+        before = self._store.written_bytes
         try:
             function = self._function(call.fn)
             data, buffers = pickling.dumps((call.args, kwargs))
@@ -82,24 +92,49 @@ class Packer:
         except Exception as exc:  # whatever an object's own __reduce__ raises
             raise pickling.explain_call(call.fn, call.args, kwargs, exc) from exc
         refs = tuple(self._keeper.put(b) for b in buffers)
-        return Item(call, index, function, data, refs, sink)
+        size = len(data) + self._store.written_bytes - before
+        return Item(call, index, function, data, refs, size, sink)
 
     def _function(self, fn: Callable[..., Any]) -> FunctionRef:
         known = self._functions.get(id(fn))
-        if known is not None:
-            return known[1]
+        if (
+            known is not None
+            and (self._unchanged or known.is_same())
+            and (not known.ref.buffers or self._store.reuse(known.ref.buffers))
+        ):
+            return known.ref
+        state = None if self._unchanged else captured(fn)
         data, buffers = pickling.dumps(fn)
-        refs = tuple(self._store.put(b) for b in buffers)
-        if len(data) > 1 << 20:
-            _warn_of_large(fn, len(data))
+        refs = tuple(self._keeper.put(b) for b in buffers)
         hasher = xxhash.xxh3_128(data)
         for ref in refs:
             hasher.update(ref.digest.encode())
-        found = FunctionRef(hasher.hexdigest(), data, refs)
+        digest = hasher.hexdigest()
+        if known is None or known.ref.digest != digest:
+            if len(data) > 1 << 20:
+                _warn_of_large(fn, len(data))
+            known = _Packed(fn, FunctionRef(digest, data, refs), None)
+        known.state = state
         if len(self._functions) >= 256:  # a stream of lambdas must not be kept for ever
             self._functions.clear()
-        self._functions[id(fn)] = (fn, found)  # keeping fn keeps its id from being given to another
-        return found
+        self._functions[id(fn)] = known
+        return known.ref
+
+
+@dataclass(slots=True)
+class _Packed:
+    """A function that was pickled, and what it had captured then. Keeps `fn`, so that no other object gets its id."""
+
+    fn: Callable[..., Any]
+    ref: FunctionRef
+    state: list[Any] | None
+
+    def is_same(self) -> bool:
+        """Tell whether the function would certainly be pickled to the same again."""
+        if self.state is None:
+            return False
+        now = captured(self.fn)
+        return now is not None and len(now) == len(self.state) and all(map(operator.is_, now, self.state))
 
 
 def _warn_of_large(fn: Callable[..., Any], size: int) -> None:
@@ -182,6 +217,8 @@ class Estimates:
     """Beside a call of so many seconds, the wait for the next one is short, even where machines are far away."""
     BUDGET_S = 0.3
     """After this many seconds a worker returns the calls of a chunk that it has not begun."""
+    KEPT = 1024
+    """Functions that are remembered, those that ran last."""
 
     def __init__(self) -> None:
         self._totals: dict[str, tuple[float, float]] = {}  # seconds and calls
@@ -190,7 +227,9 @@ class Estimates:
         if not calls:
             return
         # The last chunks count most, and among them the large ones.
-        before, runs = self._totals.get(digest, (0.0, 0.0))
+        before, runs = self._totals.pop(digest, (0.0, 0.0))
+        if len(self._totals) >= self.KEPT:  # a function whose state changes has another digest each time
+            del self._totals[next(iter(self._totals))]
         self._totals[digest] = 0.5 * before + seconds, 0.5 * runs + calls
 
     def mean(self, digest: str) -> float | None:

@@ -207,7 +207,7 @@ class Engine:
             running.cancel()
             raise
         finally:
-            self.store.release(item.buffers)
+            self.store.release(item.refs)
         values = []
         for outcome in outcomes:
             ok, value = self.decoder.decode(call, outcome)
@@ -484,7 +484,7 @@ class Engine:
             group.deliver([(item, self._failure) for item in items])
             return
         if not isinstance(cause, WorkerGoneError):
-            large = {ref.digest for item in items for ref in (*item.buffers, *item.function.buffers)}
+            large = {ref.digest for item in items for ref in item.refs}
             if self._transport.lose(large) and all(item.losses < self.retries for item in items):
                 # The worker that held a large argument may be lost, and with it the task that needed it.
                 logger.debug("%s runs again with new copies of its large arguments: %s", batch_label(items), cause)
@@ -538,14 +538,14 @@ class Engine:
             group.pending.remove(item)
             group._bytes_taken += item.size
             self._suspects -= item.losses > 0
-            self.store.release(item.buffers)
+            self.store.release(item.refs)
             return
         for key, items in group.in_flight.items():
             if items == [item]:
                 del group.in_flight[key]
                 self._suspects -= item.losses > 0
                 self._drop_chunks([key])
-                self.store.release(item.buffers)
+                self.store.release(item.refs)
                 break
         self.progress.note(group)
         self._pump()

@@ -60,14 +60,20 @@ class Group:
     """Calls that are limited and cancelled together. Made by `Engine.group`.
 
     `deliver` takes their outcomes; None: they are the results of futures, set in a thread of the group's own.
+    `unchanged` says that the caller's code does not run between two calls: see `Packer`.
     """
 
     def __init__(
-        self, engine: Engine, deliver: Callable[[Delivery], None] | None, limit: int | None = None
+        self,
+        engine: Engine,
+        deliver: Callable[[Delivery], None] | None,
+        limit: int | None = None,
+        *,
+        unchanged: bool = False,
     ) -> None:
         self.engine = engine
         self.limit = limit
-        self.packer = Packer(engine.store)
+        self.packer = Packer(engine.store, unchanged=unchanged)
         self.pending: deque[Item] = deque()
         self._bytes_put = 0
         self._bytes_taken = 0  # two counters, each written by one thread only
@@ -132,7 +138,7 @@ class Group:
     def deliver(self, delivery: Delivery) -> None:
         done = failed = 0
         for item, outcome in delivery:
-            self.engine.store.release(item.buffers)
+            self.engine.store.release(item.refs)
             kind = outcome.kind if type(outcome) is Outcome else None
             if kind is _VALUE:
                 done += item.call.tasks

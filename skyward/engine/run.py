@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from skyward.engine.calls import Call, Item
@@ -20,7 +20,9 @@ _CHUNKS_AHEAD = 4
 _AHEAD_CALLS = 50_000
 """Calls that may be on their way, where there are not even more slots. By feel: a few dozen MB of small ones."""
 _AHEAD_BYTES = 256 << 20
-"""Pickled arguments that may wait for a slot (bytes). By feel: enough to keep slots busy, little enough to hold."""
+"""Pickled arguments and new large buffers that may wait for a slot (bytes), beyond two calls per slot.
+
+Chosen, not measured."""
 
 
 def run_one(engine: Engine, call: Call) -> Any:
@@ -29,14 +31,14 @@ def run_one(engine: Engine, call: Call) -> Any:
     return value
 
 
-def run_all(engine: Engine, calls: Iterable[Call], *, return_exceptions: bool = False) -> tuple[Any, ...]:
-    """Run `calls` and return their values in order.
+def run_all(engine: Engine, calls: Sequence[Call], *, return_exceptions: bool = False) -> tuple[Any, ...]:
+    """Run `calls`, which must not change meanwhile, and return their values in order.
 
     The first failure among those that have arrived, in order, cancels the others and is raised; with
     `return_exceptions`, exceptions take their places among the values.
     """
     found: dict[int, Any] = {}
-    with contextlib.closing(_outcomes(engine, calls, ordered=False)) as outcomes:
+    with contextlib.closing(_outcomes(engine, calls, ordered=False, unchanged=True)) as outcomes:
         for index, ok, value in outcomes:
             if not ok and not return_exceptions:
                 raise value
@@ -59,7 +61,7 @@ def stream(
 
 
 def _outcomes(
-    engine: Engine, calls: Iterable[Call], *, ordered: bool
+    engine: Engine, calls: Iterable[Call], *, ordered: bool, unchanged: bool = False
 ) -> Generator[tuple[int, bool, Any], None, None]:
     """Yield (index, ok, value or exception) as calls end, or in order. Leaving early cancels the rest.
 
@@ -67,7 +69,7 @@ def _outcomes(
     """
     engine._check_thread()
     inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-    group = Group(engine, inbox.put)
+    group = Group(engine, inbox.put, unchanged=unchanged)
     source = enumerate(calls)
     known = len(calls) if isinstance(calls, (list, tuple)) else None
     early: dict[int, tuple[Item, Outcome | BaseException]] = {}
@@ -84,7 +86,7 @@ def _outcomes(
                 not exhausted
                 and fed - ended < (most := _window(engine, digest))
                 and len(early) < 4 * most
-                and group.pending_bytes < _AHEAD_BYTES
+                and (group.pending_bytes < _AHEAD_BYTES or fed - ended < 2 * engine.slots)
             ):
                 index, call = next(source, (-1, None))
                 if call is None:

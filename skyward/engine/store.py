@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Store:
         self._keep_bytes = _default_keep(folder) if keep_bytes is None else keep_bytes
         self.dropped: list[str] = []  # digests whose copies on the cluster may go; the engine empties it
         self.writes = 0  # buffers hashed to something new and stored
+        self.written_bytes = 0
 
     def put(self, buffer: pickle.PickleBuffer | memoryview) -> BlobRef:
         """Store `buffer` unless it is known, and count one use of it; `release` ends the use."""
@@ -47,12 +50,17 @@ class Store:
                 self._sizes[digest] = view.nbytes
                 self._total += view.nbytes
                 self.writes += 1
+                self.written_bytes += view.nbytes
             return self._use(digest)
 
-    def again(self, digest: str) -> BlobRef | None:
-        """Count one more use of a buffer that is still here; None when it is not."""
+    def reuse(self, refs: Sequence[BlobRef]) -> bool:
+        """Count one more use of each buffer if all are still stored; otherwise change nothing and return False."""
         with self._lock:
-            return self._use(digest) if digest in self._sizes else None
+            if any(ref.digest not in self._sizes for ref in refs):
+                return False
+            for ref in refs:
+                self._use(ref.digest)
+            return True
 
     def _use(self, digest: str) -> BlobRef:
         self._uses[digest] = self._uses.get(digest, 0) + 1
@@ -60,7 +68,7 @@ class Store:
         path = str(self.folder / digest) if self.folder else None
         return BlobRef(digest, self._sizes[digest], path)
 
-    def release(self, refs: tuple[BlobRef, ...]) -> None:
+    def release(self, refs: Sequence[BlobRef]) -> None:
         with self._lock:
             for ref in refs:
                 self._uses[ref.digest] -= 1
@@ -115,29 +123,68 @@ def _default_keep(folder: Path | None) -> int:
     return stat.f_bavail * stat.f_frsize // 4
 
 
-class Keeper:
-    """Recognises a buffer of the same object again within one group, so that it is hashed once.
+_WHOLE_BYTES = 4 << 20
+"""A buffer up to this size is compared as a whole, a larger one by samples."""
+_PAGE_BYTES = 4096
+_SAMPLES, _SAMPLE_BYTES = 4096, 64
+"""Samples of 64 bytes, one cache line: a look at 200 MB takes 0.2 ms, hashing them 12 ms (2026-11-28)."""
 
-    Only within a group: between two runs the caller may have changed the array in place.
+
+class Keeper:
+    """Recognises the buffer of an array that one group has sent before, so that its content is not hashed again.
+
+    With `unchanged`, the caller can't change an array between two calls, and a known array is not looked at. Otherwise
+    an array of up to 4 MiB is hashed each time. A larger one is hashed again when its samples differ: its first and
+    last page, and 4096 samples spread over all of it. They hit every changed region of 1/2048 of its size.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, unchanged: bool) -> None:
         self._store = store
-        self._known: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self._unchanged = unchanged
+        self._known: dict[int, tuple[weakref.ref[Any], BlobRef, int]] = {}  # by the array's id
 
     def put(self, buffer: pickle.PickleBuffer) -> BlobRef:
         view = buffer.raw()
         owner = view.obj
-        known = self._known.get(id(owner))
-        if known is not None and known[0]() is owner and known[1] == view.nbytes:
-            again = self._store.again(known[2])
-            if again is not None:
-                return again
-        ref = self._store.put(view)
         # Only a numpy array is its buffer and nothing else: other owners may lend several parts of themselves.
         numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(owner, numpy.ndarray):
-            key = id(owner)
-            forget = self._known.pop
-            self._known[key] = (weakref.ref(owner, lambda _: forget(key, None)), view.nbytes, ref.digest)
+        is_array = numpy is not None and isinstance(owner, numpy.ndarray)
+        if not is_array or not (self._unchanged or view.nbytes > _WHOLE_BYTES):
+            return self._store.put(view)
+        key = id(owner)
+        samples = 0 if self._unchanged else _samples(view)
+        array, ref, sampled = self._known.get(key, (None, None, 0))
+        if array is not None and ref is not None and array() is owner:
+            is_same = ref.nbytes == view.nbytes and sampled == samples
+            if is_same and self._store.reuse((ref,)):
+                return ref
+        ref = self._store.put(view)
+        forget = self._known.pop
+        self._known[key] = (weakref.ref(owner, lambda _: forget(key, None)), ref, samples)
         return ref
+
+
+def _samples(view: memoryview) -> int:
+    """Return a hash of samples of a large array's buffer."""
+    import numpy as np
+
+    count = view.nbytes // _SAMPLE_BYTES
+    lines = np.frombuffer(view, np.uint8, count * _SAMPLE_BYTES).view(f"V{_SAMPLE_BYTES}")
+    hasher = xxhash.xxh3_64(lines.take(_positions(count)))
+    hasher.update(view[:_PAGE_BYTES])
+    hasher.update(view[-_PAGE_BYTES:])
+    return hasher.intdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(count: int) -> Any:
+    """Return which of `count` lines are samples: one in each of `_SAMPLES` equal parts.
+
+    Their place within the part follows multiples of the golden ratio: at equal distances, all samples of a matrix
+    could lie in the same few columns. Two neighbours are less than two parts apart.
+    """
+    import numpy as np
+
+    part = np.arange(_SAMPLES, dtype=np.int64)
+    within = part * 2654435761 % (1 << 32) * (count // _SAMPLES) >> 32  # 2654435761 / 2**32 is the golden ratio - 1
+    return part * count // _SAMPLES + within

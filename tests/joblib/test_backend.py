@@ -92,6 +92,16 @@ def test_many_tiny_tasks_become_few_batches() -> None:
     assert sent < 1000
 
 
+@pytest.mark.parametrize("size", [300_000, 1_000_000])  # compared as a whole, and by samples
+def test_an_array_changed_between_two_calls_of_one_parallel_arrives(size: int) -> None:
+    array = np.zeros(size)
+
+    with Parallel(n_jobs=2) as parallel:
+        for i in range(4):
+            array[:] = i
+            assert parallel(delayed(np.max)(array) for _ in range(2)) == [i, i]
+
+
 @pytest.mark.parametrize(("seconds", "tasks", "goes_far_ahead"), [(0.0, 20_000, True), (0.03, 100, False)])
 def test_short_batches_alone_go_far_ahead(seconds: float, tasks: int, goes_far_ahead: bool) -> None:
     most = 0
