@@ -24,8 +24,58 @@ POOL = "SKYWARD_POOL"
 POWER_OFF = "poweroff || sudo -n poweroff || shutdown -P now || sudo -n shutdown -P now"
 """Shell command that switches a machine off, whoever of its users runs it."""
 
+_KEPT = (
+    "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CERT", "PIP_CLIENT_CERT",
+    "PIP_TRUSTED_HOST", "PIP_PROXY", "PIP_CONFIG_FILE", "PIP_KEYRING_PROVIDER", "UV_DEFAULT_INDEX", "UV_INDEX*",
+    "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_NO_INDEX", "UV_INSECURE_HOST", "UV_CONFIG_FILE", "UV_KEYRING_PROVIDER",
+    "UV_PYTHON_DOWNLOADS*", "UV_PYTHON_INSTALL_MIRROR", "UV_INSTALLER_GITHUB_BASE_URL", "UV_HTTP_TIMEOUT",
+)  # fmt: skip
+"""What a user's variables may say about the ways to packages; `NEUTRAL` keeps them."""
+NEUTRAL = (
+    "for name in $(env | sed -n 's/^\\([A-Z][A-Z_0-9]*\\)=.*/\\1/p'); do case $name in "
+    f"{'|'.join(_KEPT)}) ;; PYTHON*|PIP_*|UV_*|VIRTUAL_ENV*|CONDA_*) unset $name ;; esac; done"
+)
+"""Shell command that unsets variables of a user that steer interpreters and installers."""
+
 _SAY = "::skyward"
 LAST_LINES = 20
+_UNREACHABLE = 89
+_REACH_S = 12.0
+"""Seconds that a package index, or the proxy, may take to accept a connection. Chosen: pip tries for minutes."""
+_REACH = f"""
+import socket, sys
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+def place(url):
+    url = urlsplit(url if "://" in url else "http://" + url)
+    return url.scheme, url.hostname, url.port or {{"https": 443, "http": 80}}.get(url.scheme, 1080)
+
+scheme, host, port = target = place(sys.argv[1])
+if not host:
+    sys.exit(0)
+proxies = {{}} if proxy_bypass(host) else getproxies()
+proxy = proxies.get(scheme) or proxies.get("all")
+through = ""
+if proxy:
+    target = place(proxy)
+    through = " through the proxy %s://%s:%s" % target
+try:
+    addresses = socket.getaddrinfo(*target[1:], type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
+        with socket.socket(family, kind, protocol) as connection:
+            connection.settimeout({_REACH_S:g} / len(addresses))
+            try:
+                connection.connect(address)
+                break
+            except OSError:
+                if number == len(addresses):
+                    raise
+except OSError as exc:
+    print("the package index %s://%s is not reached%s: %s" % (scheme, host, through, exc))
+    sys.exit({_UNREACHABLE})
+"""
+"""Program that connects to a package index, or to the proxy on the way. It has no single quotes, as the shell needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +189,7 @@ def opening(log: str) -> str:
     return f"""#!/bin/sh
 set -u
 umask 077
+{NEUTRAL}
 home="{HOME}"
 PATH="$PATH:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:$HOME/.local/bin"
 mkdir -p "$home/envs" "$home/stamps" "$home/logs" "$home/skyward" || exit 1
@@ -213,6 +264,7 @@ fi
 
 
 def _environment(recipe: Recipe) -> str:
+    names = " ".join(dict.fromkeys([f"python{recipe.python}", f"python{_minor(recipe.python)}", "python3"]))
     extra = f"export UV_INDEX={shlex.quote(recipe.extra_index_url)}" if recipe.extra_index_url else ""
     return f"""
 environment="$home/envs/{recipe.key}"
@@ -227,8 +279,26 @@ use_pip_settings() {{
     value=$(setting extra-index-url); [ -z "$value" ] || export UV_INDEX="${{UV_INDEX:+$UV_INDEX }}$value"
     value=$(setting find-links); [ -z "$value" ] || export UV_FIND_LINKS="$value"
     value=$(setting cert); [ -z "$value" ] || export SSL_CERT_FILE="$value"
+    value=$(setting proxy); [ -z "$value" ] || export HTTP_PROXY="$value" HTTPS_PROXY="$value"
     # pip takes the best version of all indexes.
     [ -z "${{UV_INDEX:-}}" ] || export UV_INDEX_STRATEGY=unsafe-best-match
+}}
+
+may_execute() {{
+    printf '#!/bin/sh\\n' > "$home/program" && chmod 700 "$home/program" && "$home/program" && return
+    echo "programs can't be run in $home: its file system is mounted noexec, or full. In a start file of" \\
+        "this user, set SKYWARD_HOME to a folder on another one"
+    return 83
+}}
+
+# Installers try for minutes. What uv's own settings name, or is on a disk, is not known here.
+reach_index() {{
+    for file in "${{UV_CONFIG_FILE:-}}" /etc/uv/uv.toml "${{XDG_CONFIG_HOME:-$HOME/.config}}/uv/uv.toml"; do
+        [ ! -f "$file" ] || return 0
+    done
+    [ -z "${{UV_NO_INDEX:-}}${{UV_FIND_LINKS:-}}" ] || return 0
+    python3 -IS -c '{_REACH}' "${{UV_DEFAULT_INDEX:-${{UV_INDEX_URL:-https://pypi.org/simple}}}}" 2> /dev/null
+    [ "$?" != {_UNREACHABLE} ] || return {_UNREACHABLE}
 }}
 
 find_uv() {{
@@ -241,7 +311,7 @@ find_uv() {{
 get_uv() {{
     rm -rf "$home/uv"
     if python3 -m pip --version > /dev/null 2>&1; then
-        export PIP_ROOT_USER_ACTION=ignore  # it goes into a folder of ours
+        export PIP_ROOT_USER_ACTION=ignore PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0  # it goes into a folder of ours
         python3 -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --target "$home/uv" uv
         find_uv && return 0
     fi
@@ -257,13 +327,14 @@ get_uv() {{
 }}
 
 find_python() {{
-    for name in python{recipe.python} python3 /usr/bin/python3 /usr/local/bin/python3; do
+    IFS=:; set -- $PATH; unset IFS
+    for name in {names}; do for folder; do
         # -I and -S: what a usercustomize or sitecustomize prints would be taken for the path.
-        python=$("$name" -IS -c 'import sys
+        python=$("$folder/$name" -IS -c 'import sys
 version = "%d.%d.%d." % sys.version_info[:3]
 version.startswith("{recipe.python}.") or sys.exit(1)
 print(sys.executable)' 2> /dev/null) && return 0
-    done
+    done; done
     python=$("$uv" python find {recipe.python} 2> /dev/null) && return 0
     export UV_PYTHON_INSTALL_DIR="$home/python"
     python={recipe.python}
@@ -275,6 +346,13 @@ make_environment() {{
         echo "Python {recipe.python} is not on this machine, which has $(python3 --version 2>&1), and uv could not" \\
             "install it: install it there, or ask for another one with Image(python=...)"
         return 80
+    }}
+    # A usercustomize is not read here; what a sitecustomize prints uv takes for Python's answer.
+    noise=$("$python" -I -c '' 2> /dev/null | head -n 1)
+    [ -z "$noise" ] || {{
+        echo "$python prints '$noise' when it starts, which installers can't read past: a sitecustomize or a .pth" \\
+            "file of it has to print to standard error instead"
+        return 84
     }}
     rm -rf "$environment"
     "$uv" venv -q --python "$python" "$environment"
@@ -291,12 +369,18 @@ install_packages() {{
 # What is there but not complete is made again from nothing: which of its packages are whole, nobody knows.
 if ! [ -e "$environment/complete" ] || ! "$environment/bin/python" -I -c '' > /dev/null 2>&1; then
     use_pip_settings
+    ( may_execute ) >> "$log" 2>&1 || fail home "$?"
+    ( reach_index ) >> "$log" 2>&1 || fail index "$?"
     find_uv || step uv get_uv
     find_uv
     step python make_environment
     step packages install_packages
 fi
 """
+
+
+def _minor(python: str) -> str:
+    return ".".join(python.split(".")[:2])
 
 
 def _file(name: str, lines: tuple[str, ...]) -> str:

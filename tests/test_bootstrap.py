@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 import skyward as sky
 import skyward.bootstrap
-from skyward.bootstrap import Progress, Recipe, read_progress, script
+from skyward.bootstrap import NEUTRAL, Progress, Recipe, read_progress, script
 from skyward.cluster.requirements import recipe
 from skyward.cluster.wheel import own_wheel
 from skyward.spec import Image
@@ -108,6 +108,35 @@ def test_a_requirement_cannot_end_the_list_and_run_as_a_command(tmp_path: Path) 
 
     lines = (tmp_path / "home" / "envs" / made.key / "requirements.txt").read_text().splitlines()
     assert lines == ["END_OF_REQUIREMENTS", "reboot"]
+
+
+def test_the_first_python_of_the_path_that_has_the_version_is_taken(tmp_path: Path) -> None:
+    for folder, name, ok in (("a", "python3.11", False), ("b b", "python3", True), ("c", "python3", True)):
+        program = tmp_path / folder / name
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n[ {int(ok)} = 1 ] && echo {folder}\n")
+        program.chmod(0o755)
+    path = ":".join(str(tmp_path / folder) for folder in ("a", "b b", "c"))
+    text = script(Recipe(python="3.11.4")).replace('PATH="$PATH:', f'PATH="{path}:$PATH:')
+
+    done = run_function(text, 'find_python && echo "$python"', tmp_path)
+
+    assert done.stdout == "b b\n"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_variables_that_lead_to_packages_are_kept_and_others_not(shell: str) -> None:
+    kept = {"PIP_INDEX_URL": "a b", "UV_INDEX_MINE_PASSWORD": "x", "UV_DEFAULT_INDEX": "y", "HTTPS_PROXY": "z"}
+    dropped = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "UV_PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX")
+    command = ["busybox", "sh"] if shell == "busybox" else [shell]
+
+    done = subprocess.run(
+        [*command, "-uc", f"{NEUTRAL}; env"], env=os.environ | kept | dict.fromkeys(dropped, "x\nA=b"),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert {f"{name}={value}" for name, value in kept.items()} <= set(done.stdout.splitlines())
+    assert not [line for line in done.stdout.splitlines() if line.partition("=")[0] in dropped]
 
 
 def test_debian_packages_are_words_for_apt_get(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def main() -> None:
     else:
         config = AgentConfig.from_json((serve / CONFIG).read_text())
         (serve / CONFIG).unlink()  # it holds the key
+        with contextlib.suppress(OSError):  # that is what setsid(1) has done, where there is one
+            os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who tells us
     _end_after(config.ttl_s + HEADROOM_S, config)
     log = Path(config.folder) / LOG

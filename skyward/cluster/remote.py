@@ -20,11 +20,12 @@ import asyncssh
 
 from skyward import devices, events
 from skyward.accelerators import Accelerator
-from skyward.bootstrap import HOME, LAST_LINES, POOL, POWER_OFF, Progress, Recipe, read_progress, script
+from skyward.bootstrap import HOME, LAST_LINES, NEUTRAL, POOL, POWER_OFF, Progress, Recipe, read_progress, script
 from skyward.cluster import bootlogs
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.node import CONFIG, LOG, SOCKET
+from skyward.cluster.security import CLOCKS_S
 from skyward.cluster.slots import node_spec
 from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
 from skyward.cluster.tunnel import Tunnel
@@ -61,6 +62,14 @@ _HEARD_LINES = 10_000
 _READ_DEVICES = shlex.quote(
     "import sys; sys.path.insert(0, sys.argv[1]); from skyward.devices import read; print(read(sys.argv[2]).to_json())"
 )
+_TOOLS = (
+    "awk", "cat", "date", "df", "dirname", "env", "grep", "head", "mkdir", "mv", "rm", "sed", "sh", "sleep", "tail",
+    "touch", "tr",
+)  # fmt: skip
+"""Programs that the commands and scripts for machines use, all of POSIX."""
+_DETACHED = "$(command -v setsid || echo nohup)"
+_CLOCK_MARGIN_S = 600.0
+"""Seconds within which a clock that is just about right may go further wrong. Chosen, not measured."""
 _ADVICE = {
     "apt": "Check the names in Image(apt=...).",
     "packages": "Check the names and versions in Image(pip=...).",
@@ -262,9 +271,7 @@ class RemoteAgent:
         # In the pool's own folder: it may hold an index's password, and other pools have scripts of their own.
         bootstrap = f"{folder}/bootstrap.sh"
         self._progress("upload")
-        watch = watch_command(self._config.pool_id, HEARTBEAT_LOSS_S, power_off=self._config.power_off)
-        have = await self._link.run(f"{watch}; test -e {wheel}")
-        if have.status:
+        if not await self._begin(wheel):
             await self._link.write(wheel, shipment.wheel.data)
         await self._link.write(bootstrap, script(shipment.recipe, ttl_s=shipment.ttl_s).encode())
         await self._run_steps(bootstrap)
@@ -272,6 +279,26 @@ class RemoteAgent:
             mount = f"{folder}/mount.sh"
             await self._link.write(mount, mount_script(shipment.volumes, region=self.facts.region).encode())
             await self._run_steps(mount)
+
+    async def _begin(self, wheel: str) -> bool:
+        """Check what every later step needs, start the watch, and return whether the machine has our wheel."""
+        watch = watch_command(self._config.pool_id, HEARTBEAT_LOSS_S, power_off=self._config.power_off)
+        asked = time.time()
+        done = await self._link.run(
+            f"lacks=0; lack() {{ echo lacks $1; lacks=1; }}; "
+            f"for tool in {' '.join(_TOOLS)}; do command -v $tool > /dev/null || lack $tool; done; "
+            f"[ -r /proc/$$/environ ] || lack /proc; [ $lacks = 0 ] || exit 1; "
+            f"date +clock=%s; {watch} || exit; test ! -e {wheel} || echo wheel"
+        )
+        lines = done.output.splitlines()
+        if lacks := [line.removeprefix("lacks ") for line in lines if line.startswith("lacks ")]:
+            raise self._failed("upload", 1, (f"it lacks {', '.join(lacks)}, which skyward needs: install it there",))
+        if off := _clock_error(lines, asked, time.time()):
+            raise self._failed("upload", 1, (off,))
+        if done.status:
+            advice = f"{self._config.folder} can't be made: check permissions, `df -h /tmp` and `df -i /tmp`"
+            raise self._failed("upload", done.status, (*done.error.splitlines(), advice))
+        return "wheel" in lines
 
     async def _run_steps(self, path: str) -> None:
         """Run a script that says which step it is at, and raise if one fails."""
@@ -325,9 +352,9 @@ class RemoteAgent:
                 raise self._failed("include", done.status, done.error.splitlines())
         # Detached from this login: the agent outlives a lost connection. The socket in its folder is the way to it.
         command = (
-            f"mkdir -p {folder}/work {folder}/tmp && cd {folder}/work || exit 1; "
+            f"{NEUTRAL}; mkdir -p {folder}/work {folder}/tmp && cd {folder}/work || exit 1; "
             f"SKYWARD_POOL={config.pool_id} TMPDIR={folder}/tmp PYTHONPATH={self._shipment.recipe.import_path} "
-            f"setsid {self._shipment.recipe.interpreter} -m skyward.cluster.node --serve {folder} "
+            f"{_DETACHED} {self._shipment.recipe.interpreter} -m skyward.cluster.node --serve {folder} "
             f"> {folder}/{LOG} 2>&1 < /dev/null & set -- $! {_facts_of('$!')}; echo $1 ${{21}}"
         )
         done = await self._link.run(command)
@@ -491,13 +518,27 @@ def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:
     )
     return (
         f"mkdir -p {folder} && "
-        f"{{ {POOL}={pool_id} setsid sh -c {shlex.quote(watch)} > /dev/null 2>&1 < /dev/null & }}"
+        f"{{ {POOL}={pool_id} {_DETACHED} sh -c {shlex.quote(watch)} > /dev/null 2>&1 < /dev/null & }}"
     )
 
 
 def _facts_of(pid: str) -> str:
     """Return shell words for the state of a process, its parent and so on: field 20 is when it started (proc(5))."""
     return f"$(sed 's/.*) //' /proc/{pid}/stat)"
+
+
+def _clock_error(lines: Sequence[str], asked: float, answered: float) -> str | None:
+    """Return what is wrong with a machine's clock, if certificates do not allow for it."""
+    clock = next((line.removeprefix("clock=") for line in lines if line.startswith("clock=")), "")
+    if not clock.isdecimal():
+        return f"`date +%s` prints {clock!r} there, which is no time" if clock else None
+    off = int(clock) - (asked + answered) / 2
+    if abs(off) <= CLOCKS_S - _CLOCK_MARGIN_S:
+        return None
+    return (
+        f"its clock is {abs(off) / 3600:.1f} hours {'ahead of' if off > 0 else 'behind'} the clock of this computer. "
+        "The pool's certificates would be refused: correct the clock that is wrong; `timedatectl` shows and sets it"
+    )
 
 
 def _words(failed: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import skyward as sky
+from skyward.cluster import remote
 from skyward.cluster.remote import RemoteAgent
 from skyward.spec import Image
 from tests.cloudbox import Machine
@@ -281,9 +282,10 @@ def test_the_log_of_a_machine_that_failed_is_kept_here(site: Site, warm: Machine
 
 
 def test_of_a_machine_that_does_not_answer_what_was_heard_is_kept(
-    site: Site, fresh: Callable[..., Machine], baked: Path
+    site: Site, fresh: Callable[..., Machine], baked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = fresh(baked=baked)
+    monkeypatch.setattr(remote, "_LOG_S", 0.5)
 
     def cut(step: str) -> None:
         if step == "packages":
@@ -356,6 +358,107 @@ def test_an_agent_that_dies_at_birth_is_told_at_once_with_its_last_words(
 
     assert (error.step, error.last_lines) == ("agent", ("no luck",))
     assert alive.count(True) < 50  # or it was waited for in vain
+
+
+@pytest.fixture(scope="module")
+def odd(site: Site, baked: Path) -> Iterator[Machine]:
+    """A machine for tests that break something on it and repair it."""
+    (machine,) = site.boot(baked=baked)
+    yield machine
+    machine.destroy()
+
+
+_LATE = 'exec /bin/date -d "3 days ago" "$@"'
+
+
+@pytest.mark.parametrize(
+    ("breaks", "repairs", "told"),
+    [
+        ("mv /usr/bin/awk /usr/bin/tr /root", "mv /root/awk /root/tr /usr/bin", "it lacks awk, tr, which"),
+        ("mount -t tmpfs -o nr_inodes=1 tmpfs /tmp", "umount /tmp", "`df -i /tmp`"),
+        (
+            f"echo '{_LATE}' > /usr/local/bin/date; chmod +x /usr/local/bin/date",
+            "rm /usr/local/bin/date",
+            "its clock is 72.0 hours behind the clock of this computer",
+        ),
+    ],
+    ids=["programs", "inodes", "clock"],
+)
+def test_what_a_machine_lacks_for_every_pool_is_told_first(
+    breaks: str, repairs: str, told: str, site: Site, odd: Machine
+) -> None:
+    steps = Steps()
+    odd.run(breaks)
+    try:
+        error = fail_to_start(site, odd, steps=steps)
+    finally:
+        odd.run(repairs)
+
+    assert steps.seen == ["ssh", "upload"]
+    assert told in "\n".join(error.last_lines)
+
+
+def test_a_machine_without_setsid_and_pgrep_will_do(site: Site, fresh: Callable[..., Machine], baked: Path) -> None:
+    machine = fresh(baked=baked)
+    machine.run("rm /usr/bin/setsid /usr/bin/pgrep")
+
+    with open_pool(site, machine) as pool:
+        assert version_of("numpy") >> pool
+
+    assert machine.processes() == []
+    assert machine.run("ls -d /tmp/skyward-* 2> /dev/null || true") == ""
+
+
+def test_a_home_where_no_program_may_run_is_named(site: Site, odd: Machine) -> None:
+    odd.run(f"mount -t tmpfs -o noexec tmpfs {CACHE}")
+    try:
+        error = fail_to_start(site, odd)
+    finally:
+        odd.run(f"umount {CACHE}")
+
+    assert (error.step, error.status) == ("home", 83)
+    assert f"programs can't be run in {CACHE}: its file system is mounted noexec" in error.last_lines[-1]
+
+
+def test_a_proxy_that_is_not_there_is_named(site: Site, odd: Machine) -> None:
+    odd.run(f"echo 'export https_proxy=http://me:secret@{odd.address}:9' > /root/.bashrc")
+    try:
+        error = fail_to_start(site, odd, image=Image(pip=["cowsay"]))
+    finally:
+        odd.run("rm /root/.bashrc")
+
+    assert (error.step, error.status) == ("index", 89)
+    assert f"the package index https://pypi.org is not reached through the proxy http://{odd.address}:9: " in str(error)
+    assert "secret" not in str(error)
+
+
+def test_variables_and_modules_of_the_user_do_not_steer_installers(
+    site: Site, fresh: Callable[..., Machine], baked: Path
+) -> None:
+    machine = fresh(baked=baked)
+    names = "PYTHONHOME PYTHONPATH PYTHONSTARTUP PIP_TARGET PIP_PREFIX UV_PYTHON UV_TARGET VIRTUAL_ENV CONDA_PREFIX"
+    machine.run(f"for name in {names}; do echo export $name=/nowhere; done > /root/.bashrc")
+    user_site = "/root/.local/lib/python3.11/site-packages"
+    machine.run(f"mkdir -p {user_site}; cd {user_site}; echo 'print(1)' > usercustomize.py")
+    machine.run(f"rm -r {CACHE}/uv")
+    steps = Steps()
+
+    with open_pool(site, machine, image=BARE, steps=steps) as pool:
+        found = sky.compute(lambda: [name for name in os.environ if "nowhere" in os.environ[name]])() >> pool
+
+    assert steps.installed == ["uv", "python", "packages"]
+    assert found == []
+
+
+def test_a_sitecustomize_that_prints_is_named(site: Site, odd: Machine) -> None:
+    odd.run("cd /etc/python3.11 && cp sitecustomize.py /root/plain.py && echo 'print(\"Hello\")' >> sitecustomize.py")
+    try:
+        error = fail_to_start(site, odd, image=Image(pip=["cowsay"]))
+    finally:
+        odd.run("cp /root/plain.py /etc/python3.11/sitecustomize.py")
+
+    assert (error.step, error.status) == ("python", 84)
+    assert "prints 'Hello' when it starts" in error.last_lines[-1]
 
 
 def test_a_full_disk_is_named(site: Site, fresh: Callable[..., Machine]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import socket
 import ssl
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from distributed import Client
 
 import skyward as sky
@@ -70,6 +72,16 @@ def test_others_find_only_ssh_and_ports_that_want_a_certificate(pool: sky.Comput
                     assert plain.recv(4) == b"SSH-"
                     continue
                 assert not is_let_in(plain, context), f"port {port} of {machine.name}"
+
+
+def test_certificates_hold_on_machines_whose_clocks_are_hours_apart() -> None:
+    made = make_credentials("somepool", lifetime_s=3600)
+    day, now = datetime.timedelta(hours=25), datetime.datetime.now(datetime.UTC)
+
+    for pem in (made.ca, made.certificate):
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        assert certificate.not_valid_before_utc < now - day
+        assert certificate.not_valid_after_utc > now + datetime.timedelta(hours=1) + day
 
 
 def test_a_client_with_another_pools_certificate_is_refused(pool: sky.ComputePool) -> None:
