@@ -29,6 +29,7 @@ KEYS: Mapping[str, Any] = {
     "allocation": "spot-if-available",
     "timeout": 3600,
     "idle_timeout": None,
+    "heartbeat_timeout": 120,
     "max_price": None,
     "max_cost": None,
     "retries": 3,
@@ -198,7 +199,7 @@ def _file_error(path: Path, text: str) -> SpecError:
 def _check(key: str) -> Callable[[Any], Any]:
     """Return the check of a key's value, which raises `ValueError` with what is accepted."""
     from skyward import spec
-    from skyward.validation import check_choice, check_count, check_positive
+    from skyward.validation import check_choice, check_count, check_positive, check_seconds
 
     checks: Mapping[str, Callable[[Any], Any]] = {
         "provider": _check_provider,
@@ -207,6 +208,7 @@ def _check(key: str) -> Callable[[Any], Any]:
         "allocation": _check_allocation,
         "timeout": check_positive("seconds"),
         "idle_timeout": check_positive("seconds"),
+        "heartbeat_timeout": check_seconds(spec.LEAST_HEARTBEAT_TIMEOUT_S),
         "max_price": check_positive("USD per hour"),
         "max_cost": check_positive("USD"),
         "retries": check_count(0),
@@ -248,7 +250,8 @@ def _check_allocation(value: Any) -> str | float:
 
 
 _NUMBERS: Mapping[str, Callable[[str], float]] = {
-    "timeout": float, "idle_timeout": float, "max_price": float, "max_cost": float, "allocation": float, "retries": int
+    "timeout": float, "idle_timeout": float, "heartbeat_timeout": float, "max_price": float, "max_cost": float,
+    "allocation": float, "retries": int,
 }  # fmt: skip
 
 

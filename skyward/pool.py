@@ -63,6 +63,7 @@ class PoolOptions(TypedDict, total=False):
     max_price: float | None
     max_cost: float | None
     idle_timeout: float | None
+    heartbeat_timeout: float
     retries: int
 
 
@@ -100,6 +101,10 @@ class ComputePool:
         Seconds from entering until everything is destroyed, whatever happens.
     idle_timeout
         Seconds without a call until everything is destroyed; None: no limit.
+    heartbeat_timeout
+        Seconds without a heartbeat from this process after which each machine shuts itself down; at least 10, at most
+        `timeout`. Raise it where this computer may sleep or this process may be suspended for longer. Machines are
+        billed for that long if this computer fails. Local and joined pools have no heartbeats.
     retries
         How often a call is run again that was lost with its machine or worker process.
     env
@@ -144,6 +149,7 @@ class ComputePool:
         max_price: float | None = usual(None),
         max_cost: float | None = usual(None),
         idle_timeout: float | None = usual(None),
+        heartbeat_timeout: float = usual(120),
         retries: int = usual(3),
     ) -> None:
         from skyward.config import load
@@ -160,6 +166,7 @@ class ComputePool:
                 "max_price": max_price,
                 "max_cost": max_cost,
                 "idle_timeout": idle_timeout,
+                "heartbeat_timeout": heartbeat_timeout,
                 "retries": retries,
             }
         )

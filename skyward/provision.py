@@ -204,22 +204,24 @@ class Provisioner:
         with self._lock:
             return final(self._meter, time.time())
 
-    def exists(self, machine: Machine) -> bool:
-        """Tell whether a machine that is out of reach is still there; if the cloud does not say, it is.
+    def gone(self, machines: Sequence[Machine]) -> set[str]:
+        """Return the ids of those machines that don't exist any more; none if the cloud does not say.
 
         The firewall lets the caller in again, if it was its address that has changed.
         """
         assert self._step is not None
         provider = self._step.provider
         try:
-            provider.admit(self._pool_id, machine.region or "")
-            if any(found.id == machine.id for found in provider.machines(self._pool_id)):
-                return True
+            for region in {machine.region or "" for machine in machines}:
+                provider.admit(self._pool_id, region)
+            there = {machine.id for machine in provider.machines(self._pool_id)}
         except ProviderError as exc:
-            logger.info("%s does not say whether %s is there: %s", provider.name, machine.id, exc)
-            return True
-        self._ended([machine], reclaimed=True)
-        return False
+            names = ", ".join(machine.id for machine in machines)
+            logger.info("%s does not say whether %s exist: %s", provider.name, names, exc)
+            return set()
+        gone = [machine for machine in machines if machine.id not in there]
+        self._ended(gone, reclaimed=True)
+        return {machine.id for machine in gone}
 
     def _ended(self, machines: Iterable[Machine], *, reclaimed: bool = False) -> None:
         with self._lock:

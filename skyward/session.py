@@ -380,8 +380,8 @@ class _Hosts:
         self._record.number(found, nodes)
         return found
 
-    def exists(self, machine: Machine) -> bool:  # noqa: ARG002 - nobody can be asked
-        return True
+    def gone(self, machines: Sequence[Machine]) -> tuple[()]:  # noqa: ARG002 - nobody can be asked
+        return ()
 
     def discard(self, machine: Machine) -> None:
         """Leave it: it is the user's."""

@@ -26,6 +26,7 @@ from skyward.validation import (
     check_pip,
     check_positive,
     check_python,
+    check_seconds,
     check_selection,
     check_strings,
     check_text,
@@ -35,6 +36,9 @@ from skyward.validation import (
 DISPLAYS = ("auto", "log", "spinner", "quiet")
 ARCHITECTURES = ("x86_64", "arm64")
 SELECTIONS = ("first", "cheapest", "available")
+HEARTBEAT_TIMEOUT_S = 120
+LEAST_HEARTBEAT_TIMEOUT_S = 10
+"""Shorter, and a busy computer or a router that restarts would end pools. Chosen, not measured."""
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -414,6 +418,7 @@ class PoolSpec:
     max_price: float | None = None
     max_cost: float | None = None
     idle_timeout: float | None = None
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S
     retries: int = 3
 
     def __post_init__(self) -> None:
@@ -445,8 +450,14 @@ class PoolSpec:
         settle("max_price", check_positive("USD per hour"), optional=True)
         settle("max_cost", check_positive("USD"), optional=True)
         settle("idle_timeout", check_positive("seconds"), optional=True)
+        settle("heartbeat_timeout", check_seconds(LEAST_HEARTBEAT_TIMEOUT_S))
         settle("retries", check_count(0))
         problems.raise_if_any()
+        if self.heartbeat_timeout > self.timeout:
+            if self.heartbeat_timeout != HEARTBEAT_TIMEOUT_S:  # the default gives way
+                problems.note("heartbeat_timeout", self.heartbeat_timeout, f"at most timeout={self.timeout:g}")
+                problems.raise_if_any()
+            object.__setattr__(self, "heartbeat_timeout", self.timeout)
         if self.accelerator is not None:
             problems.check("concurrency", self.concurrency, self._check_shares)
             problems.raise_if_any()

@@ -84,6 +84,15 @@ def check_positive(unit: str) -> Check:
     return check
 
 
+def check_seconds(least: float) -> Check:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+            raise ValueError(f"seconds from {least:g}")
+        return value
+
+    return check
+
+
 def check_allocation_share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError("a share from 0 to 1")

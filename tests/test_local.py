@@ -44,6 +44,14 @@ def test_the_cluster_is_a_dask_cluster(pool: sky.ComputePool) -> None:
     assert pool.client.submit(sum, [4, 5]).result(timeout=30) == 9
 
 
+def test_a_call_may_hold_the_interpreter_lock_for_as_long_as_it_likes(pool: sky.ComputePool) -> None:
+    """Its worker can't answer the scheduler then, which is not to restart it for that."""
+    checks = pool.client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.periodic_callbacks))
+
+    assert "tick" in checks
+    assert "worker-ttl" not in checks
+
+
 def test_nobody_without_the_certificate_gets_in(pool: sky.ComputePool) -> None:
     from distributed import Client, Security
 

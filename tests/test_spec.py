@@ -32,6 +32,8 @@ BAD = [
     ("timeout", float("nan"), "seconds greater than 0"),
     ("timeout", float("inf"), "seconds greater than 0"),
     ("idle_timeout", 0, "seconds greater than 0"),
+    ("heartbeat_timeout", 9, "seconds from 10"),
+    ("heartbeat_timeout", 3601, "at most timeout=3600"),
     ("retries", -1, "a whole number from 0"),
     ("cpu", 0.5, "a whole number from 1"),
     ("max_price", 0, "USD per hour greater than 0"),
@@ -63,6 +65,11 @@ def test_a_bad_option_is_told_before_anything_starts(option: str, value: Any, ac
     assert option in str(info.value)
     assert info.value.option == option  # type: ignore[attr-defined]
     assert psutil.Process().children(recursive=True) == before
+
+
+def test_the_default_heartbeat_timeout_gives_way_to_a_shorter_timeout() -> None:
+    assert PoolSpec(timeout=60).heartbeat_timeout == 60
+    assert PoolSpec().heartbeat_timeout == 120
 
 
 def test_all_bad_options_are_told_at_once() -> None:

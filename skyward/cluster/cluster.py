@@ -9,7 +9,8 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from distributed.core import Status, rpc
 from distributed.deploy import Cluster
@@ -21,12 +22,15 @@ from skyward.errors import BootstrapError, PoolError, PoolTimeoutError
 from skyward.providers.base import Machine
 from skyward.wire import Slot
 
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 """Seconds that workers have to come up once their machines are ready. By feel: far more than a loaded laptop needs."""
 _EVACUATION_MARGIN_S = 15.0
 """Seconds before a machine is taken away by which its work has been moved. By feel."""
+_CLOUD_CALLS = 6
+"""Calls to clouds at a time that launch or destroy single machines of a pool that runs. Chosen, not measured."""
 _LOOK_S = 2.0
 _BREAK_S = 0.5
 """Seconds after the end of a worker within which its machine is gone too, if that was why."""
@@ -140,6 +144,8 @@ class AgentCluster(SkyCluster):
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self._growing = asyncio.Lock()
         self._tasks: set[asyncio.Future[None]] = set()
+        # Not the event loop's threads, which connections need: a cloud may keep all of these waiting.
+        self._cloud_threads = ThreadPoolExecutor(_CLOUD_CALLS, thread_name_prefix="skyward-cloud")
 
     # --- life -----------------------------------------------------------------------------------------------
 
@@ -353,7 +359,7 @@ class AgentCluster(SkyCluster):
             async with self._growing:
                 (node,) = self._free_numbers(1, but=lost.nodes)
                 try:
-                    (agent,) = await asyncio.to_thread(self._new_agents, [node], [])
+                    (agent,) = await self._ask_cloud(self._new_agents, [node], [])
                 except Exception as exc:  # as in _grow
                     logger.warning("no replacement for %s at present: %s", lost.machine, exc)
                     continue
@@ -369,9 +375,12 @@ class AgentCluster(SkyCluster):
             self.on_node_replaced(node, agent.instance_id(node), lost_id)
             return
 
+    async def _ask_cloud(self, function: Callable[..., R], *arguments: Any) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._cloud_threads, function, *arguments)
+
     async def _give_back(self, agent: Agent) -> None:
         if self._discard is not None and agent.facts is not None and not self._stopping:
-            await asyncio.to_thread(self._discard, agent.facts)
+            await self._ask_cloud(self._discard, agent.facts)
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error
@@ -389,6 +398,7 @@ class AgentCluster(SkyCluster):
             await asyncio.wait_for(super()._close(), 2)
         self.status = Status.closed
         await asyncio.gather(*self._tasks, *map(self._stop_agent, self._agents), return_exceptions=True)
+        self._cloud_threads.shutdown(wait=False)
 
     async def _stop_agent(self, agent: Agent) -> None:
         left = "it failed"
@@ -485,7 +495,7 @@ class AgentCluster(SkyCluster):
         async with self._growing:
             taken = [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
             try:
-                agents = await asyncio.to_thread(self._new_agents, new, taken)
+                agents = await self._ask_cloud(self._new_agents, new, taken)
             except Exception as exc:  # whatever a provider says: the pool goes on with what it has
                 logger.warning("no more nodes: %s", exc)
                 self._nodes.difference_update(new)

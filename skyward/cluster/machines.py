@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from skyward.accelerators import is_nvidia
 from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.config import AgentConfig, NodeSpec
+from skyward.cluster.heartbeat import Heartbeats
+from skyward.cluster.listing import Listing
 from skyward.cluster.remote import RemoteAgent, Shipment
 from skyward.cluster.requirements import recipe
 from skyward.cluster.security import make_credentials
@@ -23,8 +25,8 @@ class Source(Protocol):
     def more(self, nodes: Sequence[int], taken: Sequence[str]) -> Sequence[Machine]:
         """Return machines for further nodes, by number, other than those with the ids given."""
 
-    def exists(self, machine: Machine) -> bool:
-        """Tell whether a machine that is out of reach is still there."""
+    def gone(self, machines: Sequence[Machine]) -> Collection[str]:
+        """Return the ids of those machines, all out of reach, that don't exist any more."""
 
     def discard(self, machine: Machine) -> None:
         """Take back a machine that is not used any more."""
@@ -43,6 +45,8 @@ def machine_cluster(
     volumes = tuple(v for v in spec.volume if isinstance(v, S3Volume))
     environment = recipe(spec.image, wheel, nvidia=is_nvidia(accelerator))
     shipment = Shipment(environment, wheel, tuple(spec.image.include), volumes, accelerator=accelerator)
+    heartbeats = Heartbeats(spec.heartbeat_timeout)
+    listing = None if lives_on else Listing(source.gone)
     credentials = make_credentials(pool_id, lifetime_s=spec.timeout)
 
     def make_node(node: int) -> NodeSpec:
@@ -60,8 +64,7 @@ def machine_cluster(
             scheduler="" if node else None,
             environment=spec.environment,
         )
-        exists = None if lives_on else source.exists
-        return RemoteAgent(machine, make_node(node), config, shipment, emit, exists)
+        return RemoteAgent(machine, make_node(node), config, shipment, emit, heartbeats, listing)
 
     def new_agents(nodes: Sequence[int], taken: Sequence[str]) -> list[RemoteAgent]:
         return [make_agent(n, m) for n, m in zip(nodes, source.more(nodes, taken), strict=True)]

@@ -32,6 +32,7 @@ from skyward.bootstrap import POWER_OFF
 from skyward.cluster import metrics, notice
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.relay import INTERPRETER, Switchboard
+from skyward.cluster.watch import Watch
 
 HEADROOM_S = 60.0
 """Seconds beyond the pool's time-out after which an agent ends by itself, whatever its caller does."""
@@ -170,7 +171,7 @@ class _Agent:
         self._writers: set[asyncio.StreamWriter] = set()
         self._switchboard = Switchboard()
         self._taken = 0  # commands that a caller who comes back need not give again
-        self._heard_at = time.monotonic()
+        self._watch: Watch | None = None
         self._stopped = asyncio.Event()
         self._scheduler: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._nannies: dict[tuple[int, int], Any] = {}
@@ -200,12 +201,13 @@ class _Agent:
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             if self._pipe is None:
-                (Path(self.config.folder) / INTERPRETER).symlink_to(sys.executable)
+                folder = Path(self.config.folder)
+                (folder / INTERPRETER).symlink_to(sys.executable)
+                self._watch = Watch(folder, self.config.heartbeat_s, lambda: _end(self.config, alone=True))
                 # Heard before anything is started: what takes long is then seen to be under way.
-                server = await asyncio.start_unix_server(self._serve, Path(self.config.folder) / SOCKET)
+                server = await asyncio.start_unix_server(self._serve, folder / SOCKET)
                 stack.push_async_callback(_close, server)
                 stack.callback(self._switchboard.close)
-                self._spawn(self._watch_heartbeat())
             else:
                 self._spawn(self._read_standard_input())
             try:
@@ -244,19 +246,13 @@ class _Agent:
             self._writers.add(writer)
             try:
                 while line := await reader.readline():
-                    self._heard_at = time.monotonic()
+                    if self._watch is not None:
+                        self._watch.heard()
                     command = json.loads(line)
                     self._taken += command["do"] != "beat"
                     await self._do(command)
             finally:
                 self._writers.discard(writer)
-
-    async def _watch_heartbeat(self) -> None:
-        patience = self.config.heartbeat_s
-        while time.monotonic() - self._heard_at < patience:
-            await asyncio.sleep(min(1.0, patience / 10))
-        logging.getLogger(__name__).error("the caller has not been heard for %s s", patience)
-        _end(self.config, alone=True)
 
     async def _do(self, command: dict[str, Any]) -> None:
         match command["do"]:
@@ -293,7 +289,9 @@ class _Agent:
                 "distributed.worker.daemon": False,
                 # A call that kills its worker is counted and rerun by the engine, which knows calls, not tasks.
                 "distributed.scheduler.allowed-failures": 0,
-                "distributed.scheduler.worker-ttl": "5 minutes",
+                # A call may hold the interpreter lock for hours; then its worker sends no heartbeats. The end of a
+                # worker or its machine is seen without them: by its connection, its nanny, or the machine's agent.
+                "distributed.scheduler.worker-ttl": None,
                 # Chunks for workers that the caller can't reach itself go through the scheduler.
                 "distributed.scheduler.reuse-broadcast-comm": True,
                 # Tasks may hold the interpreter lock for long; that alone is no reason for a warning.

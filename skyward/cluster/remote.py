@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import asyncssh
 
@@ -24,11 +24,14 @@ from skyward.bootstrap import HOME, LAST_LINES, NEUTRAL, POOL, POWER_OFF, Progre
 from skyward.cluster import bootlogs
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
+from skyward.cluster.heartbeat import Heartbeat, Heartbeats, touch
+from skyward.cluster.listing import Listing
 from skyward.cluster.node import CONFIG, LOG, SOCKET
 from skyward.cluster.security import CLOCKS_S
 from skyward.cluster.slots import node_spec
 from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
 from skyward.cluster.tunnel import Tunnel
+from skyward.cluster.watch import BEAT
 from skyward.cluster.wheel import Wheel
 from skyward.devices import Reading
 from skyward.errors import BootstrapError
@@ -39,13 +42,10 @@ from skyward.volumes import mount_script, unmount_script
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_LOSS_S = 120.0
-"""Seconds without a word from the caller after which an agent ends everything on its machine."""
 BOOT_S = 300.0
 """Seconds that a machine that was launched may take until it lets us in. By feel: slow ones take two minutes."""
 UNREACHABLE_S = 45.0
 """Seconds that a machine may be out of reach before the pool goes on without it. By feel: a router restarts in less."""
-_BEAT_S = 5.0
 _AGAIN_S = 0.2
 _ASK_S = 5.0
 """Seconds that a machine is out of reach before its cloud is asked whether it is still there, and between questions."""
@@ -53,9 +53,10 @@ _ANSWER_S = 5.0
 """Seconds that a machine may take to answer. By feel: a busy one takes one."""
 _STOP_S = 15.0
 _FIRST_LOGIN_S = 3.0
+_SHARED_BEATS = 4
+"""Heartbeats in a row over a connection that carries all data, after which a warning says so. Fewer: a short break."""
 _FLUSH_S = 120.0
 """Seconds that what was written to volumes may take to arrive in their buckets, at the end. By feel."""
-_BEAT = "beat"
 _LOG_S = 10.0
 """Seconds that the logs of a machine that failed may take to arrive. By feel: nobody waits longer for bad news."""
 _HEARD_LINES = 10_000
@@ -78,6 +79,10 @@ _ADVICE = {
 """What to do about a step that failed, where what it said may not tell."""
 _LOOKS = 4  # times that a watch on a machine looks for a beat in vain before it ends what is there
 _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
+
+
+class _Gone(Exception):  # noqa: N818 - it says what is the case
+    """The machine's cloud says that it does not exist any more."""
 
 
 def pool_folder(pool_id: str) -> str:
@@ -119,7 +124,7 @@ class Shipment:
 class RemoteAgent:
     """The agent on one machine, for one node.
 
-    `exists` asks, blocking, whether a machine that is out of reach is still there. None: nobody knows.
+    `listing` knows whether a machine that is out of reach still exists. None: nobody knows.
     """
 
     def __init__(
@@ -129,20 +134,24 @@ class RemoteAgent:
         config: AgentConfig,
         shipment: Shipment,
         emit: Callable[[Any], None],
-        exists: Callable[[Machine], bool] | None = None,
+        heartbeats: Heartbeats,
+        listing: Listing | None = None,
     ) -> None:
         self.nodes = {node.node}
         self.machine = str(machine.login)
         self.facts: Machine = machine
         self._config = replace(
-            config, nodes=(node,), folder=pool_folder(config.pool_id), heartbeat_s=HEARTBEAT_LOSS_S,
+            config, nodes=(node,), folder=pool_folder(config.pool_id), heartbeat_s=heartbeats.limit_s,
             power_off=not machine.lives_on, notice="aws" if machine.spot and machine.provider == "aws" else "",
         )  # fmt: skip
-        self._exists = exists
+        self._listing = listing
         self._shipment = shipment
         self._emit = emit
         self._link = Link(machine.login)
         self._tunnel = Tunnel(self._link, f"{self._config.folder}/{SOCKET}")
+        self._heartbeats = heartbeats
+        self._heartbeat: Heartbeat | None = None
+        self._beating: asyncio.Task[None] | None = None
         self._writer: Any = None
         self._commands: list[dict[str, Any]] = []  # all that were given, for an agent that has not got them
         self._talking: asyncio.Task[None] | None = None
@@ -168,7 +177,7 @@ class RemoteAgent:
 
     async def _is_there(self) -> bool:
         """Ask its cloud for the machine; where nobody is to be asked, it is taken to be there."""
-        return self._exists is None or await asyncio.to_thread(self._exists, self.facts)
+        return self._listing is None or await self._listing.has(self.facts)
 
     def instance_id(self, node: int) -> str:  # noqa: ARG002 - it has only one
         return self.facts.id
@@ -196,6 +205,8 @@ class RemoteAgent:
         else:
             await self._log_in_when_booted()
         self._started = True  # from here on there is something to clean up
+        self._heartbeat = self._heartbeats.start(self.facts.login, self._config.folder)
+        self._beating = asyncio.create_task(self._beat(self._heartbeat))
         try:
             await self._start()
         except (OSError, asyncssh.Error) as exc:
@@ -231,23 +242,11 @@ class RemoteAgent:
 
     async def _start(self) -> None:
         host = self.facts.private_ip or await self._own_address()
-        beats = asyncio.create_task(self._beat_watch())
-        try:
-            await self._make_ready()
-            if self._shipment.accelerator is not None:
-                await self._equip(self._shipment.accelerator)
-            self._progress("agent")
-            await self._launch(replace(self._config, host=host))
-        finally:
-            beats.cancel()
-
-    async def _beat_watch(self) -> None:
-        """Tell the watch on the machine that we are here, as long as there is no agent to be told."""
-        beat = f"{self._config.folder}/{_BEAT}"
-        while True:
-            await asyncio.sleep(min(_BEAT_S, HEARTBEAT_LOSS_S / 8))
-            with contextlib.suppress(*_TROUBLE):  # whatever else is under way fails too, and says why
-                await self._link.run(f": > {beat}")
+        await self._make_ready()
+        if self._shipment.accelerator is not None:
+            await self._equip(self._shipment.accelerator)
+        self._progress("agent")
+        await self._launch(replace(self._config, host=host))
 
     def _progress(self, step: str) -> None:
         self._step = step
@@ -282,7 +281,7 @@ class RemoteAgent:
 
     async def _begin(self, wheel: str) -> bool:
         """Check what every later step needs, start the watch, and return whether the machine has our wheel."""
-        watch = watch_command(self._config.pool_id, HEARTBEAT_LOSS_S, power_off=self._config.power_off)
+        watch = watch_command(self._config.pool_id, self._heartbeats.limit_s, power_off=self._config.power_off)
         asked = time.time()
         done = await self._link.run(
             f"lacks=0; lack() {{ echo lacks $1; lacks=1; }}; "
@@ -403,40 +402,58 @@ class RemoteAgent:
                 self._writer.write(json.dumps(command).encode() + b"\n")
 
     async def _talk(self, heard: Heard) -> None:
-        """Hear the agent and let it hear us, over one connection after another, until it is out of reach for long."""
-        lost_at: float | None = None
-        why = ""
+        """Talk with the agent, over one connection after another, until it has ended or is out of reach for long."""
         while not self._stopped:
-            if lost_at is None:
-                lost_at = time.monotonic()
-                ask_at = lost_at + _ASK_S
-            if time.monotonic() > ask_at:
-                if not await self._is_there():
-                    self._started = False  # there is nothing to clean up any more
-                    heard({"event": "ended", "why": "its provider has taken it away", "gone": True})
-                    return
-                ask_at = time.monotonic() + _ASK_S
+            # Side by side: a cloud that answers late must not keep us from a machine that is there.
+            tasks = [asyncio.create_task(self._ask_until_gone()), asyncio.create_task(self._connect_again())]
             try:
-                left = lost_at + UNREACHABLE_S - time.monotonic()
-                async with asyncio.timeout(left if self._exists is None else min(left, _ASK_S)):
-                    reader, writer = await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                reader, writer = done.pop().result()
+            except _Gone:
+                self._started = False  # there is nothing to clean up any more
+                heard({"event": "ended", "why": "its provider has taken it away", "gone": True})
+                return
             except NotListening:
                 gone = not await self._is_there()  # one that is shut down ends agents first
                 heard({"event": "ended", "why": "the agent is not running any more", "gone": gone})
                 return
             except _TROUBLE as exc:
-                why = str(exc) or why
-                if time.monotonic() - lost_at >= UNREACHABLE_S:
-                    heard({"event": "ended", "why": f"out of reach for {UNREACHABLE_S:g} s: {why or 'no answer'}"})
-                    return
-                await asyncio.sleep(_AGAIN_S)
-                continue
-            lost_at = None
+                heard({"event": "ended", "why": f"out of reach for {UNREACHABLE_S:g} s: {str(exc) or 'no answer'}"})
+                return
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
             await self._converse(heard, reader, writer)
+
+    async def _ask_until_gone(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(_ASK_S)
+            if not await self._is_there():
+                raise _Gone
+
+    async def _connect_again(self) -> tuple[Any, Any]:
+        """Return a new connection to the agent, or raise why there is none after `UNREACHABLE_S`."""
+        deadline = time.monotonic() + UNREACHABLE_S
+        patience, is_last = _ASK_S, False
+        while True:
+            try:
+                async with asyncio.timeout(patience):
+                    return await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
+            except NotListening:
+                raise
+            except _TROUBLE:
+                if is_last:
+                    raise
+            if time.monotonic() > deadline:
+                if not await self._is_there():
+                    raise _Gone
+                is_last = True  # asking opens the firewall for a caller whose address has changed: worth another try
+            patience = min(1.5 * patience, CONNECT_TIMEOUT_S)  # a busy machine may need more
+            await asyncio.sleep(_AGAIN_S)
 
     async def _converse(self, heard: Heard, reader: Any, writer: Any) -> None:
         """Hear the agent over one connection until that is lost."""
-        beats = asyncio.create_task(self._beat())
         try:
             writer.write(json.dumps({"seen": self._seen}).encode() + b"\n")
             have = json.loads(await reader.readline() or '{"commands": 0}')["commands"]
@@ -453,12 +470,30 @@ class RemoteAgent:
             logger.debug("lost the agent on %s: %s", self.machine, exc)
         finally:
             self._writer = None
-            beats.cancel()
 
-    async def _beat(self) -> None:
+    async def _beat(self, heartbeat: Heartbeat) -> None:
+        """Send heartbeats over this connection while they have none: a machine may refuse a second login."""
+        sent = 0
         while True:
+            await asyncio.sleep(heartbeat.period_s)
+            why = heartbeat.trouble
+            if why is None or not await self._send_beat():
+                sent = 0
+                continue
+            heartbeat.note_beat()
+            sent += 1
+            if sent == _SHARED_BEATS:
+                text = "%s: no second SSH connection for heartbeats, so bulk data may delay them: %s"
+                logger.warning(text, self.machine, why)
+
+    async def _send_beat(self) -> bool:
+        """Send a heartbeat over this connection, if there is one now."""
+        if self._talking is not None:
             self._write({"do": "beat"})
-            await asyncio.sleep(_BEAT_S)
+            return self._writer is not None
+        with contextlib.suppress(*_TROUBLE):  # whatever else is under way fails too, and says why
+            return not (await self._link.run(touch(self._config.folder))).status
+        return False
 
     async def reach(self, port: int) -> tuple[str, int]:
         return "127.0.0.1", await self._tunnel.listen(f"127.0.0.1:{port}")
@@ -475,6 +510,9 @@ class RemoteAgent:
         if self._talking is not None:
             self.send({"do": "stop"})
             self._talking.cancel()
+        if self._heartbeat is not None and self._beating is not None:
+            self._beating.cancel()
+            await self._heartbeats.stop(self._heartbeat)
         try:
             volumes = self._shipment.volumes
             if self._started and (self.facts.lives_on or volumes):
@@ -484,7 +522,7 @@ class RemoteAgent:
         except (TimeoutError, *_TROUBLE) as exc:
             why = str(exc) or type(exc).__name__
             if self.facts.lives_on:
-                why += f"; it cleans itself after {HEARTBEAT_LOSS_S:g} s"
+                why += f"; it cleans itself after {self._heartbeats.limit_s:g} s"
             logger.warning("%s could not be cleaned: %s", self.machine, why)
             return f"{self.machine}: {why}"
         finally:
@@ -514,7 +552,7 @@ def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:
     watch = (
         f"missed=0; while [ $missed -lt {_LOOKS} ]; do sleep {patience_s / _LOOKS:g}; "
         f"[ -d {folder} ] && ! [ -S {folder}/{SOCKET} ] || exit 0; "
-        f"if rm {folder}/{_BEAT} 2> /dev/null; then missed=0; else missed=$((missed + 1)); fi; done; {end}"
+        f"if rm {folder}/{BEAT} 2> /dev/null; then missed=0; else missed=$((missed + 1)); fi; done; {end}"
     )
     return (
         f"mkdir -p {folder} && "

@@ -298,11 +298,11 @@ def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
 CLIENT = """
 import os, sys, time
 import skyward as sky
-from skyward.cluster import remote
+from skyward import spec
 from tests.clouds.emulated import TYPES, _REGIONS
 from tests.machines.conftest import IMAGE
 
-remote.HEARTBEAT_LOSS_S = 6.0
+spec.LEAST_HEARTBEAT_TIMEOUT_S = 6
 name, until = sys.argv[1:]
 
 def tell(event):
@@ -311,7 +311,8 @@ def tell(event):
         if until != "PoolStarted":
             time.sleep(600)
 
-with sky.ComputePool(name, machine=TYPES[name], nodes=2, image=IMAGE, display="quiet", on_event=tell):
+options = {"machine": TYPES[name], "image": IMAGE, "heartbeat_timeout": 6, "display": "quiet", "on_event": tell}
+with sky.ComputePool(name, nodes=2, **options):
     time.sleep(600)
 """
 

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ import psutil
 import pytest
 
 import skyward as sky
+from skyward import spec
 from skyward.cluster import remote, ssh
+from skyward.cluster.listing import Listing
+from skyward.providers import base
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 from tests.waiting import wait_until
@@ -182,6 +185,50 @@ def test_a_network_that_comes_back_loses_nothing(
 
 
 @pytest.mark.usefixtures("data_folder")
+def test_a_cloud_that_does_not_answer_keeps_no_pool_from_its_machines(
+    site: Site, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_KEEPALIVE_S", 1)
+    monkeypatch.setattr(remote, "_ASK_S", 2.0)
+    (machine,) = boot(1)
+    asked, answer = threading.Event(), threading.Event()
+
+    def gone(_: Sequence[base.Machine]) -> set[str]:
+        asked.set()
+        answer.wait(120)
+        return set()
+
+    with open_pool(site, [machine]) as pool:
+        pool.cluster._agents[0]._listing = Listing(gone)
+        machine.unplug()
+        call = pool.submit(slow(1))
+        assert asked.wait(60)
+        machine.plug()
+        try:
+            assert call.result(60) == (1, machine.name)
+        finally:
+            answer.set()
+
+
+@pytest.mark.usefixtures("data_folder", "impatient")
+def test_a_machine_is_tried_once_more_after_its_cloud_has_let_us_in(
+    site: Site, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_ASK_S", 2.0)
+    (machine,) = boot(1)
+
+    def gone(_: Sequence[base.Machine]) -> set[str]:
+        time.sleep(remote.UNREACHABLE_S + 1)  # a slow API
+        machine.plug()  # as a firewall does that lets in a caller whose address has changed
+        return set()
+
+    with open_pool(site, [machine]) as pool:
+        pool.cluster._agents[0]._listing = Listing(gone)
+        machine.unplug()
+        assert slow(1) >> pool == (1, machine.name)
+
+
+@pytest.mark.usefixtures("data_folder")
 def test_a_command_that_is_lost_with_the_connection_is_given_again(
     site: Site, boot: Boot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,11 +310,11 @@ def test_a_pool_leaves_nothing_in_shared_memory(site: Site, boot: Boot) -> None:
 def test_a_machine_cut_off_before_its_agent_runs_cleans_itself(
     site: Site, boot: Boot, impatient: None, data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "HEARTBEAT_LOSS_S", 4.0)
+    monkeypatch.setattr(spec, "LEAST_HEARTBEAT_TIMEOUT_S", 4.0)
     (machine,) = boot(1)
     # As another pool that is just being prepared there: ours waits, and is not further than that.
     machine.run("setsid flock /root/.cache/skyward/lock sleep 600 > /dev/null 2>&1 & sleep 0.1")
-    pool = open_pool(site, [machine])
+    pool = open_pool(site, [machine], heartbeat_timeout=4)
 
     def cut_off(event: sky.BootstrapProgress) -> None:
         if event.step == "wait":
@@ -309,10 +356,10 @@ def client(site: Site, boot: Boot, data_folder: Path) -> Iterator[tuple[subproce
     script = f"""
         import time
         import skyward as sky
-        from skyward.cluster import remote
+        from skyward import spec
         from skyward.spec import Image
 
-        remote.HEARTBEAT_LOSS_S = 8.0
+        spec.LEAST_HEARTBEAT_TIMEOUT_S = 8
         provider = sky.SSH({hosts!r}, key={str(site.key)!r}, known_hosts={str(site.known_hosts)!r})
 
         @sky.compute
@@ -321,7 +368,7 @@ def client(site: Site, boot: Boot, data_folder: Path) -> Iterator[tuple[subproce
             subprocess.run(["setsid", "sleep", "1000"])
 
         image = Image(pip={list(IMAGE.pip)!r})
-        with sky.ComputePool(provider, nodes=2, image=image, display="quiet") as pool:
+        with sky.ComputePool(provider, nodes=2, image=image, heartbeat_timeout=8, display="quiet") as pool:
             pool.submit(work())
             time.sleep(1)
             print("up", flush=True)

@@ -50,7 +50,6 @@ def expected(i: int) -> tuple[int, int, int]:
 def main(config: dict[str, Any]) -> None:
     rng = random.Random(config["seed"])
     remote.UNREACHABLE_S = config["unreachable_s"]
-    remote.HEARTBEAT_LOSS_S = config["heartbeat_loss_s"]
     cluster.START_TIMEOUT_S = config["start_timeout_s"]
     ssh._KEEPALIVE_S = config["keepalive_s"]
     record = Path(config["record"]).open("a", buffering=1)  # noqa: SIM115 - both for as long as we live
@@ -62,7 +61,10 @@ def main(config: dict[str, Any]) -> None:
 
     provider = sky.SSH(config["hosts"], key=config["key"], known_hosts=config["known_hosts"])
     image = Image(pip=config["pip"])
-    pool = sky.ComputePool(provider, nodes=len(config["hosts"]), concurrency=2, image=image, display="quiet")
+    pool = sky.ComputePool(
+        provider, nodes=len(config["hosts"]), concurrency=2, image=image, display="quiet",
+        heartbeat_timeout=config["heartbeat_timeout"],
+    )  # fmt: skip
     try:
         say(phase="starting")
         with pool:

@@ -32,7 +32,7 @@ CALLS = 600
 
 # A run is to take seconds where a user would wait for minutes: 45, 120, 120 and 5 are the library's own.
 UNREACHABLE_S = 15.0
-HEARTBEAT_LOSS_S = 30.0
+HEARTBEAT_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
 KEEPALIVE_S = 2
 
@@ -114,7 +114,7 @@ class Client:
             "calls": CALLS,
             "seed": seed,
             "unreachable_s": UNREACHABLE_S,
-            "heartbeat_loss_s": HEARTBEAT_LOSS_S,
+            "heartbeat_timeout": HEARTBEAT_TIMEOUT_S,
             "start_timeout_s": START_TIMEOUT_S,
             "keepalive_s": KEEPALIVE_S,
         }
@@ -252,7 +252,7 @@ class CutOff:
 
     @property
     def left_s(self) -> float:
-        return self._since + HEARTBEAT_LOSS_S + HEADROOM_S - time.monotonic()
+        return self._since + HEARTBEAT_TIMEOUT_S + HEADROOM_S - time.monotonic()
 
 
 def client_has_ended(client: Client, cut_off: CutOff | None) -> bool:
@@ -268,7 +268,7 @@ def look_for_remains(outcome: Outcome, client: Client, machines: list[Machine], 
     happened = outcome.phase != NOT_DONE
     lost = machines[outcome.plan.node] if fault.loses_machine and happened else None
     alone = fault is Fault.CLIENT_AND_GUARDIAN_KILLED and happened
-    limit = (HEARTBEAT_LOSS_S + HEADROOM_S) if alone else CLEAN_S
+    limit = (HEARTBEAT_TIMEOUT_S + HEADROOM_S) if alone else CLEAN_S
     for machine in machines:
         if machine is lost:
             continue

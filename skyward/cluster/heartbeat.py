@@ -1,0 +1,153 @@
+"""Heartbeats: they tell the machines of a pool that the process which owns the pool is alive.
+
+They come from a thread with its own event loop, over an SSH connection to each machine that carries nothing else: a
+busy cluster loop, bulk data and slow cloud APIs can't delay them. The machine's end is in `watch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+import time
+from typing import Any
+
+import asyncssh
+
+from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.watch import BEAT, SOCKET
+from skyward.errors import BootstrapError
+from skyward.providers.base import Login
+
+logger = logging.getLogger(__name__)
+
+_BEAT_S = 5.0
+_STOP_S = 5.0
+_TROUBLE = (OSError, asyncssh.Error, BootstrapError)
+
+
+class Heartbeats:
+    """The heartbeats of one pool. Its daemon thread runs while there is a machine to tell.
+
+    `limit_s` are the seconds without a heartbeat after which a machine ends its part of the pool.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._count = 0
+
+    def start(self, login: Login, folder: str) -> Heartbeat:
+        """Start to tell one machine, on which the pool has its files in `folder`. The caller also calls `stop`."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run, args=[self._loop], name="skyward-heartbeat", daemon=True).start()
+            self._count += 1
+            heartbeat = Heartbeat(login, folder, self.limit_s)
+            self._loop.call_soon_threadsafe(heartbeat.start)
+        return heartbeat
+
+    async def stop(self, heartbeat: Heartbeat) -> None:
+        """Stop to tell one machine. To be called once for each, from any event loop."""
+        assert self._loop is not None
+        stopping = asyncio.run_coroutine_threadsafe(heartbeat.stop(), self._loop)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(stopping), _STOP_S)
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop = None
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+
+
+class Heartbeat:
+    """The heartbeat for one machine. Other threads may read what is public; the rest is the heartbeats' loop's."""
+
+    def __init__(self, login: Login, folder: str, limit_s: float) -> None:
+        self.period_s = min(_BEAT_S, limit_s / 8)
+        self.trouble: str | None = "it is not there yet"
+        """Why there is no connection for heartbeats; None while there is one."""
+        self._limit_s = limit_s
+        self._folder = folder
+        self._link = Link(login)
+        self._task: asyncio.Task[None] | None = None
+        self._heard_at = _now()
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._beat())
+
+    async def stop(self) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        await self._link.close()
+
+    def note_beat(self) -> None:
+        """Note a heartbeat that is sent another way."""
+        self._heard_at = _now()
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the machine has heard us for certain. They also pass while this computer sleeps."""
+        return _now() - self._heard_at
+
+    async def _beat(self) -> None:
+        await asyncio.sleep(random.uniform(0, self.period_s))  # many logins at once are refused by a common proxy
+        pause = self.period_s
+        while True:
+            try:
+                await self._beat_until_lost()
+            except NotListening:
+                await self._tell_first_watch()
+                pause = self.period_s
+            except _TROUBLE as exc:
+                self.trouble = str(exc) or type(exc).__name__
+                logger.debug("no connection for heartbeats to %s: %s", self._link.login, self.trouble)
+                pause = min(2 * pause, self._limit_s / 4)
+            await asyncio.sleep(random.uniform(pause / 2, pause))
+
+    async def _beat_until_lost(self) -> None:
+        reader, writer = await self._link.open_socket(f"{self._folder}/{SOCKET}")
+        with contextlib.closing(writer):
+            while True:
+                sent_at = _now()
+                writer.write(b"\n")
+                if not await reader.read(64):
+                    self.trouble = "it was lost"
+                    return
+                self._delivered(sent_at)
+                await asyncio.sleep(self.period_s)
+
+    async def _tell_first_watch(self) -> None:
+        """Tell the watch that runs on a machine before there is an agent."""
+        sent_at = _now()
+        with contextlib.suppress(*_TROUBLE):
+            if not (await self._link.run(touch(self._folder))).status:
+                self._delivered(sent_at)
+
+    def _delivered(self, sent_at: float) -> None:
+        self.trouble = None
+        self._heard_at = sent_at  # not now: this process may have been suspended in between
+
+
+def touch(folder: str) -> str:
+    """Return the shell command that is a heartbeat for the watch that runs before there is an agent."""
+    return f": > {folder}/{BEAT}"
+
+
+def _now() -> float:
+    """Return seconds on a clock that goes on while the computer sleeps; macOS has that as CLOCK_MONOTONIC."""
+    clock: Any = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.clock_gettime(time.CLOCK_MONOTONIC if clock is None else clock)
