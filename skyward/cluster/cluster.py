@@ -36,7 +36,7 @@ _BREAK_S = 0.5
 """Seconds after the end of a worker within which its machine is gone too, if that was why."""
 _TOLD = {"told_by_event": True}
 """Marks what is logged and of which an event tells too: consoles show it once."""
-_REPLACEMENT_PAUSES_S = (0.0, 15.0, 60.0, 120.0, 300.0)
+_REPLACEMENT_PAUSES_S = (1.0, 15.0, 60.0, 120.0, 300.0)
 """Pauses before attempts to find a replacement for a lost machine. By feel: capacity comes back in minutes."""
 
 
@@ -246,10 +246,19 @@ class AgentCluster(SkyCluster):
             case "notice":
                 logger.warning("%s, which has the scheduler, will be taken away by its provider", _named(agent))
             case "ended" if not self._stopping:
-                self._agent_ended(agent, event["why"], gone=event.get("gone", False))
+                gone, silence = event.get("gone", False), event.get("silence", False)
+                self._agent_ended(agent, event["why"], gone=gone, silence=silence)
 
-    def _agent_ended(self, agent: Agent, why: str, *, gone: bool) -> None:
-        if agent is self._agents[0]:
+    def _agent_ended(self, agent: Agent, why: str, *, gone: bool, silence: bool) -> None:
+        """Take note of the end of an agent. `silence`: it has ended because it had heard nothing of this process."""
+        if silence and agent is self._agents[0]:
+            self._fail(
+                PoolError(
+                    f"pool {self.name} has ended: {why}. Calls that had not finished are lost. Raise "
+                    "heartbeat_timeout=, or enter the pool again."
+                )
+            )
+        elif agent is self._agents[0]:
             self._fail(
                 PoolError(
                     f"the agent of pool {self.name} on {agent.machine}, and with it the Dask scheduler, ended "
@@ -333,12 +342,16 @@ class AgentCluster(SkyCluster):
         self._excused |= {address for address, node in self._places.items() if node in nodes}
 
     async def was_taken(self, address: str) -> bool:
-        """Tell, once it is known, whether a worker has ended because it had to: its machine was taken away, say."""
-        if self._discard is not None and address not in self._excused:
+        """Tell, once it is known, whether a worker has ended because it had to: its machine was taken away, say.
+
+        Waits until it is clear whether its agent has ended too, which may be the end of the pool: that is a better
+        reason for the calls to fail than the end of a worker.
+        """
+        if self._new_agents is not None and address not in self._excused:
             await asyncio.sleep(_BREAK_S)
             node = self._places.get(address)
             while agent := next((agent for agent in self._agents if node in agent.nodes), None):
-                if self._stopping or await agent.answers():
+                if self._stopping or self._failed is not None or await agent.answers():
                     break
                 await asyncio.sleep(_BREAK_S)  # until it is heard again, or it is known what has become of it
         return address in self._excused
@@ -356,6 +369,8 @@ class AgentCluster(SkyCluster):
         (lost_id,) = (lost.instance_id(node) for node in lost.nodes)
         for pause in _REPLACEMENT_PAUSES_S:
             await asyncio.sleep(pause)
+            if self._failed is not None:
+                return  # what took this node took the scheduler's too
             async with self._growing:
                 (node,) = self._free_numbers(1, but=lost.nodes)
                 try:

@@ -38,7 +38,7 @@ class Heartbeats:
         self.limit_s = limit_s
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._count = 0
+        self._all: set[Heartbeat] = set()
 
     def start(self, login: Login, folder: str) -> Heartbeat:
         """Start to tell one machine, on which the pool has its files in `folder`. The caller also calls `stop`."""
@@ -46,8 +46,8 @@ class Heartbeats:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=[self._loop], name="skyward-heartbeat", daemon=True).start()
-            self._count += 1
             heartbeat = Heartbeat(login, folder, self.limit_s)
+            self._all.add(heartbeat)
             self._loop.call_soon_threadsafe(heartbeat.start)
         return heartbeat
 
@@ -58,10 +58,16 @@ class Heartbeats:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.wrap_future(stopping), _STOP_S)
         with self._lock:
-            self._count -= 1
-            if not self._count:
+            self._all.remove(heartbeat)
+            if not self._all:
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._loop = None
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since any machine has heard us for certain."""
+        with self._lock:
+            return min((heartbeat.silence_s for heartbeat in self._all), default=0.0)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

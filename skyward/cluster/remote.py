@@ -195,7 +195,8 @@ class RemoteAgent:
                 exc.log = str(path)
                 exc.args = (f"{exc}\nIts log is {path}",)
             raise
-        self._talking = asyncio.create_task(self._talk(heard))
+        assert self._heartbeat is not None
+        self._talking = asyncio.create_task(self._talk(heard, self._heartbeat))
         self._emit(events.BootstrapCompleted(instance_id=self.facts.id))
 
     async def _prepare(self) -> None:
@@ -401,7 +402,7 @@ class RemoteAgent:
             with contextlib.suppress(OSError, asyncssh.Error):  # given again over the next connection
                 self._writer.write(json.dumps(command).encode() + b"\n")
 
-    async def _talk(self, heard: Heard) -> None:
+    async def _talk(self, heard: Heard, heartbeat: Heartbeat) -> None:
         """Talk with the agent, over one connection after another, until it has ended or is out of reach for long."""
         while not self._stopped:
             # Side by side: a cloud that answers late must not keep us from a machine that is there.
@@ -411,20 +412,33 @@ class RemoteAgent:
                 reader, writer = done.pop().result()
             except _Gone:
                 self._started = False  # there is nothing to clean up any more
-                heard({"event": "ended", "why": "its provider has taken it away", "gone": True})
+                heard(self._ended("its provider has taken it away", self._heartbeats.silence_s, gone=True))
                 return
             except NotListening:
+                silence_s = heartbeat.silence_s
                 gone = not await self._is_there()  # one that is shut down ends agents first
-                heard({"event": "ended", "why": "the agent is not running any more", "gone": gone})
+                heard(self._ended("the agent is not running any more", silence_s, gone=gone))
                 return
             except _TROUBLE as exc:
-                heard({"event": "ended", "why": f"out of reach for {UNREACHABLE_S:g} s: {str(exc) or 'no answer'}"})
+                why = f"out of reach for {UNREACHABLE_S:g} s: {str(exc) or 'no answer'}"
+                heard(self._ended(why, self._heartbeats.silence_s))
                 return
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
             await self._converse(heard, reader, writer)
+
+    def _ended(self, why: str, silence_s: float, *, gone: bool = False) -> dict[str, Any]:
+        """Return the event of the agent's end. The reason is ours when it has heard nothing for too long."""
+        limit_s = self._heartbeats.limit_s
+        is_silence = silence_s >= limit_s
+        if is_silence:
+            why = (
+                f"this process was suspended or could not send heartbeats for {silence_s:.0f} s "
+                f"(limit heartbeat_timeout={limit_s:g} s), so its machines shut themselves down"
+            )
+        return {"event": "ended", "why": why, "gone": gone, "silence": is_silence}
 
     async def _ask_until_gone(self) -> NoReturn:
         while True:

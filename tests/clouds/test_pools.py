@@ -386,3 +386,37 @@ def test_client_and_guardian_killed(cloud: Emulated, client: Callable[[str], sub
 
     assert ended.exit_code == 0, ended.output
     assert_nothing_left(cloud)
+
+
+SUSPENDED = """
+import sys
+import skyward as sky
+from skyward import spec
+from tests.machines.conftest import IMAGE
+
+spec.LEAST_HEARTBEAT_TIMEOUT_S = 3
+with sky.ComputePool("aws", machine=sys.argv[1], image=IMAGE, heartbeat_timeout=3, display="quiet") as pool:
+    print("up", flush=True)
+    input()
+    try:
+        sky.compute(int)() >> pool
+    except sky.PoolError as exc:
+        print(exc)
+"""
+
+
+@pytest.mark.parametrize("cloud", ["aws"], indirect=True)
+def test_a_suspended_client_is_told_that_its_machines_are_gone_for_that(cloud: Emulated) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED, cloud.type], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: cloud.machines() == [], 60)
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate("\n", timeout=120)
+
+    assert "this process was suspended or could not send heartbeats for" in output
+    assert_nothing_left(cloud)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -387,6 +388,53 @@ def client(site: Site, boot: Boot, data_folder: Path) -> Iterator[tuple[subproce
 
 
 Client = tuple[subprocess.Popen[str], list[Machine]]
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_suspended_caller_is_told_what_its_machines_did(site: Site, boot: Boot, tmp_path: Path) -> None:
+    """It has two pools on a machine, one of which allows for a longer suspension."""
+    (machine,) = boot(1)
+    script = f"""
+        import os, time
+        import skyward as sky
+        from skyward import spec
+
+        spec.LEAST_HEARTBEAT_TIMEOUT_S = 1
+        provider = sky.SSH("root@{machine.address}", key={str(site.key)!r}, known_hosts={str(site.known_hosts)!r})
+        options = {{"image": sky.Image(pip={list(IMAGE.pip)!r}), "display": "quiet", "retries": 0}}
+        with (
+            sky.ComputePool(provider, heartbeat_timeout=3, **options) as pool,
+            sky.ComputePool(provider, heartbeat_timeout=60, **options) as patient,
+        ):
+            before = sky.compute(os.getpid)() >> patient
+            running = pool.submit(sky.compute(time.sleep)(1000))
+            print(pool.cluster.name, flush=True)
+            input()
+            print(running.exception(), flush=True)
+            try:
+                sky.compute(os.getpid)() >> pool
+            except sky.PoolError as exc:
+                print(exc, flush=True)
+            print(before == sky.compute(os.getpid)() >> patient, flush=True)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        name = process.stdout.readline().strip()
+        assert name
+
+        process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: name not in machine.run("ls /tmp"), 60)
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate("\n", timeout=60)
+
+    running, later, is_alive = output.splitlines()
+    told = rf"pool {name} has ended: this process was suspended or could not send heartbeats for \d+ s "
+    told += r"\(limit heartbeat_timeout=3 s\), so its machines shut themselves down"
+    assert re.match(told, running)
+    assert re.match(told, later)
+    assert is_alive == "True"
 
 
 def test_a_killed_caller_is_cleaned_up_after_by_its_guardian(client: Client, data_folder: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_busy_event_loop_does_not_delay_heartbeats(site: Site, machine: Machin
 
     with open_pool(site, machine) as pool:
         before = pid() >> pool
-        pool.cluster.loop.add_callback(time.sleep, 3 * LIMIT_S)
+        pool.cluster.loop.add_callback(time.sleep, 2 * LIMIT_S)
         assert pid() >> pool == before
 
 
@@ -78,7 +78,7 @@ def test_bulk_data_does_not_delay_heartbeats(
 
     monkeypatch.setattr(sky.SSH, "_login", throttled)
     monkeypatch.chdir(tmp_path)
-    noise = os.urandom(int(2.5 * LIMIT_S * rate))
+    noise = os.urandom(int(1.7 * LIMIT_S * rate))
     Path("noise").write_bytes(noise)
 
     with open_pool(site, machine, replace(IMAGE, include=["noise"])) as pool:
