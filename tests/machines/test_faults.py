@@ -200,12 +200,14 @@ def test_a_cloud_that_does_not_answer_keeps_no_pool_from_its_machines(
         return set()
 
     with open_pool(site, [machine]) as pool:
-        pool.cluster._agents[0]._listing = Listing(gone)
+        (agent,) = pool.cluster._agents
+        agent._listing = Listing(gone)
         machine.unplug()
         call = pool.submit(slow(1))
         assert asked.wait(60)
         machine.plug()
         try:
+            wait_until(lambda: agent._writer is not None)
             assert call.result(60) == (1, machine.name)
         finally:
             answer.set()
