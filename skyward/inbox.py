@@ -14,8 +14,8 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from skyward import runtime
-from skyward.wire import RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
+from skyward import interrupts, runtime
+from skyward.wire import INTERRUPT, RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
 
 _here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
 _NO_FAILURE = frozenset({Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN})
@@ -33,6 +33,7 @@ def install(worker: Any) -> None:
 
     worker.handlers[RUN] = run
     worker.handlers[TAKE_BACK] = take_back
+    worker.handlers[INTERRUPT] = interrupt
 
 
 async def _run(worker: Any, chunk: Chunk) -> Outcomes:
@@ -86,6 +87,11 @@ async def take_back(keys: list[str]) -> None:
     for key in keys:
         if key in _here:
             _here[key].cancel()
+
+
+async def interrupt(keys: list[str]) -> int:
+    """Stop the chunks `keys`, as far as they run here, and return how many did."""
+    return interrupts.interrupt(keys)
 
 
 def attend(key: str) -> None:

@@ -63,7 +63,7 @@ class Participant(NamedTuple):
     barrier: str | None  # name of the barrier that all participants pass before any of them begins
 
 
-RUN, TAKE_BACK, RAN = "skyward_run", "skyward_take_back", "skyward-ran"
+RUN, TAKE_BACK, INTERRUPT, RAN = "skyward_run", "skyward_take_back", "skyward_interrupt", "skyward-ran"
 """What a worker is asked to do with a chunk, and what it tells the scheduler afterwards."""
 KEEP, READ, FETCH, DROP = "skyward_keep", "skyward_read", "skyward_fetch", "skyward_drop"
 """What a worker is asked to do with a large buffer."""

@@ -12,6 +12,7 @@ import itertools
 import pickle
 import sys
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,11 @@ from hypothesis import strategies as st
 import skyward as sky
 from skyward import runtime
 from skyward.engine import Call, Engine, engine, flights
+from skyward.engine.group import CallFuture
 from skyward.engine.run import run_all, stream
 from skyward.engine.transport import UnreachableError, WorkerGoneError
 from skyward.wire import Chunk, Kind, Outcome, Outcomes, Slot
+from tests.waiting import wait_until
 
 _ran: Counter[int] = Counter()
 
@@ -110,8 +113,8 @@ class Workers:
         await asyncio.sleep(0)
         self._taken_back.update(self._waiting.intersection(keys))
 
-    async def interrupt(self, keys: list[str]) -> set[str]:
-        self._interrupted.update(keys)
+    async def interrupt(self, places: dict[str, str | None]) -> set[str]:
+        self._interrupted.update(places)
         return set()
 
     def lose(self, _: set[str]) -> bool:
@@ -233,3 +236,76 @@ def test_cancelling_some_calls_leaves_the_others_their_own_outcomes(
             else:
                 assert future.result() == i * i
     assert len(done) == len(fails)
+
+
+def seconds_to_cancel(client: Any, calls: int) -> float:
+    """Return the processor time that it takes to cancel so many calls, while no worker is there to take them."""
+    with simulated(client, 0, [], retries=0) as made:
+        futures = [made.submit(Call(work, (i, False))) for i in range(calls)]
+        began = time.process_time()
+        for future in reversed(futures):
+            future.cancel()
+        wait_until(lambda: not made._futures_group.pending)
+        return time.process_time() - began
+
+
+def test_the_time_to_cancel_calls_grows_with_their_number_not_its_square(client: Any) -> None:
+    few, many = (min(seconds_to_cancel(client, calls) for _ in range(2)) for calls in (500, 4_000))
+
+    assert many < 24 * few
+
+
+def test_cancelled_calls_wake_the_loop_once_and_leave_nothing_behind(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with simulated(client, 0, [], retries=0) as made:
+        futures = [made.submit(Call(work, (i, False))) for i in range(100)]
+        other = made.submit(Call(work, (100, False)))
+        woken: list[Any] = []
+        monkeypatch.setattr(made, "_call_soon", lambda fn, *_: woken.append(fn))  # the loop has no turn meanwhile
+        for future in futures:
+            future.cancel()
+        monkeypatch.undo()
+        assert len(woken) == 1
+        client.loop.asyncio_loop.call_soon_threadsafe(woken[0])
+
+        wait_until(lambda: len(made._futures_group.pending) == 1)
+        assert made._futures_group.left() == made._futures_group.demand() == 1
+        assert made._futures_group.pending_bytes == next(iter(made._futures_group.pending)).size
+        assert not other.done()
+
+
+def test_a_chunk_of_which_every_call_is_cancelled_is_dropped(client: Any) -> None:
+    with simulated(client, 1, [], retries=0) as made:
+        held = threading.Event()
+        client.loop.asyncio_loop.call_soon_threadsafe(held.wait)  # until all calls are queued
+        made.estimates.observe(made._futures_group.packer.pack(Call(work, (0, False))).function.digest, 0.0001, 10)
+        futures = [made.submit(Call(work, (i, False))) for i in range(10)]
+        sent: list[list[Any]] = []
+        send = made._send
+
+        def cancelling(group: Any, items: list[Any], address: str | None) -> None:
+            sent.append(items)
+            send(group, items, address)
+            for item in items:
+                item.sink.cancel()
+
+        made._send = cancelling  # type: ignore[method-assign]
+        held.set()
+
+        wait_until(lambda: all(future.cancelled() for future in futures))
+        wait_until(lambda: not made._chunks)
+        assert max(map(len, sent)) > 1
+        assert len(made._transport._interrupted) == len(sent)  # type: ignore[attr-defined]
+
+
+def test_a_cancelled_call_that_comes_back_is_not_sent_again(client: Any) -> None:
+    with simulated(client, 0, [], retries=0) as made:
+        group = made.group()
+        future = CallFuture()
+        item = group.packer.pack(Call(work, (1, False)), sink=future)
+        item.is_cancelled = True
+        client.loop.asyncio_loop.call_soon_threadsafe(made._requeue, group, [item])
+
+        wait_until(future.cancelled)
+        assert not group.pending

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import math
 import uuid
+from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from skyward.engine.calls import Item, now
@@ -36,16 +38,18 @@ class Broadcaster:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = asyncio.Lock()
-        self._ending: dict[str, float] = {}  # interrupted chunks that may still run, and until when
+        self._ending: deque[tuple[float, str]] = deque()  # until when interrupted chunks may still run, oldest first
 
     @property
     def is_busy(self) -> bool:
         return self._lock.locked()
 
-    def wait_for(self, interrupted: list[str]) -> None:
+    def wait_for(self, interrupted: Iterable[str]) -> None:
         """Let the next broadcast wait until these chunks have ended: they may take their workers along."""
-        self._ending = {k: until for k, until in self._ending.items() if until > now()}
-        self._ending.update(dict.fromkeys(interrupted, now() + _RESTART_S))
+        began = now()
+        while self._ending and self._ending[0][0] <= began:
+            self._ending.popleft()
+        self._ending += ((began + _RESTART_S, key) for key in interrupted)
 
     async def run(self, item: Item, every_slot: bool) -> list[Outcome]:
         """Return the outcomes in order, or the first failure alone. In the engine's loop."""
@@ -109,7 +113,8 @@ class Broadcaster:
                     raise first
                 return [first]
         finally:
-            unfinished = [keys[tasks[t]] for t in pending]
+            has_inbox = self._engine._alive is not None
+            unfinished = {keys[i]: targets[i][0] if has_inbox else None for i in map(tasks.__getitem__, pending)}
             for task in pending:
                 task.cancel()
             if unfinished:
@@ -127,7 +132,8 @@ class Broadcaster:
         """Wait until every slot is there and rid of interrupted calls: a worker may be on its way out or in."""
         try:
             async with asyncio.timeout(_RESTART_S):
-                ending, self._ending = [k for k, until in self._ending.items() if until > now()], {}
+                ending = [key for until, key in self._ending if until > now()]
+                self._ending.clear()
                 if ending:
                     await self._engine._transport.wait_ended(ending, self._workers)
                 while self._engine.slots < max(1, self._engine._expected()):

@@ -54,6 +54,8 @@ class Item:
     sink: Any = None  # what the group needs to deliver the outcome
     attempts: int = 0  # runs that ended in the call's own exception
     losses: int = 0  # runs that ended with their worker
+    chunk: str = ""  # key of the chunk that it was sent in last
+    is_cancelled: bool = False
 
     @property
     def refs(self) -> tuple[BlobRef, ...]:

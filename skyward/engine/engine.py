@@ -41,6 +41,8 @@ _ENDING_S = interrupts.GRACE_S + 10.0
 """Seconds after which a worker that was to end because of a cancelled call has ended, or goes on. By feel."""
 _VERDICT_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
+_CANCEL_CALLS = 5_000
+"""Most cancelled calls that are dropped at once, a few milliseconds of work: then the loop has other turns."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
 
@@ -120,6 +122,7 @@ class Engine:
         self.estimates = Estimates()
         self._ready: deque[Group] = deque()  # groups with pending calls, each once, served in turn
         self._dirty: set[Group] = set()  # groups that other threads have queued calls in
+        self._cancelled: deque[tuple[Group, Item]] = deque()  # calls whose futures other threads have cancelled
         self._dirty_lock = threading.Lock()
         self._chunks: dict[str, Flight] = {}
         self._suspects = 0  # queued or running calls that were on a worker when it died
@@ -183,7 +186,7 @@ class Engine:
         group = group or self._futures_group
         packer = group.packer if group is not self._futures_group else Packer(self.store)
         item = packer.pack(call, sink=future)
-        future.on_cancel = functools.partial(self._call_soon, self._cancel_item, group, item)
+        future.on_cancel = functools.partial(self._cancel, group, item)
         group.put(item)
         return future
 
@@ -295,6 +298,13 @@ class Engine:
         if asleep:  # otherwise the loop has been woken and has not looked yet
             self._call_soon(self._take_dirty)
 
+    def _cancel(self, group: Group, item: Item) -> None:
+        with self._dirty_lock:
+            asleep = not self._cancelled
+            self._cancelled.append((group, item))
+        if asleep:
+            self._call_soon(self._take_cancelled)
+
     # --- in the loop: queues to chunks ----------------------------------------------------------------------
 
     def roster_changed(self) -> None:
@@ -351,7 +361,7 @@ class Engine:
             waiting += 1
             if group.limit is not None and len(group.in_flight) >= group.limit:
                 continue
-            ahead = self._ahead(group.pending[0])
+            ahead = self._ahead(group.first())
             if self._alive is None:
                 address = None
                 if len(self._chunks) >= max(1, self._placement.count) * ahead:
@@ -379,12 +389,11 @@ class Engine:
         items: list[Item] = []
         digest, most, size = "", 1, 0
         while group.pending and len(items) < min(most, _CHUNK_CALLS) and size < _CHUNK_BYTES:
-            item = group.pending[0]
+            item = group.take()
             single = item.call.alone or item.losses > 0 or item.call.timeout is not None
             if items and (single or item.function.digest != digest):
+                group.put_back(item)
                 break
-            group.pending.popleft()
-            group._bytes_taken += item.size
             if not items:
                 digest = item.function.digest
                 most = 1 if single else self.estimates.chunk_size(digest, remaining, slots)
@@ -395,8 +404,9 @@ class Engine:
     def _send(self, group: Group, items: list[Item], address: str | None) -> None:
         key = f"{batch_label(items)}-{uuid.uuid4().hex}"
         group.in_flight[key] = items
-        flight = self._chunks[key] = Flight(key, group, items, address)
+        flight = self._chunks[key] = Flight(key, group, items, len(items), address)
         for item in items:
+            item.chunk = key
             if isinstance(item.sink, CallFuture):
                 item.sink.sent = True
         self._flights.take_off(flight)
@@ -472,9 +482,15 @@ class Engine:
             group.deliver(done)
 
     def _requeue(self, group: Group, items: Iterable[Item]) -> None:
+        cancelled = []
         for item in reversed(list(items)):
-            group.pending.appendleft(item)
-            group._bytes_taken -= item.size
+            if item.is_cancelled:
+                self._suspects -= item.losses > 0
+                cancelled.append((item, Outcome(Kind.CANCELLED)))
+            else:
+                group.put_back(item)
+        if cancelled:
+            group.deliver(cancelled)
         if group.pending and group not in self._ready:
             self._ready.append(group)
 
@@ -532,35 +548,52 @@ class Engine:
             group.deliver([(item, Outcome(Kind.CANCELLED)) for item in [*items, *pending]])
         self._pump()
 
-    def _cancel_item(self, group: Group, item: Item) -> None:
-        """Drop one call whose future was cancelled; one that shares its chunk with others runs on, unheard."""
-        if item in group.pending:
-            group.pending.remove(item)
-            group._bytes_taken += item.size
-            self._suspects -= item.losses > 0
-            self.store.release(item.refs)
-            return
-        for key, items in group.in_flight.items():
-            if items == [item]:
-                del group.in_flight[key]
-                self._suspects -= item.losses > 0
-                self._drop_chunks([key])
-                self.store.release(item.refs)
-                break
-        self.progress.note(group)
+    def _take_cancelled(self) -> None:
+        """Drop calls whose futures were cancelled, and chunks of which no call is wanted any more.
+
+        A call that shares its chunk with others runs on, unheard.
+        """
+        keys: list[str] = []
+        groups: set[Group] = set()
+        with self._dirty_lock:
+            batch = [self._cancelled.popleft() for _ in range(min(len(self._cancelled), _CANCEL_CALLS))]
+            has_more = bool(self._cancelled)
+        for group, item in batch:
+            item.is_cancelled = True
+            groups.add(group)
+            flight = None
+            if group.drop(item):
+                self._forget([item])
+            elif (flight := self._chunks.get(item.chunk)) is not None:
+                flight.wanted -= 1
+                if not flight.wanted:
+                    keys.append(flight.key)
+                    del group.in_flight[flight.key]
+                    self._forget(flight.items)
+        self._drop_chunks(keys)
+        for group in groups:
+            self.progress.note(group)
+        if has_more:
+            self._loop.call_soon(self._take_cancelled)
         self._pump()
 
-    def _drop_chunks(self, keys: list[str]) -> None:
-        for key in keys:
-            self._chunks.pop(key).is_dropped = True
-        if keys:
-            self._start(self._interrupt(keys))
+    def _forget(self, items: Iterable[Item]) -> None:
+        for item in items:
+            self._suspects -= item.losses > 0
+            self.store.release(item.refs)
 
-    async def _interrupt(self, keys: list[str]) -> None:
-        hit = await self._transport.interrupt(keys)
+    def _drop_chunks(self, keys: list[str]) -> None:
+        flights = [self._chunks.pop(key) for key in keys]
+        for flight in flights:
+            flight.is_dropped = True
+        if flights:
+            self._start(self._interrupt({flight.key: flight.address for flight in flights}))
+
+    async def _interrupt(self, places: dict[str, str | None]) -> None:
+        hit = await self._transport.interrupt(places)
         self._ending.update(dict.fromkeys(hit, now() + _ENDING_S))
         if hit:
-            self._broadcaster.wait_for(keys)
+            self._broadcaster.wait_for(places)
 
     def _fail(self, reason: BaseException) -> None:
         self.progress.tell = None

@@ -28,6 +28,7 @@ class Flight:
     key: str
     group: Group
     items: list[Item]
+    wanted: int  # calls that have not been cancelled
     address: str | None  # of the worker that it was sent to; None: the scheduler chooses
     waiting: asyncio.Task[Any] | None = None  # what waits for the outcomes of a chunk that was sent directly
     is_direct: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class Group:
         self.engine = engine
         self.limit = limit
         self.packer = Packer(engine.store, unchanged=unchanged)
-        self.pending: deque[Item] = deque()
+        self.pending: OrderedDict[Item, None] = OrderedDict()  # so that any of them can be dropped at once
         self._bytes_put = 0
         self._bytes_taken = 0  # two counters, each written by one thread only
         self.is_cancelled = False
@@ -113,9 +113,35 @@ class Group:
     def put(self, item: Item) -> None:
         """Queue a packed call. From any thread."""
         self.engine._check_open()
-        self.pending.append(item)
+        self.pending[item] = None
         self._bytes_put += item.size
         self.engine._wake(self)
+
+    def take(self) -> Item:
+        """Take the first of the pending calls. In the loop, as what follows."""
+        item, _ = self.pending.popitem(last=False)
+        self._bytes_taken += item.size
+        return item
+
+    def put_back(self, item: Item) -> None:
+        """Make a call the first of the pending ones again."""
+        self.pending[item] = None
+        self.pending.move_to_end(item, last=False)
+        self._bytes_taken -= item.size
+
+    def first(self) -> Item:
+        """Return the first of the pending calls."""
+        item = self.take()  # not by iteration, which fails when another thread puts a call meanwhile
+        self.put_back(item)
+        return item
+
+    def drop(self, item: Item) -> bool:
+        """Remove a call if it is pending, and tell whether it was."""
+        if item not in self.pending:
+            return False
+        del self.pending[item]
+        self._bytes_taken += item.size
+        return True
 
     def cancel(self) -> None:
         """Drop what has not begun and interrupt what runs; futures of this group become cancelled.

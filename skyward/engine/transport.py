@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from distributed.comm import CommClosedError
@@ -20,7 +21,7 @@ from distributed.core import send_recv
 from skyward import inbox, interrupts, isolation, runtime
 from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.store import Store
-from skyward.wire import RUN, TAKE_BACK, Chunk, Outcomes
+from skyward.wire import INTERRUPT, RUN, TAKE_BACK, Chunk, Outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -182,24 +183,39 @@ class Transport:
             worker = getattr(exc, "last_worker", None)
             raise WorkerGoneError(getattr(worker, "address", ""), getattr(worker, "name", None)) from exc
 
-    async def interrupt(self, keys: list[str]) -> set[str]:
-        """Take tasks off the cluster: queued ones are dropped, running ones interrupted.
+    async def interrupt(self, places: Mapping[str, str | None]) -> set[str]:
+        """Take chunks off the cluster: queued ones are dropped, running ones interrupted.
+
+        Only the workers that have the chunks are asked. `places` gives their addresses; None: the scheduler has chosen
+        the worker, so all are asked.
 
         Returns the addresses of workers that ran one, and that will end if it does not react.
         """
-        try:
+        tasks = [key for key in places if key in self.client.futures]
+        if tasks:
             self.client._send_to_scheduler(
-                {"op": "cancel-keys", "keys": keys, "force": False, "reason": "cancelled", "msg": ""}
+                {"op": "cancel-keys", "keys": tasks, "force": False, "reason": "cancelled", "msg": ""}
             )
-            for key in keys:
-                state = self.client.futures.pop(key, None)
-                if state is not None:
-                    state.cancel()
-            hits = await self.client._run(interrupts.interrupt, keys, on_error="ignore")
-            return {address for address, hit in hits.items() if hit}
-        except Exception:  # the cluster is going away, and the tasks with it
-            logger.debug("interrupt of %d tasks failed", len(keys), exc_info=True)
+        for key in tasks:
+            state = self.client.futures.pop(key, None)
+            if state is not None:
+                state.cancel()
+        by_worker: dict[str | None, list[str]] = defaultdict(list)
+        for key, address in places.items():
+            by_worker[address].append(key)
+        hits = await asyncio.gather(*(self._interrupt(address, keys) for address, keys in by_worker.items()))
+        return set().union(*hits)
+
+    async def _interrupt(self, address: str | None, keys: list[str]) -> set[str]:
+        try:
+            if address is None:
+                found = await self.client._run(interrupts.interrupt, keys, on_error="ignore")
+            else:
+                found = {address: await self._send(address, INTERRUPT, keys=keys)}
+        except Exception:  # the worker or the cluster is going away, and the chunks with it
+            logger.debug("interrupt of %d chunks failed", len(keys), exc_info=True)
             return set()
+        return {address for address, hit in found.items() if hit}
 
     async def end_processes(self, keys: list[str], *, is_good: bool) -> None:
         """End the processes of their own that chunks had: their job is over."""
