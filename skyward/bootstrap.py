@@ -76,6 +76,8 @@ except OSError as exc:
     sys.exit({_UNREACHABLE})
 """
 """Program that connects to a package index, or to the proxy on the way. It has no single quotes, as the shell needs."""
+_LOCK_S = 600
+"""Seconds that cloud-init may take, and that other package managers may hold apt's locks. Chosen, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +158,21 @@ def image_recipe(image: Image, python: str) -> Recipe:
     )
 
 
-def script(recipe: Recipe, *, ttl_s: int = 0) -> str:
+def script(recipe: Recipe, *, ttl_s: int = 0, lives_on: bool = True) -> str:
     """Return the script for `recipe`.
 
     Parameters
     ----------
     ttl_s
-        Seconds after which the machine switches itself off, whatever happens; 0: never, for a machine that was there
-        before.
+        Seconds after which the machine switches itself off, whatever happens; 0: never.
+    lives_on
+        Whether the machine outlives the pool. On one that doesn't, Debian's timers for upgrades are stopped.
     """
     steps = [opening("bootstrap.log")]
     if ttl_s:
         steps.append(_dead_man(ttl_s))
+    if not lives_on:
+        steps.append(_NO_UPGRADES)
     if recipe.apt:
         steps.append(debian_packages(recipe.apt, asked_by="Image.apt"))
     steps.append(_environment(recipe))
@@ -224,6 +229,14 @@ fi
 """
 
 
+_NO_UPGRADES = """
+# Upgrades would hold apt's locks, take processors from the work and restart services.
+if command -v systemctl > /dev/null; then
+    as_root systemctl --no-block stop apt-daily.timer apt-daily-upgrade.timer > /dev/null 2>&1 < /dev/null
+fi
+"""
+
+
 def _dead_man(ttl_s: int) -> str:
     return f"""
 # The dead man's switch comes first: from here on the machine ends even if nobody is left to end it. It does not bear
@@ -248,16 +261,55 @@ has_packages() {{
         dpkg-query -W -f '${{Status}} ' "$name" 2> /dev/null | grep -q ' installed ' || return 1
     done
 }}
-# Unmarked and without the lock: a package manager is not to be killed at its work, and may start what stays.
+# Unmarked and without the lock: a package manager is not to be killed at its work, and may start what stays. While
+# another one holds any of apt's locks it is run again; DPkg::Lock::Timeout covers only one of them.
 apt() {{
-    as_root env -u {POOL} DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 "$@" 9>&-
+    waits=no
+    while :; do
+        as_root env -u {POOL} LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive apt-get -q -o Acquire::Retries=3 "$@" \\
+            > "$home/logs/apt.log" 2>&1 8>&- 9>&-
+        status=$?
+        if [ $status = 0 ] || [ $left = 0 ] || ! grep -q 'Could not get lock' "$home/logs/apt.log"; then break; fi
+        [ $waits = yes ] || say step "apt: waiting for another package manager" >&8
+        waits=yes left=$((left - 1))
+        sleep 1
+    done
+    cat "$home/logs/apt.log"
+    return $status
+}}
+# The lists may be incomplete although apt-get calls that a warning. The last try takes what it can get.
+update_apt() {{
+    for pause in 1 5 15; do
+        apt -o APT::Update::Error-Mode=any update && return
+        [ $left != 0 ] || return
+        say step "apt: again in $pause s, $(sed -n 's/^[EW]: //p' "$home/logs/apt.log" | head -n 1)" >&8
+        sleep $pause
+    done
+    apt update
+}}
+is_run_by_cloud_init() {{
+    pid=$$
+    while [ "${{pid:-0}}" -gt 1 ]; do
+        ! grep -qsa cloud-init "/proc/$pid/cmdline" || return 0
+        pid=$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$pid/status")
+    done
+    return 1
+}}
+# At first boot cloud-init writes apt's sources, and may install packages.
+await_cloud_init() {{
+    [ -e /run/cloud-init/status.json ] && ! [ -e /run/cloud-init/result.json ] || return
+    ! is_run_by_cloud_init || return
+    say step "apt: waiting for cloud-init" >&8
+    timeout {_LOCK_S} cloud-init status --wait 8>&- 9>&- || echo "cloud-init has failed, or not ended in {_LOCK_S} s"
 }}
 install_apt() {{
     command -v apt-get > /dev/null || {{ echo "{asked_by} needs apt-get, which this machine lacks"; return 78; }}
-    apt update && apt install -y --no-install-recommends -- {asked}
+    left={_LOCK_S}
+    await_cloud_init
+    update_apt && apt install -y --no-install-recommends -- {asked}
 }}
 if ! [ -e "$home/stamps/{stamp}" ]; then
-    has_packages || step apt install_apt
+    has_packages || step apt install_apt 8>&1  # for what a step says while it runs
     touch "$home/stamps/{stamp}"
 fi
 """

@@ -113,7 +113,8 @@ class Image:
         Parameters
         ----------
         ttl
-            Seconds after which the machine switches itself off, whatever happens; 0: never.
+            Seconds after which the machine switches itself off, whatever happens; 0: never. With a limit the script
+            also stops Debian's timers for upgrades.
         """
         import sys
 
@@ -122,7 +123,7 @@ class Image:
         problems = Problems()
         problems.check("ttl", ttl, check_count(0))
         problems.raise_if_any()
-        return script(image_recipe(self, f"{sys.version_info[0]}.{sys.version_info[1]}"), ttl_s=ttl)
+        return script(image_recipe(self, f"{sys.version_info[0]}.{sys.version_info[1]}"), ttl_s=ttl, lives_on=not ttl)
 
     def __hash__(self) -> int:
         return hash(self.content_hash())

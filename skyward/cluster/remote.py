@@ -101,7 +101,6 @@ class Shipment:
     wheel: Wheel
     include: tuple[str, ...] = ()
     volumes: tuple[S3Volume, ...] = ()
-    ttl_s: int = 0
     accelerator: Accelerator | None = None
 
     def files(self) -> bytes:
@@ -273,7 +272,7 @@ class RemoteAgent:
         self._progress("upload")
         if not await self._begin(wheel):
             await self._link.write(wheel, shipment.wheel.data)
-        await self._link.write(bootstrap, script(shipment.recipe, ttl_s=shipment.ttl_s).encode())
+        await self._link.write(bootstrap, script(shipment.recipe, lives_on=self.facts.lives_on).encode())
         await self._run_steps(bootstrap)
         if shipment.volumes:
             mount = f"{folder}/mount.sh"

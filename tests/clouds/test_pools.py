@@ -207,6 +207,8 @@ def test_slow_boot(cloud: Emulated) -> None:
 
     with open_pool(cloud, nodes=2) as pool:
         assert len(host() @ pool) == 2
+        for machine in cloud.yard.machines.values():  # theirs, unlike a host's, may be stopped
+            assert "stop apt-daily.timer" in machine.run("cat /tmp/skyward-*/bootstrap.sh")
 
     assert_nothing_left(cloud)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,16 @@ from typing import Any
 import pytest
 
 import skyward as sky
+from skyward.bootstrap import debian_packages, opening
 from skyward.cluster import remote
 from skyward.cluster.remote import RemoteAgent
 from skyward.spec import Image
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
+from tests.waiting import wait_until
 
 BARE = Image()
+NOTE_SYSTEMCTL = "printf '#!/bin/sh\\necho \"$*\" >> /run/systemctl\\n' > /usr/bin/systemctl"
 CACHE = "/root/.cache/skyward"
 
 
@@ -169,6 +173,7 @@ def test_an_environment_that_was_damaged_is_made_again(site: Site, fresh: Callab
 def test_debian_packages_are_installed_once(site: Site, warm: Machine) -> None:
     first, second = Steps(), Steps()
     image = Image(pip=IMAGE.pip, apt=["dns-root-data"])
+    warm.run(NOTE_SYSTEMCTL)
     assert not Path("/usr/share/dns/root.hints").exists()
 
     with open_pool(site, warm, image=image, steps=first) as pool:
@@ -177,6 +182,7 @@ def test_debian_packages_are_installed_once(site: Site, warm: Machine) -> None:
         pass
 
     assert (first.installed, second.installed) == (["apt"], [])
+    assert "apt-daily" not in warm.run("cat /run/systemctl 2> /dev/null || true")  # it was there before the pool
 
 
 @pytest.mark.filterwarnings("ignore:Mismatched versions")  # each pool silences it, for one thread at a time
@@ -234,11 +240,14 @@ def test_an_images_own_script_works_alone_and_ends_the_machine_in_time(
 ) -> None:
     machine = fresh(baked=baked)
     machine.run(f"cat > /root/script.sh <<'END'\n{Image(pip=['cowsay']).bootstrap(ttl=3)}\nEND")
+    machine.run(NOTE_SYSTEMCTL)
 
     output = machine.run(f"HOME=/root {mark}sh /root/script.sh").splitlines()
     again = machine.run(f"HOME=/root {mark}sh /root/script.sh").splitlines()
     machine.run(f"{output[-1]} -c 'import cowsay'")
     machine.run("! grep -lsaF SKYWARD_POOL= /proc/[0-9]*/environ")  # what ends a pool does not end this
+    stopped = machine.run("cat /run/systemctl").splitlines()
+    assert stopped == ["--no-block stop apt-daily.timer apt-daily-upgrade.timer"] * 2
 
     assert [line for line in output if line.startswith("::")] == [
         f"::skyward step {s}" for s in ("python", "packages", "done")
@@ -248,6 +257,139 @@ def test_an_images_own_script_works_alone_and_ends_the_machine_in_time(
     while machine.is_running:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# --- apt at first boot --------------------------------------------------------------------------------------
+
+_REPOSITORY = r"""
+mkdir -p /srv/repository /tmp/probe/DEBIAN
+printf 'Package: probe\nVersion: 1\nArchitecture: all\nMaintainer: me\nDescription: probe\n' > /tmp/probe/DEBIAN/control
+dpkg-deb -b /tmp/probe /srv/repository/probe.deb > /dev/null
+cd /srv/repository
+{ dpkg-deb -f probe.deb; echo "Filename: ./probe.deb"; echo "Size: $(stat -c %s probe.deb)"
+  echo "SHA256: $(sha256sum probe.deb | cut -d' ' -f1)"; } > Packages
+rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/* /var/lib/apt/lists/*
+echo 'deb [trusted=yes] http://127.0.0.1:8000/ ./' > /etc/apt/sources.list
+"""
+_SERVER = """
+import http.server, pathlib
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self):
+        busy = pathlib.Path("/run/busy")
+        if "Packages" in self.path and busy.exists():
+            return self.send_error(503)
+        super().do_GET()
+http.server.HTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
+"""
+_INSTALL_PROBE = "\n".join(
+    [opening("bootstrap.log"), debian_packages(["probe"], asked_by="Image.apt"), "say step done\n"]
+)
+
+
+class Inside:
+    """A command on a machine, to which lines are written and whose lines are read."""
+
+    def __init__(self, machine: Machine, *command: str) -> None:
+        inside = ["nsenter", "--target", str(machine.pid), "--all", "env", "HOME=/root", *command]
+        self._process = subprocess.Popen(inside, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().rstrip("\n")
+
+    def end(self) -> list[str]:
+        """Close its input, wait until it has ended, and return the lines that were not read."""
+        return self._process.communicate(timeout=60)[0].splitlines()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def debian(site: Site) -> Iterator[Machine]:
+    """A machine whose only package is in a repository on itself."""
+    (machine,) = site.boot()
+    machine.run(_REPOSITORY)
+    (Path(f"/proc/{machine.pid}/root/srv/server.py")).write_text(_SERVER)
+    machine.run("cd /srv/repository && exec python3 /srv/server.py > /dev/null 2>&1 &")
+    wait_until(lambda: machine.run("ss -ltn | grep 8000 || true"))
+    yield machine
+    machine.destroy()
+
+
+@pytest.fixture
+def inside(debian: Machine) -> Iterator[Callable[..., Inside]]:
+    """Starts commands on the machine, which has the script that installs its package, and not the package."""
+    debian.run("dpkg -P probe > /dev/null 2>&1; rm -rf /root/.cache/skyward /run/busy /run/cloud-init")
+    (Path(f"/proc/{debian.pid}/root/root/script.sh")).write_text(_INSTALL_PROBE)
+    started: list[Inside] = []
+
+    def start(*command: str) -> Inside:
+        started.append(Inside(debian, *command))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.kill()
+
+
+@pytest.mark.parametrize("lock", ["lib/apt/lists/lock", "lib/dpkg/lock-frontend", "cache/apt/archives/lock"])
+def test_a_start_waits_while_another_one_installs_packages(
+    lock: str, debian: Machine, inside: Callable[..., Inside]
+) -> None:
+    hold = f"import fcntl; f = open('/var/{lock}', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
+    other = inside("python3", "-c", f"{hold}; input()")
+    assert other.read() == "held"
+    script = inside("sh", "/root/script.sh")
+
+    begun = [script.read(), script.read()]
+    other.end()
+
+    assert begun == ["::skyward step apt", "::skyward step apt: waiting for another package manager"]
+    assert script.end() == ["::skyward step done"]
+    assert debian.run("dpkg-query -W probe") == "probe\t1\n"
+
+
+def test_package_lists_that_are_not_to_be_had_are_asked_for_again(
+    debian: Machine, inside: Callable[..., Inside]
+) -> None:
+    debian.run("touch /run/busy; echo 'Acquire::Retries::Delay \"false\";' > /etc/apt/apt.conf.d/99-no-delay")
+    script = inside("sh", "/root/script.sh")
+
+    begun = [script.read(), script.read()]
+    debian.run("rm /run/busy")
+
+    assert begun[0] == "::skyward step apt"
+    assert begun[1].startswith("::skyward step apt: again in 1 s, Failed to fetch http://127.0.0.1:8000/")
+    assert script.end()[-1] == "::skyward step done"
+
+
+_FAKE_CLOUD_INIT = """
+mkdir -p /run/cloud-init; touch /run/cloud-init/status.json
+printf '#!/bin/sh\ntest "$*" = "status --wait" && until [ -e /run/cloud-init/result.json ]; do sleep 0.1; done\n' \
+    > /usr/bin/cloud-init
+chmod 755 /usr/bin/cloud-init
+"""
+
+
+def test_packages_wait_until_cloud_init_has_ended(debian: Machine, inside: Callable[..., Inside]) -> None:
+    debian.run(_FAKE_CLOUD_INIT)
+    script = inside("sh", "/root/script.sh")
+
+    begun = [script.read(), script.read()]
+    debian.run("touch /run/cloud-init/result.json")
+
+    assert begun == ["::skyward step apt", "::skyward step apt: waiting for cloud-init"]
+    assert script.end() == ["::skyward step done"]
+
+
+def test_a_script_that_cloud_init_runs_does_not_wait_for_it(debian: Machine, inside: Callable[..., Inside]) -> None:
+    debian.run(_FAKE_CLOUD_INIT)
+
+    script = inside("sh", "-c", "sh /root/script.sh; exit $?", "/usr/bin/cloud-init", "modules")
+
+    assert script.end() == ["::skyward step apt", "::skyward step done"]
 
 
 # --- what is said when it can't be --------------------------------------------------------------------------
