@@ -12,6 +12,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import asyncssh
@@ -25,28 +26,35 @@ logger = logging.getLogger(__name__)
 
 _BEAT_S = 5.0
 _STOP_S = 5.0
+_ANSWER_S = 5.0
 _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
 
 class Heartbeats:
     """The heartbeats of one pool. Its daemon thread runs while there is a machine to tell.
 
-    `limit_s` are the seconds without a heartbeat after which a machine ends its part of the pool.
+    `limit_s` are the seconds without a heartbeat after which a machine ends its part of the pool, `answer_s` those
+    without an answer after which its agent counts as silent.
     """
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, answer_s: float) -> None:
         self.limit_s = limit_s
+        self._answer_s = answer_s
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._all: set[Heartbeat] = set()
 
-    def start(self, login: Login, folder: str) -> Heartbeat:
-        """Start to tell one machine, on which the pool has its files in `folder`. The caller also calls `stop`."""
+    def start(self, login: Login, folder: str, silent: Callable[[], object]) -> Heartbeat:
+        """Start to tell one machine, on which the pool has its files in `folder`. The caller also calls `stop`.
+
+        `silent` is called, in the heartbeats' thread and again and again, while the agent gives no answer although the
+        machine does.
+        """
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=[self._loop], name="skyward-heartbeat", daemon=True).start()
-            heartbeat = Heartbeat(login, folder, self.limit_s)
+            heartbeat = Heartbeat(login, folder, self.limit_s, self._answer_s, silent)
             self._all.add(heartbeat)
             self._loop.call_soon_threadsafe(heartbeat.start)
         return heartbeat
@@ -81,14 +89,19 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 class Heartbeat:
     """The heartbeat for one machine. Other threads may read what is public; the rest is the heartbeats' loop's."""
 
-    def __init__(self, login: Login, folder: str, limit_s: float) -> None:
+    def __init__(
+        self, login: Login, folder: str, limit_s: float, answer_s: float, silent: Callable[[], object]
+    ) -> None:
         self.period_s = min(_BEAT_S, limit_s / 8)
         self.trouble: str | None = "it is not there yet"
         """Why there is no connection for heartbeats; None while there is one."""
         self._limit_s = limit_s
+        self._answer_s = answer_s
+        self._silent = silent
         self._folder = folder
         self._link = Link(login)
         self._task: asyncio.Task[None] | None = None
+        self._pause = self.period_s  # before the next try to connect
         self._heard_at = _now()
 
     def start(self) -> None:
@@ -111,18 +124,16 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         await asyncio.sleep(random.uniform(0, self.period_s))  # many logins at once are refused by a common proxy
-        pause = self.period_s
         while True:
             try:
                 await self._beat_until_lost()
             except NotListening:
                 await self._tell_first_watch()
-                pause = self.period_s
-            except _TROUBLE as exc:
+            except Exception as exc:  # whatever it is, machines would end if heartbeats did
                 self.trouble = str(exc) or type(exc).__name__
-                logger.debug("no connection for heartbeats to %s: %s", self._link.login, self.trouble)
-                pause = min(2 * pause, self._limit_s / 4)
-            await asyncio.sleep(random.uniform(pause / 2, pause))
+                logger.debug("no connection for heartbeats to %s", self._link.login, exc_info=True)
+                self._pause = min(2 * self._pause, self._limit_s / 4)
+            await asyncio.sleep(random.uniform(self._pause / 2, self._pause))
 
     async def _beat_until_lost(self) -> None:
         reader, writer = await self._link.open_socket(f"{self._folder}/{SOCKET}")
@@ -130,11 +141,28 @@ class Heartbeat:
             while True:
                 sent_at = _now()
                 writer.write(b"\n")
-                if not await reader.read(64):
+                if not await self._answer(reader):
                     self.trouble = "it was lost"
                     return
                 self._delivered(sent_at)
                 await asyncio.sleep(self.period_s)
+
+    async def _answer(self, reader: Any) -> bytes:
+        """Return the agent's answer, empty when the connection is lost."""
+        reading = asyncio.ensure_future(reader.read(64))
+        waited_s = 0.0  # in steps, not by a clock: this process may be suspended during one
+        try:
+            while not (await asyncio.wait({reading}, timeout=self.period_s))[0]:
+                self.trouble = "it gives no answer"
+                waited_s += self.period_s
+                if waited_s >= self._answer_s:
+                    async with asyncio.timeout(_ANSWER_S):
+                        await self._link.run("true")  # raises where it is the machine that gives no answer
+                    self._silent()
+            answer: bytes = reading.result()
+            return answer
+        finally:
+            reading.cancel()
 
     async def _tell_first_watch(self) -> None:
         """Tell the watch that runs on a machine before there is an agent."""
@@ -145,6 +173,7 @@ class Heartbeat:
 
     def _delivered(self, sent_at: float) -> None:
         self.trouble = None
+        self._pause = self.period_s
         self._heard_at = sent_at  # not now: this process may have been suspended in between
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from skyward.accelerators import is_nvidia
+from skyward.cluster import remote
 from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.heartbeat import Heartbeats
@@ -45,7 +46,7 @@ def machine_cluster(
     volumes = tuple(v for v in spec.volume if isinstance(v, S3Volume))
     environment = recipe(spec.image, wheel, nvidia=is_nvidia(accelerator))
     shipment = Shipment(environment, wheel, tuple(spec.image.include), volumes, accelerator=accelerator)
-    heartbeats = Heartbeats(spec.heartbeat_timeout)
+    heartbeats = Heartbeats(spec.heartbeat_timeout, remote.UNREACHABLE_S)
     listing = None if lives_on else Listing(source.gone)
     credentials = make_credentials(pool_id, lifetime_s=spec.timeout)
 

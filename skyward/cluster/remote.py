@@ -154,6 +154,7 @@ class RemoteAgent:
         self._writer: Any = None
         self._commands: list[dict[str, Any]] = []  # all that were given, for an agent that has not got them
         self._talking: asyncio.Task[None] | None = None
+        self._hear: Heard = lambda _: None  # set when it is started
         self._seen = 0  # events that the agent keeps and that have been heard
         self._step = ""
         self._heard: deque[str] = deque(maxlen=_HEARD_LINES)
@@ -184,6 +185,7 @@ class RemoteAgent:
     # --- start ----------------------------------------------------------------------------------------------
 
     async def start(self, heard: Heard) -> None:
+        self._hear = heard
         self._emit(events.BootstrapStarting(instance_id=self.facts.id))
         try:
             await self._prepare()
@@ -205,7 +207,10 @@ class RemoteAgent:
         else:
             await self._log_in_when_booted()
         self._started = True  # from here on there is something to clean up
-        self._heartbeat = self._heartbeats.start(self.facts.login, self._config.folder)
+        loop = asyncio.get_running_loop()
+        self._heartbeat = self._heartbeats.start(
+            self.facts.login, self._config.folder, lambda: loop.call_soon_threadsafe(self._give_up_agent)
+        )
         self._beating = asyncio.create_task(self._beat(self._heartbeat))
         try:
             await self._start()
@@ -439,6 +444,11 @@ class RemoteAgent:
             )
         return {"event": "ended", "why": why, "gone": gone, "silence": is_silence}
 
+    def _give_up_agent(self) -> None:
+        """Count an agent as lost that answers no heartbeats, although its machine does."""
+        if self._talking is not None and not self._stopped and self._talking.cancel():
+            self._hear(self._ended(f"the agent has answered no heartbeat for {UNREACHABLE_S:g} s", 0.0))
+
     async def _ask_until_gone(self) -> NoReturn:
         while True:
             await asyncio.sleep(_ASK_S)
@@ -496,7 +506,7 @@ class RemoteAgent:
             heartbeat.note_beat()
             sent += 1
             if sent == _SHARED_BEATS:
-                text = "%s: no second SSH connection for heartbeats, so bulk data may delay them: %s"
+                text = "%s: heartbeats share one SSH connection with all data, which may delay them: %s"
                 logger.warning(text, self.machine, why)
 
     async def _send_beat(self) -> bool:

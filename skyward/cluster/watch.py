@@ -41,8 +41,12 @@ class Watch:
 
     def _accept(self) -> None:
         while True:
-            connection, _ = self._server.accept()
-            threading.Thread(target=self._answer, args=[connection], name="heartbeat-answer", daemon=True).start()
+            try:
+                connection, _ = self._server.accept()
+                threading.Thread(target=self._answer, args=[connection], name="heartbeat-answer", daemon=True).start()
+            except (OSError, RuntimeError):  # no file or thread left at present: the caller tries again
+                logger.exception("a connection for heartbeats was refused")
+                time.sleep(1)
 
     def _answer(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):

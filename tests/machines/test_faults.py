@@ -95,8 +95,12 @@ def destroy(machine: Machine) -> None:
     machine.destroy()
 
 
+def freeze_agent(machine: Machine) -> None:
+    machine.run(f"pkill -STOP -f {AGENT}")
+
+
 @pytest.mark.usefixtures("impatient", "data_folder")
-@pytest.mark.parametrize("fault", [kill_agent, cut_off, destroy])
+@pytest.mark.parametrize("fault", [kill_agent, cut_off, destroy, freeze_agent])
 def test_calls_of_a_lost_node_run_again_elsewhere(fault: Callable[[Machine], None], site: Site, boot: Boot) -> None:
     machines = boot(2)
     lost: list[sky.InstanceLost] = []

@@ -97,4 +97,4 @@ def test_a_host_that_refuses_a_second_login_hears_heartbeats_over_the_first(
     with caplog.at_level(logging.WARNING, "skyward"), open_pool(site, machine) as pool:
         assert sky.compute(time.sleep)(2 * LIMIT_S) >> pool is None
 
-    assert "no second SSH connection for heartbeats" in caplog.text
+    assert "heartbeats share one SSH connection with all data" in caplog.text
