@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from skyward.errors import SpecError as SpecError
     from skyward.errors import TaskExitError as TaskExitError
     from skyward.errors import VersionMismatchError as VersionMismatchError
+    from skyward.errors import VolumeError as VolumeError
     from skyward.errors import WorkerDiedError as WorkerDiedError
     from skyward.events import BootstrapCompleted as BootstrapCompleted
     from skyward.events import BootstrapProgress as BootstrapProgress
@@ -147,6 +148,7 @@ _HOME = {
     "SpecError": "skyward.errors",
     "TaskExitError": "skyward.errors",
     "VersionMismatchError": "skyward.errors",
+    "VolumeError": "skyward.errors",
     "WorkerDiedError": "skyward.errors",
     "BootstrapCompleted": "skyward.events",
     "BootstrapProgress": "skyward.events",
@@ -276,6 +278,7 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "Verda",
     "VersionMismatchError",
     "Volume",
+    "VolumeError",
     "WorkerDiedError",
     "compose",
     "compute",

@@ -223,7 +223,7 @@ as_root() {{
 # the lock too, so that nothing is made twice when the script alone is killed.
 if command -v flock > /dev/null; then
     exec 9> "$home/lock"
-    flock -n 9 || {{ say step wait; flock 9; }}
+    flock -n 9 || {{ say step wait; until flock -w 5 9; do say waiting; done; }}
 fi
 : > "$log"
 """

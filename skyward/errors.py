@@ -17,7 +17,8 @@
     ├── PoolError (RuntimeError)           the pool as a whole: start-up failed, scheduler lost
     │   ├── BootstrapError                 a machine could not be prepared
     │   ├── PoolTimeoutError (TimeoutError)
-    │   └── PoolBudgetError
+    │   ├── PoolBudgetError
+    │   └── VolumeError                    what was written to a volume has not arrived in its bucket
     ├── MachineLostError                   the machine: gone, and reruns used up
     │   └── WorkerDiedError                the worker process: killed while it ran this very task
     └── TaskExitError                      the task: it called `sys.exit`
@@ -133,6 +134,21 @@ class PoolTimeoutError(PoolError, TimeoutError):
 
 class PoolBudgetError(PoolError):
     """The pool's `max_cost` was reached; everything was destroyed."""
+
+
+class VolumeError(PoolError):
+    """What was written to a volume has not arrived in its bucket, and its machine has ended.
+
+    Attributes: `machine`; `volume`, the bucket and prefix as ``"s3://bucket/prefix"``; `mount_path`; `files` and
+    `bytes` that have not arrived, None where the machine could not be asked. Where it is several volumes or machines,
+    the message has a line for each, and the attributes are those of the first.
+    """
+
+    machine: str
+    volume: str
+    mount_path: str
+    files: int | None = None
+    bytes: int | None = None
 
 
 class MachineLostError(SkywardError):

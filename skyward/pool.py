@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
-from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError
+from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError, VolumeError
 from skyward.usual import usual
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class ComputePool:
         self._session: Session | None = None
         self._ended: BaseException | None = None
         self._last_cost = 0.0
+        self._loss: VolumeError | None = None  # of which the user has not been told by an exception
         self._output: Output | None = None  # of the last run
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -211,7 +212,11 @@ class ComputePool:
 
     def __exit__(self, *exc_info: object) -> None:
         leave(self)
-        self._stop()
+        try:
+            self._stop()
+        except VolumeError:
+            if exc_info[0] is None:
+                raise
 
     async def __aenter__(self) -> Self:
         import asyncio
@@ -224,14 +229,18 @@ class ComputePool:
         import asyncio
 
         leave(self)
-        # Shielded: a task that is cancelled must not leave machines behind.
-        await asyncio.shield(asyncio.to_thread(self._stop))
+        try:
+            # Shielded: a task that is cancelled must not leave machines behind.
+            await asyncio.shield(asyncio.to_thread(self._stop))
+        except VolumeError:
+            if exc_info[0] is None:
+                raise
 
     def _start(self) -> None:
         with self._lock:
             if self._session is not None:
                 raise PoolError("this pool is active already; make a second ComputePool to have another one")
-            self._ended = None
+            self._ended = self._loss = None
             self._last_cost = 0.0
             from skyward.session import Session
 
@@ -247,15 +256,25 @@ class ComputePool:
                 raise
 
     def _stop(self, reason: BaseException | None = None) -> None:
+        """End the pool, or with a `reason` end it before its user does, who is told of lost data when they do.
+
+        Raises
+        ------
+        VolumeError
+            What was written to a volume could not be sent. Everything has ended all the same.
+        """
         with self._lock:
             session, self._session = self._session, None
-            if session is None:
-                return
-            self._ended = reason
-            try:
-                session.stop(reason or PoolError("the pool is closed"))
-            finally:
-                self._last_cost = session.cost()
+            if session is not None:
+                self._ended = reason
+                try:
+                    session.stop(reason or PoolError("the pool is closed"))
+                finally:
+                    self._last_cost = session.cost()
+                    self._loss = session.loss
+            if reason is None and self._loss is not None:
+                loss, self._loss = self._loss, None
+                raise loss
 
     def _active(self) -> Session:
         session = self._session

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyward import events
 from skyward.console import About, Console, open_console
-from skyward.errors import PoolBudgetError, PoolTimeoutError
+from skyward.errors import PoolBudgetError, PoolError, PoolTimeoutError, VolumeError
 from skyward.figures import Figures
 from skyward.logfile import LogFile
 from skyward.output import Output
@@ -241,19 +241,35 @@ class Session:
                 return self._launch_cluster(provider)
 
     def _launch_cluster(self, clouds: tuple[Cloud, ...]) -> AgentCluster:
+        from skyward.cluster import guardian, journal
         from skyward.cluster.machines import machine_cluster
         from skyward.cluster.record import Record
         from skyward.plan import make_plan
         from skyward.provision import Provisioner
+        from skyward.spec import S3Volume
+        from skyward.volumes import buckets
 
         spec = self.pool.spec
         plan = make_plan(clouds, spec)
         names = " or ".join(dict.fromkeys(cloud.name for cloud in clouds))
-        self._record = record = Record(self.pool_id, names, self._expires)
+        written = buckets([volume for volume in spec.volume if isinstance(volume, S3Volume)])
+        self._record = record = Record(self.pool_id, names, self._expires, volumes=written)
         self._provisioner = provisioner = Provisioner(plan, spec, self.pool_id, record, self.emit, self._expires)
 
         def end() -> None:
             try:
+                if self._has_unsent():
+                    # Ctrl-C, or the like, while data was being sent: nobody waits for it here, but it is not given up.
+                    record.left = ["data is still being sent"]
+                    self._tell_error(
+                        PoolError(
+                            "interrupted while machines were sending what was written to "
+                            f"{', '.join(written)}: the pool's guardian goes on, and destroys them afterwards. "
+                            f"`skyward ps` shows pool {self.pool_id} until then; its log is "
+                            f"{journal.data_folder() / guardian.LOG}"
+                        )
+                    )
+                    return
                 record.left = provisioner.end()
                 self.emit(provisioner.final_cost())
             except BaseException:  # Ctrl-C, a second time: the guardian does it
@@ -279,6 +295,18 @@ class Session:
                 self.emit(events.InstanceStopping(instance_id=self._there[node]))
         finally:  # whatever Ctrl-C does
             self._stack.close()
+
+    def _has_unsent(self) -> bool:
+        cluster: Any = getattr(self, "cluster", None)
+        return bool(getattr(cluster, "has_unsent", False))
+
+    @property
+    def loss(self) -> VolumeError | None:
+        """What was written to volumes and could not be sent when machines ended; None: nothing."""
+        losses: list[VolumeError] = getattr(getattr(self, "cluster", None), "losses", [])
+        if len(losses) < 2:
+            return losses[0] if losses else None
+        return VolumeError("\n".join(map(str, losses)), **losses[0].__dict__)
 
     def _lost(self, reason: BaseException) -> None:
         self._tell_error(reason)

@@ -207,7 +207,8 @@ def _check_prefix(value: Any) -> str:
 class S3Volume(Volume):
     """A bucket, or what lies under `prefix` in it, as a folder.
 
-    `endpoint_url` is for services that speak S3's protocol.
+    `endpoint_url` is for services that speak S3's protocol. What calls have written is sent before a machine ends, for
+    as long as that makes progress; what can't be sent raises `VolumeError` at the end of the block.
     """
 
     bucket: str = ""

@@ -140,7 +140,7 @@ def test_unmounting_what_was_never_mounted_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_volume_that_was_not_sent_does_not_keep_others_from_being_unmounted(tmp_path: Path) -> None:
-    text = unmount_script([DATA, OUT], patience_s=0)
+    text = unmount_script([DATA, OUT], stalled_s=0)
     key = text.partition("    key=")[2].partition("\n")[0]  # of the one that is unmounted first
     note = tmp_path / "home" / "volumes" / key / "cache" / "vfsMeta" / "other.bucket" / "x y" / "result"
     note.parent.mkdir(parents=True)

@@ -44,6 +44,10 @@ class Agent(Protocol):
             The machine can't be made ready.
         """
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether data may be on its machine that has not arrived in a bucket, and that `stop` sends."""
+
     async def answers(self) -> bool:
         """Tell whether its machine is there now, and answers."""
 
@@ -59,7 +63,12 @@ class Agent(Protocol):
     async def stop(self) -> str | None:
         """End all that it runs and remove its files; return what may be left, and why, or None when that is confirmed.
 
-        May be called twice, and before `start` has ended.
+        May be called twice, and before `start` has ended. Takes as long as data is being sent.
+
+        Raises
+        ------
+        VolumeError
+            Data could not be sent; everything else has ended.
         """
 
 
@@ -68,6 +77,7 @@ class LocalAgent:
 
     machine = "local"
     facts: Machine | None = None
+    has_unsent = False
 
     def __init__(self, config: AgentConfig, environment: dict[str, str]) -> None:
         self.nodes = {n.node for n in config.nodes}

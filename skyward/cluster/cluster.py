@@ -18,7 +18,7 @@ from distributed.deploy.adaptive import Adaptive
 
 from skyward.cluster.agents import Agent
 from skyward.cluster.config import NodeSpec
-from skyward.errors import BootstrapError, PoolError, PoolTimeoutError
+from skyward.errors import BootstrapError, PoolError, PoolTimeoutError, VolumeError
 from skyward.providers.base import Machine
 from skyward.wire import Slot
 
@@ -29,8 +29,12 @@ START_TIMEOUT_S = 120.0
 """Seconds that workers have to come up once their machines are ready. By feel: far more than a loaded laptop needs."""
 _EVACUATION_MARGIN_S = 15.0
 """Seconds before a machine is taken away by which its work has been moved. By feel."""
+_FLUSH_MARGIN_S = 45.0
+"""The same for a machine that also has to send what was written to volumes. Chosen, not measured."""
 _CLOUD_CALLS = 6
 """Calls to clouds at a time that launch or destroy single machines of a pool that runs. Chosen, not measured."""
+_CLOSE_S = 30.0
+"""Seconds that a cluster may take to close, not counting the data that its machines still send."""
 _LOOK_S = 2.0
 _BREAK_S = 0.5
 """Seconds after the end of a worker within which its machine is gone too, if that was why."""
@@ -47,6 +51,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
     """
 
     _name = "SkyCluster"
+    _close_within_s: float | None = _CLOSE_S
 
     def __init__(self, name: str, security: Any = None) -> None:
         super().__init__(asynchronous=False, quiet=True, name=name)
@@ -81,7 +86,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
     def stop(self) -> None:
         """Close and end the event loop's thread. May be called twice; never raises for what is gone already."""
         with contextlib.suppress(Exception):  # the scheduler may be dead: closing then only tidies up
-            self.close(timeout=30)
+            self.close(timeout=self._close_within_s)
         with contextlib.suppress(Exception):
             self._loop_runner.stop()
 
@@ -104,6 +109,8 @@ class AgentCluster(SkyCluster):
     timeout_s
         Seconds that the machines may take to become ready: those of the pool itself.
     """
+
+    _close_within_s = None  # each part has limits of its own, and data is sent for as long as that takes
 
     def __init__(
         self,
@@ -142,6 +149,8 @@ class AgentCluster(SkyCluster):
         self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
         self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
+        self.losses: list[VolumeError] = []  # data that could not be sent
+        self._leaving: dict[Agent, asyncio.Future[None]] = {}  # those that are being stopped, or are
         self._growing = asyncio.Lock()
         self._tasks: set[asyncio.Future[None]] = set()
         # Not the event loop's threads, which connections need: a cloud may keep all of these waiting.
@@ -311,7 +320,8 @@ class AgentCluster(SkyCluster):
         self._replace(agent)
         addresses = self._addresses(agent)
         with contextlib.suppress(Exception):  # it may be gone already, or a worker on its way out
-            async with asyncio.timeout(max(0.0, seconds - _EVACUATION_MARGIN_S)):
+            margin = _FLUSH_MARGIN_S if agent.has_unsent else _EVACUATION_MARGIN_S
+            async with asyncio.timeout(max(0.0, seconds - margin)):
                 await self.scheduler_comm.retire_workers(
                     workers=addresses, close_workers=False, remove=False, stimulus_id="machine-leaves"
                 )
@@ -412,13 +422,34 @@ class AgentCluster(SkyCluster):
         with contextlib.suppress(Exception):  # the scheduler may be dead
             await asyncio.wait_for(super()._close(), 2)
         self.status = Status.closed
-        await asyncio.gather(*self._tasks, *map(self._stop_agent, self._agents), return_exceptions=True)
+        stopping = map(self._stop_agent, {*self._agents, *self._leaving})
+        await asyncio.gather(self._end_tasks(), *stopping, return_exceptions=True)
         self._cloud_threads.shutdown(wait=False)
 
+    async def _end_tasks(self) -> None:
+        if self._tasks:
+            _, pending = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+            for task in pending:
+                task.cancel()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether machines may have data to send: while they run, or after a stop that was interrupted."""
+        return any(agent.has_unsent for agent in {*self._agents, *self._leaving})
+
     async def _stop_agent(self, agent: Agent) -> None:
+        """Stop an agent, once. A caller that is cancelled does not end this: data may be on its way."""
+        if agent not in self._leaving:
+            self._leaving[agent] = asyncio.ensure_future(self._end_agent(agent))
+        await asyncio.shield(self._leaving[agent])
+
+    async def _end_agent(self, agent: Agent) -> None:
         left = "it failed"
         try:
             left = await agent.stop() or ""
+        except VolumeError as exc:  # it has told
+            self.losses.append(exc)
+            left = ""
         finally:
             if left:
                 self.left.append(left)

@@ -72,6 +72,8 @@ class Entry:
         Where the Dask dashboard listens, on node 0's loopback; None: not known, or not yet.
     folder
         Of a local pool: what ends with it.
+    volumes
+        Where volumes that may be written to are kept, by their paths on the machines: their data is sent at the end.
     """
 
     pool_id: str
@@ -88,6 +90,7 @@ class Entry:
     nodes: Mapping[str, int] = field(default_factory=dict, hash=False)
     dashboard_port: int | None = None
     folder: str = ""
+    volumes: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def owner_alive(self) -> bool | None:

@@ -33,6 +33,7 @@ from skyward.cluster import metrics, notice
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.relay import INTERPRETER, Switchboard
 from skyward.cluster.watch import Watch
+from skyward.volumes import UNMOUNT_ALONE
 
 HEADROOM_S = 60.0
 """Seconds beyond the pool's time-out after which an agent ends by itself, whatever its caller does."""
@@ -114,13 +115,18 @@ def _read_line() -> bytes:
 def _end(config: AgentConfig, *, alone: bool = False) -> None:
     """Remove all files, kill all that this agent has started, and itself: it leads a process group of its own.
 
-    `alone`: nobody has asked for it, so a machine that exists for the pool only is switched off.
+    `alone`: nobody has asked for it, so a machine that exists for the pool only sends what was written to its volumes
+    and is switched off.
     """
     for folder in (config.folder, *config.remove):
         shutil.rmtree(folder, ignore_errors=True)
     if alone and config.power_off:
+        _kill_all(config.pool_id)  # what is still open can't be sent
+        # None of those that are killed with the pool: it goes on when this process ends.
+        unmarked = {name: value for name, value in os.environ.items() if name != "SKYWARD_POOL"}
+        command = ["sh", "-c", f"{UNMOUNT_ALONE}; {POWER_OFF}"]
         with contextlib.suppress(OSError):
-            subprocess.run(["sh", "-c", POWER_OFF], stdin=subprocess.DEVNULL)
+            subprocess.run(command, stdin=subprocess.DEVNULL, env=unmarked, start_new_session=True)
     _kill_all(config.pool_id)
     os._exit(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from skyward.cluster import journal
 from skyward.cluster.guardian import Guardian
@@ -26,11 +26,20 @@ class Record:
         The journal can't be written.
     """
 
-    def __init__(self, pool_id: str, provider: str, expires: float, machines: Sequence[Machine] = ()) -> None:
+    def __init__(
+        self,
+        pool_id: str,
+        provider: str,
+        expires: float,
+        machines: Sequence[Machine] = (),
+        volumes: Mapping[str, str] | None = None,
+    ) -> None:
         self.left: Sequence[str] = ()
         self._lock = threading.Lock()
         nodes = {machine.id: node for node, machine in enumerate(machines)}
-        self._entry = journal.open_entry(pool_id, provider=provider, expires=expires, machines=machines, nodes=nodes)
+        self._entry = journal.open_entry(
+            pool_id, provider=provider, expires=expires, machines=machines, nodes=nodes, volumes=volumes or {}
+        )
         try:
             self._guardian = Guardian.start(pool_id)
         except BaseException:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,14 @@ import psutil
 
 from skyward import providers
 from skyward.bootstrap import POOL
+from skyward.cluster.flush import flush
 from skyward.cluster.journal import Entry, Place
 from skyward.cluster.remote import clean_command
 from skyward.cluster.ssh import Link
-from skyward.errors import ProviderError, SkywardError
+from skyward.errors import ProviderError, SkywardError, VolumeError
 from skyward.providers.base import Cloud, Machine
+
+logger = logging.getLogger(__name__)
 
 MACHINE_S = 20.0
 """Seconds that one machine may take. By feel: a log-in takes one or two, cleaning less."""
@@ -31,8 +35,10 @@ _ROUND_S = 2.0
 def release(entry: Entry) -> list[str]:
     """End a pool on all its machines at once, and return a line for each that could not be confirmed.
 
-    Blocks: up to `MACHINE_S` for hosts that stay, as long as a cloud takes to confirm for others. Not to be called in
-    the thread of an event loop.
+    Machines that may have data for volumes send it before they are destroyed; what can't be sent is logged.
+
+    Blocks: up to `MACHINE_S` for hosts that stay, as long as a cloud takes to confirm for others, and as long as data
+    is being sent. Not to be called in the thread of an event loop.
 
     Raises
     ------
@@ -43,6 +49,8 @@ def release(entry: Entry) -> list[str]:
         return _end_local(entry)
     hosts = [machine for machine in entry.machines if machine.lives_on]
     cleaned = asyncio.run(_clean_hosts(entry.pool_id, hosts)) if hosts else []
+    if entry.volumes:
+        asyncio.run(_flush_machines(entry))
     return cleaned + end_places(entry.pool_id, entry.places)
 
 
@@ -99,6 +107,27 @@ def _end(pool_id: str, cloud: Cloud, regions: Sequence[str]) -> str | None:
     except ProviderError as exc:
         return f"{cloud.name} {', '.join(regions)}: {exc}"
     return None
+
+
+async def _flush_machines(entry: Entry) -> None:
+    machines = [machine for machine in entry.machines if machine.id in entry.nodes and not machine.lives_on]
+    await asyncio.gather(*(_flush_machine(entry, machine) for machine in machines))
+
+
+async def _flush_machine(entry: Entry, machine: Machine) -> None:
+    """End what still writes on a machine, and send its data."""
+    link = Link(machine.login)
+    try:
+        # What is in the way of this is in the way of `flush` too, which tells of it.
+        with contextlib.suppress(TimeoutError, OSError, ValueError, asyncssh.Error, SkywardError):
+            async with asyncio.timeout(MACHINE_S):
+                await link.run(clean_command(entry.pool_id))
+        await flush(link, f"node {entry.nodes[machine.id]} ({machine.id})", entry.volumes)
+    except VolumeError as exc:
+        logger.error("%s\nThe machine is destroyed, and these files with it", exc)
+    finally:
+        with contextlib.suppress(OSError):
+            await link.close()
 
 
 async def _clean_hosts(pool_id: str, hosts: Sequence[Machine]) -> list[str]:

@@ -24,6 +24,7 @@ from skyward.bootstrap import HOME, LAST_LINES, NEUTRAL, POOL, POWER_OFF, Progre
 from skyward.cluster import bootlogs
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
+from skyward.cluster.flush import flush
 from skyward.cluster.heartbeat import Heartbeat, Heartbeats, touch
 from skyward.cluster.listing import Listing
 from skyward.cluster.node import CONFIG, LOG, SOCKET
@@ -34,11 +35,11 @@ from skyward.cluster.tunnel import Tunnel
 from skyward.cluster.watch import BEAT
 from skyward.cluster.wheel import Wheel
 from skyward.devices import Reading
-from skyward.errors import BootstrapError
+from skyward.errors import BootstrapError, VolumeError
 from skyward.mig import partition_script
 from skyward.providers.base import Machine
 from skyward.spec import S3Volume
-from skyward.volumes import mount_script, unmount_script
+from skyward.volumes import Left, buckets, mount_script, size
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ _STOP_S = 15.0
 _FIRST_LOGIN_S = 3.0
 _SHARED_BEATS = 4
 """Heartbeats in a row over a connection that carries all data, after which a warning says so. Fewer: a short break."""
-_FLUSH_S = 120.0
-"""Seconds that what was written to volumes may take to arrive in their buckets, at the end. By feel."""
+_TOLD = {"told_by_event": True}
+_TELL_FLUSH_S = 5.0
+"""Seconds that sending what was written to volumes takes before it is told of, and between the tellings."""
 _LOG_S = 10.0
 """Seconds that the logs of a machine that failed may take to arrive. By feel: nobody waits longer for bad news."""
 _HEARD_LINES = 10_000
@@ -160,6 +162,12 @@ class RemoteAgent:
         self._heard: deque[str] = deque(maxlen=_HEARD_LINES)
         self._started = False
         self._stopped = False
+        self._buckets = buckets(shipment.volumes)
+        self._flushed = False
+
+    @property
+    def has_unsent(self) -> bool:
+        return self._started and bool(self._buckets) and not self._flushed
 
     @property
     def link(self) -> Link:
@@ -415,7 +423,7 @@ class RemoteAgent:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 reader, writer = done.pop().result()
             except _Gone:
-                self._started = False  # there is nothing to clean up any more
+                self._vanished()
                 heard(self._ended("its provider has taken it away", self._heartbeats.silence_s, gone=True))
                 return
             except NotListening:
@@ -537,20 +545,27 @@ class RemoteAgent:
             self._beating.cancel()
             await self._heartbeats.stop(self._heartbeat)
         try:
-            volumes = self._shipment.volumes
-            if self._started and (self.facts.lives_on or volumes):
-                await asyncio.wait_for(self._clean(), _STOP_S)
-            if self._started and volumes:
-                await asyncio.wait_for(self._unmount(volumes), _FLUSH_S + _STOP_S)
+            left = await self._clean_up()
+            if left is not None and not await self._is_there():
+                self._vanished()
+            await self._flush()
+        finally:
+            await self._tunnel.close()
+            await self._link.close()
+        return left
+
+    async def _clean_up(self) -> str | None:
+        """End all of the pool on a machine that stays, or that still has data to send; return what may be left."""
+        if not (self._started and (self.facts.lives_on or self._buckets)):
+            return None
+        try:
+            await asyncio.wait_for(self._clean(), _STOP_S)
         except (TimeoutError, *_TROUBLE) as exc:
             why = str(exc) or type(exc).__name__
             if self.facts.lives_on:
                 why += f"; it cleans itself after {self._heartbeats.limit_s:g} s"
             logger.warning("%s could not be cleaned: %s", self.machine, why)
             return f"{self.machine}: {why}"
-        finally:
-            await self._tunnel.close()
-            await self._link.close()
         return None
 
     async def _clean(self) -> None:
@@ -558,11 +573,44 @@ class RemoteAgent:
         if done.status:
             raise OSError(done.error.strip() or f"status {done.status}")
 
+    # --- data -----------------------------------------------------------------------------------------------
 
-    async def _unmount(self, volumes: Sequence[S3Volume]) -> None:
-        path = pool_folder(self._config.pool_id) + "/unmount.sh"
-        await self._link.write(path, unmount_script(volumes, patience_s=int(_FLUSH_S)).encode())
-        await self._run_steps(path)
+    async def _flush(self) -> None:
+        """Send what was written to volumes, and tell of it when that takes long."""
+        if not self.has_unsent:
+            return
+        tell_at = time.monotonic() + _TELL_FLUSH_S
+
+        def told(left: Left) -> None:
+            nonlocal tell_at
+            if time.monotonic() >= tell_at:
+                tell_at = time.monotonic() + _TELL_FLUSH_S
+                logger.info("%s: sending %s: %s left", self._name, left.path, left, extra=_TOLD)
+                step = f"sending {left.path}: {size(left.bytes)} left"
+                self._emit(events.BootstrapProgress(instance_id=self.facts.id, step=step))
+
+        try:
+            await flush(self._link, self._name, self._buckets, told)
+        except VolumeError as exc:
+            self._tell_unsent(f"{exc}\nThe machine is destroyed, and these files with it")
+            self._flushed = True
+            raise
+        self._flushed = True
+
+    def _vanished(self) -> None:
+        """Note that the machine is not there any more: there is nothing to clean up, and nothing can be sent."""
+        if self.has_unsent:
+            where = ", ".join(f"{path} ({bucket})" for path, bucket in self._buckets.items())
+            self._tell_unsent(f"{self._name} is gone: what it wrote last to {where} may be lost")
+        self._started = False
+
+    def _tell_unsent(self, message: str) -> None:
+        logger.error("%s", message, extra=_TOLD)
+        self._emit(events.Error(message=message, instance_id=self.facts.id))
+
+    @property
+    def _name(self) -> str:
+        return ", ".join(f"node {node}" for node in sorted(self.nodes)) + f" ({self.facts.id})"
 
 
 def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:

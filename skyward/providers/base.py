@@ -14,6 +14,7 @@ from skyward.accelerators import Accelerator
 from skyward.bootstrap import POWER_OFF
 from skyward.spec import InstanceSpec, PoolSpec, S3Volume
 from skyward.validation import Problems
+from skyward.volumes import UNMOUNT_ALONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +174,7 @@ class Birth:
     def _dead_man(self) -> str:
         # Armed before anything that can fail or hang: the machine ends even if nobody is left to end it.
         return (
-            f"(trap '' HUP; exec setsid sh -c 'sleep {int(self.ttl_s)}; {POWER_OFF}') "
+            f"(trap '' HUP; exec setsid sh -c 'sleep {int(self.ttl_s)}; {UNMOUNT_ALONE}; {POWER_OFF}') "
             "> /dev/null 2>&1 < /dev/null &"
         )
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 
 import skyward as sky
+from skyward import spec, volumes
+from skyward.cluster import cluster as cluster_module
+from skyward.cluster import journal, release, remote
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
+from tests.slow_proxy import SlowProxy, slow_proxy
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -58,4 +66,163 @@ def test_a_bucket_that_does_not_exist_is_told_and_nothing_is_left(cloud: Emulate
     ):
         pass
 
+    assert cloud.left() == []
+
+
+# --- the last writes ----------------------------------------------------------------------------------------
+
+SIZE = 4_000_000
+
+
+@sky.compute
+def save(name: str, size: int = SIZE) -> int:
+    """Write a file that is only sent when the call has ended."""
+    return Path("/out", name).write_bytes(os.urandom(size))
+
+
+class Bucket:
+    """A bucket behind a network whose speed can be set, and a volume in it."""
+
+    def __init__(self, proxy: SlowProxy, url: str) -> None:
+        self.proxy = proxy
+        self.client = boto3.client("s3")
+        self.client.create_bucket(Bucket="out")
+        self.volume = sky.S3Volume("/out", "out", "run", read_only=False, endpoint_url=url)
+
+    def sizes(self) -> dict[str, int]:
+        return {o["Key"]: o["Size"] for o in self.client.list_objects_v2(Bucket="out").get("Contents", [])}
+
+
+@pytest.fixture
+def bucket(cloud: Emulated) -> Iterator[Bucket]:
+    host, _, port = cloud.cloud.url_for_machines.rpartition(":")
+    with slow_proxy(int(port), host.removeprefix("http://")) as (proxy, slow_port):
+        yield Bucket(proxy, f"{host}:{slow_port}")
+
+
+def pool_on(cloud: Emulated, bucket: Bucket, **options: Any) -> sky.ComputePool:
+    return sky.ComputePool(
+        cloud.provider(), machine=cloud.type, image=IMAGE, volume=bucket.volume, display="quiet", **options
+    )
+
+
+def test_last_writes_arrive_however_long_they_take(
+    cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "_CLOSE_S", 2.0)
+    monkeypatch.setattr(remote, "_TELL_FLUSH_S", 1.0)
+    events: list[sky.SkywardEvent] = []
+
+    with pool_on(cloud, bucket, nodes=2, on_event=events.append) as pool:
+        bucket.proxy.rate = 2e6
+        save("first") >> pool
+        save("second") @ pool  # node 1, which leaves, has it too
+        pool.scale(1)
+
+    assert bucket.sizes() == {"run/first": SIZE, "run/second": SIZE}
+    told = [e.step for e in events if isinstance(e, sky.BootstrapProgress) and e.step.startswith("sending")]
+    assert told
+    assert all(step.startswith("sending /out: ") and step.endswith("B left") for step in told)
+    assert not [e for e in events if isinstance(e, sky.Error)]
+    assert cloud.left() == []
+
+
+def test_an_error_names_what_could_not_be_sent(
+    cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volumes, "STALLED_S", 2)
+    events: list[sky.SkywardEvent] = []
+
+    def run() -> None:
+        with pool_on(cloud, bucket, on_event=events.append) as pool:
+            bucket.client.delete_bucket(Bucket="out")
+            save("result", 100_000) >> pool
+
+    with pytest.raises(sky.VolumeError) as caught:
+        run()
+
+    error = caught.value
+    (machine,) = (e for e in events if isinstance(e, sky.InstanceProvisioned))
+    assert (error.mount_path, error.volume, error.files, error.bytes) == ("/out", "s3://out/run", 1, 100_000)
+    assert error.machine == f"node 0 ({machine.instance_id})"
+    assert str(error).startswith(
+        f"node 0 ({machine.instance_id}) could not send 100 kB in 1 file, written to /out, for s3://out/run: "
+    )
+    assert "NoSuchBucket" in str(error)
+    (told,) = [e for e in events if isinstance(e, sky.Error)]
+    assert told.instance_id == machine.instance_id
+    assert str(error) in told.message
+    assert cloud.left() == []
+
+
+def test_an_error_of_the_block_is_not_hidden_by_unsent_data(
+    cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volumes, "STALLED_S", 1)
+
+    def run() -> None:
+        with pool_on(cloud, bucket) as pool:
+            bucket.client.delete_bucket(Bucket="out")
+            save("result", 1000) >> pool
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_after_ctrl_c_while_data_is_sent_the_guardian_goes_on(
+    cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_TELL_FLUSH_S", 1.0)
+    errors: list[str] = []
+
+    def interrupt(event: sky.SkywardEvent) -> None:
+        if isinstance(event, sky.BootstrapProgress) and event.step.startswith("sending") and not errors:
+            errors.append("interrupted")
+            os.kill(os.getpid(), signal.SIGINT)
+        if isinstance(event, sky.Error):
+            errors.append(event.message)
+
+    def run() -> None:
+        with pool_on(cloud, bucket, on_event=interrupt) as pool:
+            bucket.proxy.rate = 1e6
+            save("result") >> pool
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+    assert bucket.sizes() == {}
+    assert len(cloud.yard.machines) == 1
+    assert "the pool's guardian goes on" in errors[-1]
+    wait_until(lambda: cloud.left() == [], 60)
+    assert bucket.sizes() == {"run/result": SIZE}
+    wait_until(lambda: not journal.entries(), 60)
+
+
+def test_a_machine_without_its_caller_sends_before_it_ends(
+    cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spec, "LEAST_HEARTBEAT_TIMEOUT_S", 4.0)
+    with pool_on(cloud, bucket, heartbeat_timeout=4) as pool:
+        bucket.proxy.rate = 1e6
+        save("result") >> pool
+        (agent,) = pool.cluster._agents
+        # As if nobody were there.
+        pool.cluster.loop.add_callback(agent._beating.cancel)
+        agent._heartbeats._loop.call_soon_threadsafe(agent._heartbeat._task.cancel)
+
+        wait_until(lambda: not cloud.yard.machines, 60)
+
+        assert bucket.sizes() == {"run/result": SIZE}
+
+
+def test_a_pool_that_is_ended_from_outside_sends_its_data(cloud: Emulated, bucket: Bucket) -> None:
+    with pool_on(cloud, bucket) as pool:
+        bucket.proxy.rate = 1e6
+        save("result") >> pool
+        (entry,) = journal.entries()
+
+        assert release.release(entry) == []
+
+        assert bucket.sizes() == {"run/result": SIZE}
     assert cloud.left() == []

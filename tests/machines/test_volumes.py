@@ -14,9 +14,10 @@ import pytest
 
 import skyward as sky
 from skyward.bootstrap import Progress, read_progress
-from skyward.volumes import mount_script, unmount_script
+from skyward.volumes import Left, mount_script, read_left, unmount_script
 from tests.cloudbox import Machine
 from tests.machines.conftest import Site
+from tests.slow_proxy import slow_proxy
 from tests.waiting import wait_until
 
 boto3 = pytest.importorskip("boto3")
@@ -115,8 +116,8 @@ def _unmounted(request: pytest.FixtureRequest) -> Iterator[None]:
         machine.run("umount -a -l -t fuse.rclone; pkill -9 rclone; rm -rf /root/.cache/skyward/volumes", check=False)
 
 
-def run(site: Site, machine: Machine, text: str) -> Progress | None:
-    """Run a script over SSH as a pool would; return how it failed, or None."""
+def run(site: Site, machine: Machine, text: str, left: list[Left] | None = None) -> Progress | None:
+    """Run a script over SSH as a pool would; return how it failed, or None. What it says is left goes to `left`."""
     options = ["-i", str(site.key), "-o", f"UserKnownHostsFile={site.known_hosts}", "-o", "BatchMode=yes"]
     command = "cat > script.sh && SKYWARD_POOL=some-pool sh script.sh"
     done = subprocess.run(
@@ -126,6 +127,8 @@ def run(site: Site, machine: Machine, text: str) -> Progress | None:
         text=True,
         timeout=120,
     )
+    if left is not None:
+        left += filter(None, map(read_left, done.stdout.splitlines()))
     progress = read_progress(done.stdout.splitlines())
     assert progress is not None, done.stderr
     assert (progress == Progress("done")) == (done.returncode == 0), done.stdout
@@ -137,7 +140,7 @@ def mount(site: Site, machine: Machine, *volumes: sky.S3Volume) -> None:
 
 
 def unmount(site: Site, machine: Machine, *volumes: sky.S3Volume) -> None:
-    assert run(site, machine, unmount_script(volumes, patience_s=30)) is None
+    assert run(site, machine, unmount_script(volumes, stalled_s=30)) is None
 
 
 def clients(machine: Machine) -> list[str]:
@@ -366,7 +369,7 @@ def test_files_that_cannot_be_sent_are_named_and_kept_until_they_can(
     store.client.delete_bucket(Bucket=bucket)
     machine.run("echo precious > /out/result")
 
-    failure = run(site, machine, unmount_script([volume], patience_s=3))
+    failure = run(site, machine, unmount_script([volume], stalled_s=3))
     kept = machine.run("cat /out/result")
     store.client.create_bucket(Bucket=bucket)
     unmount(site, machine, volume)
@@ -390,7 +393,7 @@ def test_a_file_that_is_still_open_keeps_its_volume_mounted_and_one_who_only_sta
     wait_until(lambda: "begun" in machine.run("cat /out/open", check=False))
     machine.run("cd /out; sleep 2000 > /dev/null 2>&1 < /dev/null &")
 
-    failure = run(site, machine, unmount_script([volume], patience_s=2))
+    failure = run(site, machine, unmount_script([volume], stalled_s=2))
     machine.run("pkill -f '^sleep 1000'")
     unmount(site, machine, volume)
 
@@ -399,3 +402,55 @@ def test_a_file_that_is_still_open_keeps_its_volume_mounted_and_one_who_only_sta
     assert store.objects(bucket) == {"open": "begun\n"}
     assert clients(machine) == []
     machine.run("pkill -f '^sleep 2000'")
+
+
+def test_a_flush_goes_on_as_long_as_something_is_sent(site: Site, machine: Machine, store: Store) -> None:
+    bucket, left = store.bucket(), list[Left]()
+    port = int(store.url.rpartition(":")[2])
+    with slow_proxy(port) as (proxy, slow_port):
+        volume = sky.S3Volume("/out", bucket, "", False, endpoint_url=f"http://{site.network.gateway}:{slow_port}")
+        mount(site, machine, volume)
+        proxy.rate = 1e6
+        machine.run("head -c 9000000 /dev/urandom > /out/checkpoint")
+
+        assert run(site, machine, unmount_script([volume], stalled_s=3), left) is None
+
+    (size,) = (o["Size"] for o in store.client.list_objects_v2(Bucket=bucket)["Contents"])
+    assert size == 9_000_000
+    rest = [one.bytes for one in left]
+    assert 9_000_000 >= rest[0] > rest[len(rest) // 2] > rest[-1]
+    assert {(one.path, one.files) for one in left} == {("/out", 1)}
+
+
+def test_a_flush_ends_when_nothing_is_sent_any_more(site: Site, machine: Machine, store: Store) -> None:
+    bucket, left = store.bucket(), list[Left]()
+    port = int(store.url.rpartition(":")[2])
+    with slow_proxy(port) as (proxy, slow_port):
+        volume = sky.S3Volume("/out", bucket, "", False, endpoint_url=f"http://{site.network.gateway}:{slow_port}")
+        mount(site, machine, volume)
+        proxy.rate = 1e6
+        machine.run("head -c 9000000 /dev/urandom > /out/checkpoint")
+        wait_until(lambda: proxy.carried > 1e6)
+        proxy.rate = 0
+
+        failure = run(site, machine, unmount_script([volume], stalled_s=2), left)
+        proxy.rate = None
+        unmount(site, machine, volume)
+
+    assert failure is not None
+    assert failure.step == "unmount /out"
+    assert left[-1].files == 1
+    (size,) = (o["Size"] for o in store.client.list_objects_v2(Bucket=bucket)["Contents"])
+    assert size == 9_000_000
+
+
+def test_a_client_that_was_killed_sends_the_rest_at_the_end(site: Site, machine: Machine, store: Store) -> None:
+    bucket = store.bucket()
+    volume = sky.S3Volume("/out", bucket, "", False, endpoint_url=store.url)
+    mount(site, machine, volume)
+    machine.run("head -c 100000 /dev/zero > /out/result; pkill -9 rclone")
+
+    unmount(site, machine, volume)
+
+    assert [o["Size"] for o in store.client.list_objects_v2(Bucket=bucket)["Contents"]] == [100_000]
+    assert clients(machine) == []
