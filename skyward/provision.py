@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -24,6 +25,7 @@ from skyward.cost import Meter, final, update
 from skyward.errors import AllProvidersFailedError, CapacityError, ProviderError
 from skyward.events import CostFinal, CostUpdate
 from skyward.plan import Part, Plan, Step
+from skyward.providers import listing
 from skyward.providers.base import Birth, Cloud, LaunchOrder, Login, Machine
 from skyward.spec import PoolSpec, S3Volume
 
@@ -51,6 +53,7 @@ class Provisioner:
         self._expires = expires
         self._step: Step | None = None
         self._machines: dict[str, Machine] = {}
+        self._since: dict[str, float] = {}  # when machines were launched, by id
         self._meter = Meter()
         self._lock = threading.Lock()
         self._regions: set[tuple[str, str]] = set()  # in which something was made
@@ -136,6 +139,7 @@ class Provisioner:
         with self._lock:
             for machine in machines:
                 self._machines[machine.id] = machine
+                self._since[machine.id] = time.monotonic()
                 self._meter.add(machine)
         return machines
 
@@ -219,7 +223,8 @@ class Provisioner:
             names = ", ".join(machine.id for machine in machines)
             logger.info("%s does not say whether %s exist: %s", provider.name, names, exc)
             return set()
-        gone = [machine for machine in machines if machine.id not in there]
+        young = time.monotonic() - listing.LISTED_S  # a machine that was launched since then may not be listed yet
+        gone = [m for m in machines if m.id not in there and self._since.get(m.id, -math.inf) <= young]
         self._ended(gone, reclaimed=True)
         return {machine.id for machine in gone}
 

@@ -49,7 +49,8 @@ class AWS:
     regions
         Several to choose from, or ``"any"``: all that the account has enabled.
     zones, subnets
-        Names of availability zones, ids of subnets, to keep to. Subnets are of one VPC per region.
+        Names of availability zones, ids of subnets, to keep to. Subnets are of one VPC per region; of several in a
+        zone, the one with most free addresses is used.
     private_ip
         Log in by the private address, from a VPN or a machine in the VPC; SSH is open to the VPC's addresses.
     profile
@@ -202,12 +203,11 @@ class AWS:
 
     def machines(self, pool_id: str | None = None) -> list[Machine]:
         api = self._api()
-        filters = [{"Name": "tag-key", "Values": [of.POOL]}] if pool_id is None else of.of_pool(pool_id)
 
         def ask(region: str) -> list[Machine]:
             ec2 = api.client("ec2", region)
             with api.edge(f"listing machines in {region}"):
-                return [self._machine(raw, region) for raw in of.find(ec2, filters, of.COSTS)]
+                return [self._machine(raw, region) for raw in of.machines_of(ec2, pool_id)]
 
         # Another shell may have launched them, with another region in its environment.
         regions = self._regions(api) if self.region or self.regions else self._enabled(api)
@@ -238,7 +238,7 @@ class AWS:
             price=price,
             price_on_demand=on_demand,
             launched=raw["LaunchTime"].timestamp(),
-            pool_id=tags.get(of.POOL),
+            pool_id=of.pool_of(raw),
             owner=tags.get(of.OWNER),
             expires=_number(tags.get(of.EXPIRES)),
         )
@@ -254,12 +254,13 @@ class AWS:
     def terminate(self, machines: Sequence[Machine]) -> None:
         api = self._api()
         by_region: dict[str, list[str]] = {}
+        young = of.young(machines)
         for machine in machines:
             by_region.setdefault(machine.region or api.default_region(), []).append(machine.id)
 
         def end(region: str) -> list[str]:
             ids, ec2 = by_region[region], api.client("ec2", region)
-            return attempt(api, [(f"{len(ids)} machines in {region}", lambda: of.terminate(ec2, ids))])
+            return attempt(api, [(f"{len(ids)} machines in {region}", lambda: of.terminate(ec2, ids, young=young))])
 
         _everywhere(list(by_region), end)
 

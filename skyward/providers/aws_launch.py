@@ -7,13 +7,15 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from skyward.errors import CapacityError, ProviderError, SpecError
 from skyward.providers import aws_pool as of
+from skyward.providers import listing
 from skyward.providers.aws_api import Api, attempt, call, quota_of
 from skyward.providers.base import LaunchOrder, Offer
 from skyward.providers.launches import under_way
@@ -62,8 +64,9 @@ class Launch:
         self._ec2 = api.client("ec2", offer.region)
         self._doing = f"launching {order.count} {offer.instance.name} in {offer.region}"
         self._quota = quota_of(offer.instance.name, spot=order.spot, region=offer.region)
-        self._is_in_doubt = False  # machines were asked for, and what became of it is not known
+        self._doubtful: set[str] = set()  # what was asked for, and it is not known whether it was made
         self._ids: list[str] = []
+        self._group: str | None = None
 
     def run(self) -> list[dict[str, Any]]:
         """Return the machines, which have their addresses, as AWS describes them."""
@@ -77,10 +80,12 @@ class Launch:
                     self._ids = [i for some in answer.get("Instances", ()) for i in some["InstanceIds"]]
                     if len(self._ids) < self._order.count:
                         raise self._shortage(answer.get("Errors", ()))
-                    return self._arrived()
+                    arrived = self._arrived()
+                    others.has_machines = True
+                    return arrived
             except BaseException as exc:
                 with others.lock:
-                    left = self._undo(is_alone=others.count == 1)
+                    left = self._undo(is_alone=others.count == 1 and not others.has_machines)
                 if left:
                     logger.error("after a failed launch on AWS: %s", "; ".join(left))
                     exc.add_note(f"left for the end of the pool: {'; '.join(left)}")
@@ -95,8 +100,10 @@ class Launch:
             image = thread.submit(self._image)
             subnets = self._subnets()
             vpc = subnets[0]["VpcId"]
-            group = of.make_group(ec2, vpc, order, self._sources(vpc))
-        data = self._template(image.result(), group)
+            sources = self._sources(vpc)
+            with self._doubting("group"):
+                self._group = of.make_group(ec2, vpc, order, sources)
+        data = self._template(image.result(), self._group)
         if order.volumes or self._access.use_ssm:
             profile = of.make_profile(self._api, self._region, order, use_ssm=self._access.use_ssm)
             data["IamInstanceProfile"] = {"Name": profile}
@@ -160,7 +167,10 @@ class Launch:
                 f"{', '.join(sorted(zones))}{f', and zones={list(access.zones)} is asked for' if access.zones else ''}",
                 rules_out="type",
             )
-        return sorted((s for s in there if s["AvailabilityZone"] in fit), key=lambda s: str(s["AvailabilityZone"]))
+        # A fleet takes one subnet of each zone: the one with most room is the last here.
+        by_room = sorted(there, key=lambda subnet: int(subnet["AvailableIpAddressCount"]))
+        by_zone = {str(s["AvailabilityZone"]): s for s in by_room}
+        return [by_zone[zone] for zone in sorted(fit)]
 
     def _sources(self, vpc: str) -> list[str]:
         """Return the ranges of addresses that may reach the machines over SSH."""
@@ -206,26 +216,33 @@ class Launch:
             },
             "SpotOptions" if order.spot else "OnDemandOptions": options,
         }
-        from botocore.exceptions import ClientError
-
         deadline = time.monotonic() + _PROFILE_S
         for number in itertools.count():
             # A request that has its answer is not made again under the same token: the answer would be the same.
             token = order.token if not number else f"{order.token}-{number}"
-            self._is_in_doubt = True
-            try:
+            with self._doubting("machines"):
                 answer: Mapping[str, Any] = self._ec2.create_fleet(ClientToken=token, **request)
-            except ClientError as exc:
-                # A refusal is an answer; that something broke at AWS's end is none.
-                self._is_in_doubt = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) >= 500
-                raise
-            self._is_in_doubt = False
             errors = answer.get("Errors", ())
             is_early = any(of.is_unready_profile(e.get("ErrorCode", ""), e.get("ErrorMessage", "")) for e in errors)
             if answer.get("Instances") or not is_early or time.monotonic() > deadline:
                 return answer
             time.sleep(random.uniform(1.0, 3.0))
         raise AssertionError("the loop has no end")
+
+    @contextmanager
+    def _doubting(self, what: str) -> Iterator[None]:
+        """Note that something may have been made, unless the block ends with an answer."""
+        from botocore.exceptions import ClientError
+
+        self._doubtful.add(what)
+        try:
+            yield
+        except ClientError as exc:
+            # A refusal is an answer; that something broke at AWS's end is none.
+            if exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500:
+                self._doubtful.discard(what)
+            raise
+        self._doubtful.discard(what)
 
     def _shortage(self, errors: Sequence[Mapping[str, Any]]) -> ProviderError:
         """Return why there are too few machines: what keeps every zone from having them, before what one lacks."""
@@ -274,22 +291,28 @@ class Launch:
         ours = of.of_order(order)
 
         def machines() -> None:
-            # Those of an answer that was lost may be listed late.
-            for look in range(3 if self._is_in_doubt else 1):
-                time.sleep(of.SETTLE_S if look else 0)
-                found = [raw["InstanceId"] for raw in of.find(ec2, ours, of.COSTS)]
-                of.terminate(ec2, sorted({*found, *self._ids}))
+            of.terminate(ec2, self._ids, young=self._ids)
+            ended = set(self._ids)
+            for _ in listing.looks(listing.LISTED_S if "machines" in self._doubtful else 0.0):
+                found = {raw["InstanceId"] for raw in of.find(ec2, ours, of.COSTS)} - ended
+                of.terminate(ec2, found, young=found)
+                ended |= found
+                if len(ended) >= order.count:
+                    break
 
         def shared() -> None:
-            if is_alone and not of.find(ec2, of.of_pool(order.pool_id), of.COSTS):
+            if is_alone and not of.machines_of(ec2, order.pool_id):
                 if order.volumes or self._access.use_ssm:
                     of.remove_profile(self._api.client("iam", region), of.role_name(order.pool_id, region))
-                of.remove_groups(ec2, order.pool_id, patience_s=_UNDO_S)
+                known = [self._group] if self._group else []
+                for _ in listing.looks(listing.LISTED_S if "group" in self._doubtful else 0.0):
+                    of.remove_groups(ec2, order.pool_id, patience_s=_UNDO_S, known=known)
 
+        name = of.name_of(order)
         steps: list[tuple[str, Callable[[], None]]] = [
             (f"machines in {region}", machines),
-            (f"a launch template in {region}", lambda: of.remove_templates(ec2, ours)),
-            (f"a placement group in {region}", lambda: of.remove_placements(ec2, ours, patience_s=_UNDO_S)),
+            (f"launch template {name} in {region}", lambda: of.remove_template(ec2, name)),
+            (f"placement group {name} in {region}", lambda: of.remove_placement(ec2, name, patience_s=_UNDO_S)),
             (f"security group skyward-{order.pool_id} in {region}", shared),
         ]
         return attempt(self._api, steps)

@@ -1,19 +1,20 @@
 """All that a pool has in a region of AWS: machines, and beside them a firewall, templates, placement groups and a role.
 
-Each is made under a name or tag that has the pool's id, so that making it twice makes one, and any computer finds it.
+Each is made under a name and tags that have the pool's id, so that making it twice makes one, and any computer finds
+it.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from skyward.errors import ProviderError
-from skyward.providers import caller
-from skyward.providers.aws_api import Api, attempt, call, code_of
-from skyward.providers.base import LaunchOrder
+from skyward.providers import caller, listing
+from skyward.providers.aws_api import Api, attempt, call
+from skyward.providers.base import LaunchOrder, Machine
 from skyward.spec import S3Volume
 
 POOL, OWNER, EXPIRES, TOKEN = "skyward:pool", "skyward:owner", "skyward:expires", "skyward:token"
@@ -22,8 +23,10 @@ COSTS = ("pending", "running", "stopping", "stopped")
 """States that cost, or may again. From "shutting-down" on nothing does: Amazon EC2 User Guide, "Instance lifecycle"."""
 MOST = 1000
 """Machines of one launch (`MinTargetCapacity` of CreateFleet, Amazon EC2 API Reference), and ids of one call."""
+_VALUES = 200
+"""Values of one filter: "Resource filters", Amazon EC2 User Guide."""
 
-SETTLE_S = 2.0  # between looks, as what was just launched may not be listed at once
+_YOUNG_S = 600.0  # that EC2 may not know a machine; from then on it may have forgotten it
 _END_S = 120.0  # until a machine that was told to end is about to
 _GONE_S = 300.0  # until machines are off for good; those with GPUs take minutes
 
@@ -63,35 +66,75 @@ def find(ec2: Any, filters: list[dict[str, Any]], states: Sequence[str] = ()) ->
     return [raw for page in pages for group in page["Reservations"] for raw in group["Instances"]]
 
 
-def terminate(ec2: Any, ids: Sequence[str]) -> None:
-    """Terminate machines, and return when none of them costs anything any more."""
-    for start in range(0, len(ids), MOST):
-        batch = list(ids[start : start + MOST])
-        answer = _terminate(ec2, batch)
-        if answer is None:  # one that is not known refuses them all
-            batch = _known(ec2, batch)
-            answer = _terminate(ec2, batch) if batch else None
-        ending = answer["TerminatingInstances"] if answer else []
-        sure = {machine["InstanceId"] for machine in ending if machine["CurrentState"]["Name"] not in COSTS}
-        _await_end(ec2, [i for i in batch if i not in sure])
+def machines_of(ec2: Any, pool_id: str | None) -> list[dict[str, Any]]:
+    """Return the machines of a pool, or of all pools, that cost: by their tag, and by their security group.
+
+    Tags can be deleted. The name and description of a group and the tag that EC2 gives to machines of a fleet can't
+    be.
+    """
+    tagged = find(ec2, [{"Name": "tag-key", "Values": [POOL]}] if pool_id is None else of_pool(pool_id), COSTS)
+    groups, inside = _groups(ec2, pool_id or "*"), []
+    for start in range(0, len(groups), _VALUES):
+        in_group = {"Name": "instance.group-id", "Values": groups[start : start + _VALUES]}
+        inside += find(ec2, [in_group, {"Name": "tag-key", "Values": ["aws:ec2:fleet-id"]}], COSTS)
+    return list({raw["InstanceId"]: raw for raw in [*tagged, *inside]}.values())
 
 
-def _terminate(ec2: Any, ids: Sequence[str]) -> Any:
+def pool_of(raw: Mapping[str, Any]) -> str | None:
+    """Return the id of a machine's pool, as its tag says, or else its security group."""
+    tags = {tag["Key"]: tag["Value"] for tag in raw.get("Tags", ())}
+    named = [g["GroupName"] for g in raw.get("SecurityGroups", ()) if g["GroupName"].startswith("skyward-")]
+    return tags.get(POOL) or (str(named[0]).removeprefix("skyward-") if named else None)
+
+
+def young(machines: Iterable[Machine]) -> set[str]:
+    """Return the ids of machines that EC2 may not know yet."""
+    since = time.time() - _YOUNG_S
+    return {machine.id for machine in machines if machine.launched is None or machine.launched > since}
+
+
+def terminate(ec2: Any, ids: Iterable[str], *, young: Collection[str] = ()) -> None:
+    """Terminate machines, and return when none of them costs anything any more.
+
+    An id that EC2 does not know has ended long ago, unless it is one of `young`: then it may run all the same, and EC2
+    is asked again. See "Eventual consistency in the Amazon EC2 API", Amazon EC2 Developer Guide.
+
+    Raises
+    ------
+    ProviderError
+        Some machines may still run.
+    """
+    left = sorted(set(ids))
+    for _ in listing.looks(listing.LISTED_S):
+        ended: set[str] = set()
+        for start in range(0, len(left), MOST):
+            ended |= _terminate(ec2, left[start : start + MOST])
+        left = [i for i in left if i not in ended and i in young]
+        if not left:
+            return
+    raise ProviderError(f"AWS: machines {', '.join(left)} were launched and are not known to EC2 yet: they may run")
+
+
+def _terminate(ec2: Any, ids: Sequence[str]) -> set[str]:
+    """Terminate those that EC2 knows, and return their ids when none of them costs anything any more."""
     unknown = ["InvalidInstanceID.NotFound"]
-    try:
-        # What was just launched is not known everywhere at once; what ended an hour ago is not any more.
-        return call(ec2.terminate_instances, patiently=unknown, patience_s=SETTLE_S, InstanceIds=ids)
-    except Exception as exc:
-        if code_of(exc) in unknown:
-            return None
-        raise
+    answer = call(ec2.terminate_instances, unless=unknown, InstanceIds=ids)
+    if answer is None:  # one that is not known refuses them all
+        ids = _known(ec2, ids)
+        answer = call(ec2.terminate_instances, unless=unknown, InstanceIds=ids) if ids else None
+    if answer is None:
+        return set()
+    ending = answer["TerminatingInstances"]
+    sure = {machine["InstanceId"] for machine in ending if machine["CurrentState"]["Name"] not in COSTS}
+    _await_end(ec2, [i for i in ids if i not in sure])
+    return set(ids)
 
 
 def _known(ec2: Any, ids: Sequence[str]) -> list[str]:
-    # A filter, unlike a list of ids, may name what does not exist; up to 200 of it.
+    # A filter, unlike a list of ids, may name what does not exist.
     found: list[str] = []
-    for start in range(0, len(ids), 200):
-        filters = [{"Name": "instance-id", "Values": list(ids[start : start + 200])}]
+    for start in range(0, len(ids), _VALUES):
+        filters = [{"Name": "instance-id", "Values": list(ids[start : start + _VALUES])}]
         found += [raw["InstanceId"] for raw in find(ec2, filters)]
     return found
 
@@ -99,9 +142,10 @@ def _known(ec2: Any, ids: Sequence[str]) -> list[str]:
 def _await_end(ec2: Any, ids: Sequence[str]) -> None:
     deadline = time.monotonic() + _END_S
     while ids:
-        filters = [{"Name": "instance-id", "Values": list(ids[:200])}]
-        if not find(ec2, filters, COSTS):
-            ids = ids[200:]
+        filters = [{"Name": "instance-id", "Values": list(ids[:_VALUES])}]
+        ended = {raw["InstanceId"] for raw in find(ec2, filters) if raw["State"]["Name"] not in COSTS}
+        if ended:
+            ids = [i for i in ids if i not in ended]
         elif time.monotonic() > deadline:
             raise ProviderError(f"AWS: machines {', '.join(ids)} are told to end, and are still there")
         else:
@@ -117,11 +161,11 @@ def make_group(ec2: Any, vpc: str, order: LaunchOrder, sources: Sequence[str]) -
         ec2.create_security_group,
         unless=["InvalidGroup.Duplicate"],
         GroupName=f"skyward-{order.pool_id}",
-        Description=f"skyward pool {order.pool_id}",
+        Description=_description(order.pool_id),
         VpcId=vpc,
         TagSpecifications=[{"ResourceType": "security-group", "Tags": tags_of(order)}],
     )
-    group = str(made["GroupId"]) if made else _groups(ec2, order.pool_id, vpc)[0]
+    group = str(made["GroupId"]) if made else _group_in(ec2, order.pool_id, vpc)
     _allow(ec2, group, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]})
     for source in sources:
         _allow(ec2, group, _ssh_from(source))
@@ -152,15 +196,30 @@ def _ssh_from(source: str) -> dict[str, Any]:
     return {**rule, "IpRanges": [{"CidrIp": source, "Description": "skyward caller"}]}
 
 
-def _groups(ec2: Any, pool_id: str, vpc: str | None = None) -> list[str]:
-    filters = of_pool(pool_id) + ([{"Name": "vpc-id", "Values": [vpc]}] if vpc else [])
+def _description(pool_id: str) -> str:
+    return f"skyward pool {pool_id}"
+
+
+def _groups(ec2: Any, pool_id: str) -> list[str]:
+    """Return the ids of a pool's groups, one for each VPC; `pool_id` may be ``"*"``."""
+    ours = {"Name": "description", "Values": [_description(pool_id)]}
+    return [str(g["GroupId"]) for g in _groups_named(ec2, pool_id, ours)]
+
+
+def _groups_named(ec2: Any, pool_id: str, narrowed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    filters = [{"Name": "group-name", "Values": [f"skyward-{pool_id}"]}, narrowed]
     pages = ec2.get_paginator("describe_security_groups").paginate(Filters=filters)
-    found = [str(group["GroupId"]) for page in pages for group in page["SecurityGroups"]]
-    if vpc and not found:
-        raise ProviderError(
-            f"AWS: {vpc} has a security group skyward-{pool_id} without the tag {POOL}={pool_id}: it is someone else's"
-        )
-    return found
+    return [group for page in pages for group in page["SecurityGroups"]]
+
+
+def _group_in(ec2: Any, pool_id: str, vpc: str) -> str:
+    """Return the id of a pool's group that is in a VPC, though it may not be listed yet."""
+    for _ in listing.looks(listing.LISTED_S):
+        for group in _groups_named(ec2, pool_id, {"Name": "vpc-id", "Values": [vpc]}):
+            if group["Description"] == _description(pool_id):
+                return str(group["GroupId"])
+            raise ProviderError(f"AWS: {vpc} has a security group skyward-{pool_id} that skyward has not made")
+    raise ProviderError(f"AWS: {vpc} has a security group skyward-{pool_id} that is not listed")
 
 
 def caller_range(ec2: Any) -> str:
@@ -264,12 +323,12 @@ def end(api: Api, pool_id: str, region: str) -> list[str]:
     are_ending = False
 
     def machines() -> None:
-        terminate(ec2, [raw["InstanceId"] for raw in find(ec2, ours, COSTS)])
+        terminate(ec2, [raw["InstanceId"] for raw in machines_of(ec2, pool_id)])
 
     def late_machines() -> None:
         nonlocal are_ending
         # Those of a fleet that was asked for right before may not have been listed the first time.
-        time.sleep(max(0.0, began + SETTLE_S - time.monotonic()))
+        time.sleep(max(0.0, began + listing.SETTLE_S - time.monotonic()))
         machines()
         are_ending = True
 
@@ -284,6 +343,7 @@ def end(api: Api, pool_id: str, region: str) -> list[str]:
             (f"launch templates in {region}", lambda: remove_templates(ec2, ours)),
             (f"role {role}", lambda: remove_profile(api.client("iam", region), role)),
             (f"machines in {region}", late_machines),
+            (f"launch templates in {region}", lambda: remove_templates(ec2, ours)),
             (f"placement groups in {region}", lambda: remove_placements(ec2, ours, patience_s=patience_s())),
             (
                 f"security group skyward-{pool_id} in {region}",
@@ -294,26 +354,37 @@ def end(api: Api, pool_id: str, region: str) -> list[str]:
 
 
 def remove_templates(ec2: Any, filters: list[dict[str, Any]]) -> None:
-    gone = ["InvalidLaunchTemplateId.NotFound", "InvalidLaunchTemplateName.NotFoundException"]
     for page in ec2.get_paginator("describe_launch_templates").paginate(Filters=filters):
         for template in page["LaunchTemplates"]:
-            call(ec2.delete_launch_template, unless=gone, LaunchTemplateId=template["LaunchTemplateId"])
+            remove_template(ec2, template["LaunchTemplateName"])
+
+
+def remove_template(ec2: Any, name: str) -> None:
+    gone = ["InvalidLaunchTemplateId.NotFound", "InvalidLaunchTemplateName.NotFoundException"]
+    call(ec2.delete_launch_template, unless=gone, LaunchTemplateName=name)
 
 
 def remove_placements(ec2: Any, filters: list[dict[str, Any]], *, patience_s: float) -> None:
     for group in ec2.describe_placement_groups(Filters=filters)["PlacementGroups"]:
-        call(
-            ec2.delete_placement_group,
-            unless=["InvalidPlacementGroup.Unknown"],
-            patiently=["InvalidPlacementGroup.InUse"],
-            patience_s=patience_s,
-            GroupName=group["GroupName"],
-        )
+        remove_placement(ec2, group["GroupName"], patience_s=patience_s)
 
 
-def remove_groups(ec2: Any, pool_id: str, *, patience_s: float) -> None:
-    """Delete the pool's security groups, which are in use until the last machine is off for good."""
-    for group in _groups(ec2, pool_id):
+def remove_placement(ec2: Any, name: str, *, patience_s: float) -> None:
+    call(
+        ec2.delete_placement_group,
+        unless=["InvalidPlacementGroup.Unknown"],
+        patiently=["InvalidPlacementGroup.InUse"],
+        patience_s=patience_s,
+        GroupName=name,
+    )
+
+
+def remove_groups(ec2: Any, pool_id: str, *, patience_s: float, known: Iterable[str] = ()) -> None:
+    """Delete the pool's security groups, which are in use until the last machine is off for good.
+
+    `known` has the ids of those that may not be listed yet.
+    """
+    for group in sorted({*known, *_groups(ec2, pool_id)}):
         call(
             ec2.delete_security_group,
             unless=["InvalidGroup.NotFound"],

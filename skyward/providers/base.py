@@ -256,7 +256,7 @@ class Cloud(Protocol):
         """
 
     def machines(self, pool_id: str | None = None) -> Sequence[Machine]:
-        """Return the machines of a pool, or of all pools, found by their tags in every region."""
+        """Return the machines of a pool, or of all pools, found by tags and names in every region."""
 
     def terminate(self, machines: Sequence[Machine]) -> None:
         """Destroy machines; return when the cloud confirms that they cost nothing any more."""
@@ -268,7 +268,9 @@ class Cloud(Protocol):
         """
 
     def end(self, pool_id: str, regions: Sequence[str]) -> None:
-        """Destroy all of a pool in `regions`: machines, found by their tags, then keys, groups and disks.
+        """Destroy all of a pool in `regions`: machines, found by tags and names, then keys, groups and disks.
+
+        Looks twice, as a machine may be listed some seconds after its launch only: see `skyward.providers.listing`.
 
         Safe to call again, and beside another call. Only what bears the pool's id is touched.
 

@@ -20,6 +20,7 @@ from azure.core.exceptions import AzureError, HttpResponseError, ResourceNotFoun
 from azure.core.pipeline.policies import AzureKeyCredentialPolicy, RetryPolicy
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
+from skyward.providers import listing
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ RETRIES: dict[str, Any] = {
 }  # fmt: skip
 """The SDK's own, for what can be asked for twice without harm: about 15 s in all."""
 PAUSES_S = (0.5, 2.0, 5.0)
-"""Between attempts at what can't: long enough for what was made after all to be listed."""
+"""Between attempts at what can't."""
 _TIMEOUTS_S: dict[str, Any] = {"connection_timeout": 10, "read_timeout": 60, "timeout": 300}
 _MOST_WAIT_S = 90.0  # for the burst limit of a minute, not for the hourly one
 _PER_PAGE = 200
@@ -114,9 +115,10 @@ def once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
                 raise
             if is_unclear(exc):
                 pause()
-            found = find()
-            if found is not None:
-                return found
+            # What is refused as it is there already may not be listed yet.
+            for _ in listing.looks(listing.LISTED_S if _is_there(exc) else 0.0):
+                if (found := find()) is not None:
+                    return found
             if not is_unclear(exc):
                 raise
             error = exc
@@ -134,6 +136,10 @@ def is_unclear(exc: BaseException) -> bool:
     if isinstance(exc, HttpResponseError) and exc.status_code is not None:
         return exc.status_code >= 500
     return isinstance(exc, (AzureError, ValueError))
+
+
+def _is_there(exc: Exception) -> bool:
+    return _status(exc) in (409, 422) and bool(re.search("already|duplicate", str(exc), re.IGNORECASE))
 
 
 def _status(exc: BaseException) -> int | None:

@@ -1,6 +1,7 @@
 """All that a pool has at DigitalOcean: droplets, and beside them a firewall, an SSH key and tags.
 
-Each bears the pool's id in its name or tag, so that making it twice makes one, and any computer finds it.
+Each bears the pool's id in its name, droplets in a tag too, so that making it twice makes one, and any computer finds
+it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,9 +20,10 @@ from typing import Any
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from skyward.errors import CapacityError, ProviderError
+from skyward.providers import listing
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
 from skyward.providers.caller import caller_range
-from skyward.providers.digitalocean_api import call, explained, is_unclear, once, pages, pauses, unless_missing
+from skyward.providers.digitalocean_api import call, explained, is_unclear, once, pages, unless_missing
 from skyward.providers.launches import Launches, under_way
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,10 @@ _POOL, _OWNER, _EXPIRES = "skyward:pool:", "skyward:owner:", "skyward:expires:"
 
 _AT_ONCE = 10
 """Droplets of one create call: API reference, "Create Multiple Droplets"."""
+_CREATES = 3
+"""Times that droplets are asked for while answers are lost."""
 _THREADS = 8
-_LOOKS_S = (0.2, 3.0)  # pauses between looks grow from the one to the other
+_PAUSES_S = (0.2, 3.0)  # between looks, from the one to the other
 _ADDRESS_S = 300.0  # until a droplet has its addresses, which takes half a minute
 _GONE_S = 120.0  # until a deleted droplet is gone, which takes seconds
 _BY_TAG_S = 30.0  # after which droplets that were deleted by tag are deleted one by one
@@ -60,21 +64,32 @@ def _name(pool_id: str) -> str:
     return f"skyward-{pool_id}"
 
 
+_DROPLET = re.compile(r"skyward-(?P<pool>.+)-[a-z0-9]{8,32}-\d+")
+
+
 # --- droplets -----------------------------------------------------------------------------------------------
 
 
-def find(do: Any, tag: str) -> list[dict[str, Any]]:
-    """Return the droplets with a tag, in any state: as long as one is there it is billed."""
-    # Droplets with GPUs are listed apart, and then not by tag: API reference, "List All Droplets".
-    plain = pages(do.droplets.list, "droplets", tag_name=tag)
-    gpus = [raw for raw in pages(do.droplets.list, "droplets", params={"type": "gpus"}) if tag in raw["tags"]]
-    return list({raw["id"]: raw for raw in [*plain, *gpus]}.values())
+def find(do: Any, pool_id: str | None = None) -> list[dict[str, Any]]:
+    """Return the droplets of a pool, or of all pools, in any state: as long as one is there it is billed.
+
+    They are found by tag and by name: when a tag is deleted, all of them lose it.
+    """
+    # Droplets with GPUs are listed apart: API reference, "List All Droplets".
+    found = [*pages(do.droplets.list, "droplets"), *pages(do.droplets.list, "droplets", params={"type": "gpus"})]
+    ours = [raw for raw in found if (pool := pool_of(raw)) is not None and pool_id in (None, pool)]
+    return list({raw["id"]: raw for raw in ours}.values())
+
+
+def pool_of(raw: Mapping[str, Any]) -> str | None:
+    """Return the id of a droplet's pool, or None where it has none."""
+    named = _DROPLET.fullmatch(raw["name"])
+    return _tagged(raw, _POOL) or (named["pool"] if named else None)
 
 
 def machines(account: Account, pool_id: str | None) -> list[Machine]:
     """Return the machines of a pool, or of all pools."""
-    found = find(account.do, ALL if pool_id is None else f"{_POOL}{pool_id}")
-    return [_machine(raw, Login(host="", port=22, user="root"), account) for raw in found if _tagged(raw, _POOL)]
+    return [_machine(raw, Login(host="", port=22, user="root"), account) for raw in find(account.do, pool_id)]
 
 
 def destroy(do: Any, ids: Iterable[int]) -> None:
@@ -103,7 +118,7 @@ def destroy(do: Any, ids: Iterable[int]) -> None:
 
 
 def _destroy_one(do: Any, droplet_id: int) -> None:
-    deadline, looks = time.monotonic() + _GONE_S, _looks()
+    deadline, pauses = time.monotonic() + _GONE_S, _pauses()
     while True:
         try:
             call(do.droplets.destroy, droplet_id)
@@ -116,24 +131,35 @@ def _destroy_one(do: Any, droplet_id: int) -> None:
             return
         if time.monotonic() > deadline:
             raise ProviderError(f"DigitalOcean was told to delete droplet {droplet_id}, and it is still there")
-        next(looks)
+        next(pauses)
 
 
 def end(account: Account, pool_id: str) -> None:
-    """Delete all that a pool has. Droplets go by their tag, in one call."""
-    do, tag = account.do, f"{_POOL}{pool_id}"
+    """Delete all that a pool has."""
+    do, began = account.do, time.monotonic()
     with explained(f"end pool {pool_id}"):
-        deadline, looks = time.monotonic() + _BY_TAG_S, _looks()
-        if find(do, tag):
-            unless_missing(do.droplets.destroy_by_tag, tag_name=tag)
-            while (left := find(do, tag)) and time.monotonic() < deadline:
-                next(looks)
-            destroy(do, [raw["id"] for raw in left])
+        _destroy_all(do, pool_id)
+        # A droplet that was created right before the first look may not have been listed by then.
+        time.sleep(max(0.0, began + listing.SETTLE_S - time.monotonic()))
+        _destroy_all(do, pool_id)
         _clear(do, pool_id)
 
 
+def _destroy_all(do: Any, pool_id: str) -> None:
+    """Delete the droplets of a pool that are listed, those with its tag in one call."""
+    deadline, pauses = time.monotonic() + _BY_TAG_S, _pauses()
+    left = find(do, pool_id)
+    if any(_tagged(raw, _POOL) for raw in left):
+        unless_missing(do.droplets.destroy_by_tag, tag_name=f"{_POOL}{pool_id}")
+        left = find(do, pool_id)
+        while any(_tagged(raw, _POOL) for raw in left) and time.monotonic() < deadline:
+            next(pauses)
+            left = find(do, pool_id)
+    destroy(do, [raw["id"] for raw in left])
+
+
 def _clear(do: Any, pool_id: str) -> None:
-    """Delete what a pool has beside its droplets; its tags last, as they tell what is the pool's."""
+    """Delete what a pool has beside its droplets, once it has none: they would lose the tags that are deleted."""
     name = _name(pool_id)
     for raw in _firewalls(do, pool_id):
         unless_missing(do.firewalls.delete, raw["id"])
@@ -145,9 +171,9 @@ def _clear(do: Any, pool_id: str) -> None:
             unless_missing(do.tags.delete, raw["name"])
 
 
-def _looks() -> Iterator[None]:
+def _pauses() -> Iterator[None]:
     """Sleep a little longer each time."""
-    pause, most = _LOOKS_S
+    pause, most = _PAUSES_S
     while True:
         time.sleep(pause * random.uniform(0.8, 1.2))
         yield
@@ -170,7 +196,7 @@ def _machine(raw: Mapping[str, Any], login: Login, account: Account) -> Machine:
         price=hourly,
         price_on_demand=hourly,
         launched=datetime.fromisoformat(raw["created_at"]).timestamp(),
-        pool_id=_tagged(raw, _POOL),
+        pool_id=pool_of(raw),
         owner=owner.replace(":", "@", 1) if owner else None,
         expires=float(expires.rpartition(":")[2]) if expires else None,
     )
@@ -208,6 +234,7 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
     names = [f"{_name(order.pool_id)}-{order.token}-{number}" for number in range(order.count)]
     with under_way(order.pool_id, account.url) as others:
         made: list[dict[str, Any]] = []
+        doubtful: set[str] = set()
         try:
             with explained(f"launch {order.count} {offer.instance.name} in {offer.region}"):
                 with others.lock:
@@ -221,13 +248,14 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
                     "user_data": order.birth.cloud_config(),
                     "tags": tags_of(order),
                 }
-                _create(do, body, names, made, f"{_POOL}{order.pool_id}")
+                _create(do, body, names, made, doubtful, order.pool_id)
                 found = _await_addresses(account, order, names, made)
+            others.has_machines = True
             return [_machine(raw, order.login, account) for raw in found]
         except BaseException as exc:
             try:
                 with explained(f"undo the launch of {order.count} {offer.instance.name}"):
-                    _undo(do, order, names, made, others)
+                    _undo(do, order, names, made, doubtful, others)
             except ProviderError as left:
                 logger.error("after a failed launch: %s", left)
                 exc.add_note(f"left for the end of the pool: {left}")
@@ -256,9 +284,19 @@ def _prepare(account: Account, order: LaunchOrder) -> int:
     return once(lambda: int(call(do.ssh_keys.create, {"name": name, "public_key": public})["ssh_key"]["id"]), find_key)
 
 
-def _create(do: Any, body: Mapping[str, Any], names: Sequence[str], made: list[dict[str, Any]], tag: str) -> None:
-    """Create droplets, those that are not there yet, and note all in `made`."""
-    there = {raw["name"]: raw for raw in find(do, tag)}  # the same order may have been asked for before
+def _create(
+    do: Any,
+    body: Mapping[str, Any],
+    names: Sequence[str],
+    made: list[dict[str, Any]],
+    doubtful: set[str],
+    pool_id: str,
+) -> None:
+    """Create droplets, those that are not there yet, and note all in `made`.
+
+    `doubtful` has the names of those of which it is not known whether they were created.
+    """
+    there = {raw["name"]: raw for raw in find(do, pool_id)}  # the same order may have been asked for before
     made += [there[name] for name in names if name in there]
     wanted = [name for name in names if name not in there]
     parts = [wanted[i : i + _AT_ONCE] for i in range(0, len(wanted), _AT_ONCE)]
@@ -268,7 +306,7 @@ def _create(do: Any, body: Mapping[str, Any], names: Sequence[str], made: list[d
         if failed.is_set():
             return
         try:
-            _create_part(do, body, part, made, tag)
+            _create_part(do, body, part, made, doubtful, pool_id)
         except BaseException:
             failed.set()
             raise
@@ -279,20 +317,32 @@ def _create(do: Any, body: Mapping[str, Any], names: Sequence[str], made: list[d
         done.result()
 
 
-def _create_part(do: Any, body: Mapping[str, Any], names: list[str], made: list[dict[str, Any]], tag: str) -> None:
-    for pause in pauses():
+def _create_part(
+    do: Any,
+    body: Mapping[str, Any],
+    names: list[str],
+    made: list[dict[str, Any]],
+    doubtful: set[str],
+    pool_id: str,
+) -> None:
+    for _ in range(_CREATES):
+        doubtful.update(names)
         try:
-            made += call(do.droplets.create, {**body, "names": names})["droplets"]
-            return
+            created = call(do.droplets.create, {**body, "names": names})["droplets"]
         except (AzureError, ValueError) as exc:
             if not is_unclear(exc):
+                doubtful.difference_update(names)
                 raise
             error = exc
-        # There is no token by which the API knows the same call again: what it has made is found by name.
-        pause()
-        there = [raw for raw in find(do, tag) if raw["name"] in names]
-        made += there
-        names = [name for name in names if name not in {raw["name"] for raw in there}]
+            # There is no token by which the API knows the same call again: what it has made is found by name, and a
+            # droplet is asked for again only when it can't be one that is not listed yet.
+            for _ in listing.looks(listing.LISTED_S):
+                created = [raw for raw in find(do, pool_id) if raw["name"] in names]
+                if len(created) == len(names):
+                    break
+        doubtful.difference_update(names)
+        made += created
+        names = [name for name in names if name not in {raw["name"] for raw in created}]
         if not names:
             return
     raise error
@@ -302,10 +352,11 @@ def _await_addresses(
     account: Account, order: LaunchOrder, names: Sequence[str], made: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return an order's droplets when all have addresses; one that was made twice is deleted."""
-    do, tag = account.do, f"{_POOL}{order.pool_id}"
-    deadline, looks = time.monotonic() + _ADDRESS_S, _looks()
+    do = account.do
+    began, pauses = time.monotonic(), _pauses()
+    seen: set[int] = set()
     while True:
-        listed = {raw["id"]: raw for raw in find(do, tag) if raw["name"] in names}
+        listed = {raw["id"]: raw for raw in find(do, order.pool_id) if raw["name"] in names}
         found: dict[str, dict[str, Any]] = {}
         for droplet_id, raw in sorted({**{raw["id"]: raw for raw in made}, **listed}.items()):
             if found.setdefault(raw["name"], raw) is not raw:
@@ -315,13 +366,16 @@ def _await_addresses(
         if all(name in found and _is_reachable(found[name]) for name in names):
             return [found[name] for name in names]
         # A droplet that can't be made after all vanishes; one that is only not listed yet can be asked for.
-        unlisted = [raw for raw in made if raw["id"] not in listed]
-        gone = [raw["name"] for raw in unlisted if unless_missing(do.droplets.get, raw["id"]) is None]
-        if gone or time.monotonic() > deadline:
+        seen |= set(listed)
+        waited_s = time.monotonic() - began
+        missing = {raw["id"]: raw["name"] for raw in made if raw["id"] not in listed}
+        asked = [i for i in missing if i in seen or waited_s > listing.LISTED_S]
+        gone = [missing[i] for i in asked if unless_missing(do.droplets.get, i) is None]
+        if gone or waited_s > _ADDRESS_S:
             there = len(names) - len(gone) if gone else sum(map(_is_reachable, found.values()))
             within = "" if gone else f" within {_ADDRESS_S:.0f} s"
             raise CapacityError(f"DigitalOcean brought up {there} of {len(names)} droplets{within}")
-        next(looks)
+        next(pauses)
 
 
 def _check_price(order: LaunchOrder, found: Iterable[Mapping[str, Any]]) -> None:
@@ -332,14 +386,18 @@ def _check_price(order: LaunchOrder, found: Iterable[Mapping[str, Any]]) -> None
 
 
 def _undo(
-    do: Any, order: LaunchOrder, names: Sequence[str], made: Sequence[Mapping[str, Any]], others: Launches
+    do: Any,
+    order: LaunchOrder,
+    names: Sequence[str],
+    made: Sequence[Mapping[str, Any]],
+    doubtful: Collection[str],
+    others: Launches,
 ) -> None:
-    tag = f"{_POOL}{order.pool_id}"
-    ids = {raw["id"] for raw in made} | {raw["id"] for raw in find(do, tag) if raw["name"] in names}
-    if ids:
-        destroy(do, ids)
+    destroy(do, [raw["id"] for raw in made])
+    for _ in listing.looks(listing.LISTED_S if doubtful else 0.0):
+        destroy(do, [raw["id"] for raw in find(do, order.pool_id) if raw["name"] in names])
     with others.lock:
-        if others.count == 1 and not find(do, tag):
+        if others.count == 1 and not others.has_machines and not find(do, order.pool_id):
             _clear(do, order.pool_id)
 
 

@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 class Launches:
     """The launches of one pool that share a firewall, a key or a role.
 
-    These are made under `lock`, and after a failure they are removed under it by the last launch only.
+    These are made under `lock`. After a failure they are removed under it, by the last launch of a pool without
+    machines.
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: int = 0
+    has_machines: bool = False
+    """Whether one of them has succeeded. Its machines may not be listed yet: what they share is left to the pool's end.
+    """
 
 
 _launches: dict[Hashable, Launches] = {}
@@ -34,5 +38,5 @@ def under_way(*shared: Hashable) -> Iterator[Launches]:
     finally:
         with _counting:
             launches.count -= 1
-            if not launches.count:
+            if not launches.count and not launches.has_machines:
                 del _launches[shared]

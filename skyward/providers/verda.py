@@ -109,15 +109,7 @@ class Verda:
         _, _, api = self._account()
         from skyward.providers import verda_machines as of
 
-        label = f"{of.prefix(order.pool_id)}{order.token[:16]}"
-        try:
-            return of.start(api, offer, order, label)
-        except BaseException:
-            try:
-                of.end(api, label)
-            except ProviderError as exc:
-                logger.warning("something of %s may be left until its pool ends: %s", label, exc)
-            raise
+        return of.launch(api, offer, order)
 
     def machines(self, pool_id: str | None = None) -> Sequence[Machine]:
         _, _, api = self._account()
@@ -138,7 +130,7 @@ class Verda:
         _, _, api = self._account()
         from skyward.providers import verda_machines as of
 
-        of.end(api, of.prefix(pool_id), set(regions))
+        of.end(api, pool_id, set(regions))
 
     def _account(self) -> tuple[str, str, Api]:
         """Return the id of the credentials, the API's URL and its services."""

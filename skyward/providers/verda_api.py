@@ -27,6 +27,7 @@ from verda.startup_scripts import StartupScriptsService
 from verda.volumes import VolumesService
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
+from skyward.providers import listing
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ _TIMEOUTS_S = (10.0, 60.0)
 """Seconds to connect, and for each part of an answer."""
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Between attempts, before jitter: 15 s in all. The SDK does not show what Retry-After says."""
+_CREATES = 3
+"""Times that something is asked for while answers are lost."""
 
 # Error codes: api.verda.com/v1/docs, which has one that the SDK does not list.
 _TOO_FAST = "rate_limit_exceeded"
@@ -156,17 +159,18 @@ def is_no_capacity(exc: Exception) -> bool:
 def once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
     """Return what `create` makes, or what `find` finds of it if its answer was lost: never two.
 
-    The SDK asks for what it has made before it returns it, so that any error may mean that it is there.
+    The SDK asks for what it has made before it returns it, so that any error may mean that it is there, though it may
+    not be listed yet.
     """
-    for pause_s in _PAUSES_S[:3]:
+    for _ in range(_CREATES):
         try:
             return create()
         except Exception as exc:  # judged by `is_unclear`
-            may_be_there = is_unclear(exc) and not is_no_capacity(exc)
-            if may_be_there:
-                time.sleep(pause_s)  # what is still under way may show by then
-            if (found := find()) is not None:
-                return found
+            is_unknown = isinstance(exc, APIException) and exc.code == ErrorCodes.NOT_FOUND
+            may_be_there = (is_unclear(exc) or is_unknown) and not is_no_capacity(exc)
+            for _ in listing.looks(listing.LISTED_S if may_be_there else 0.0):
+                if (found := find()) is not None:
+                    return found
             if not may_be_there:
                 raise
             error = exc

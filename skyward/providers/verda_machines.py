@@ -1,10 +1,12 @@
 """A pool's machines on Verda: created side by side with what they are born with, awaited, and deleted for good.
 
-All that belongs to a pool bears its id in its name. Imported on first use, as the SDK is.
+All that belongs to a pool has its id in its name, machines in their description too. Imported on first use, as the SDK
+is.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -16,9 +18,12 @@ from functools import partial
 from typing import Any
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError
+from skyward.providers import listing
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
 from skyward.providers.verda_api import Api, explained, is_not_so, once
 from skyward.spec import InstanceSpec
+
+logger = logging.getLogger(__name__)
 
 _LEAST_DISK_GB = 50
 _START_LIMIT_S = 900.0
@@ -50,15 +55,40 @@ def found(api: Api) -> list[Machine]:
     return [
         _machine(i, Login(host=i.ip or "", port=22, user="root"))
         for i in there
-        if _HOSTNAME.fullmatch(i.hostname) and i.status not in (*_GONE, _NEVER_WAS)
+        if _pool_of(i) is not None and i.status not in (*_GONE, _NEVER_WAS)
     ]
+
+
+def _tags(instance: Any) -> dict[str, str]:
+    return dict(re.findall(r"skyward:(\w+)=(\S+)", instance.description or ""))
+
+
+def _pool_of(instance: Any) -> str | None:
+    """Return the id of a machine's pool, as its name says, or else its description; None where it has none."""
+    named = _HOSTNAME.fullmatch(instance.hostname)
+    return named["pool"] if named else _tags(instance).get("pool")
 
 
 # --- start --------------------------------------------------------------------------------------------------
 
 
-def start(api: Api, offer: Offer, order: LaunchOrder, label: str) -> list[Machine]:
-    """Return an order's machines, which have addresses by then. All that is made bears `label`; nothing is undone."""
+def launch(api: Api, offer: Offer, order: LaunchOrder) -> list[Machine]:
+    """Launch an order's machines, or none and nothing left of it. Return them when they have addresses."""
+    label = f"{prefix(order.pool_id)}{order.token[:16]}"
+    made: set[str] = set()
+    try:
+        return _start(api, offer, order, label, made)
+    except BaseException as exc:
+        try:
+            _undo(api, label, made)
+        except ProviderError as left:
+            logger.error("after a failed launch: %s", left)
+            exc.add_note(f"left for the end of the pool: {left}")
+        raise
+
+
+def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str]) -> list[Machine]:
+    """Return an order's machines. All that is made bears `label`, and ids of machines are added to `made`."""
     instance_type, where = offer.instance.name, offer.region
     doing = f"start {order.count} {'spot ' if order.spot else ''}{instance_type} in {where}"
     with explained(doing, creates=True):
@@ -83,7 +113,9 @@ def start(api: Api, offer: Offer, order: LaunchOrder, label: str) -> list[Machin
         if order.spot:
             disk["on_spot_discontinue"] = "delete_permanently"
         with explained(doing, creates=True):
-            return known.get(hostname) or _create(api, {**request, "hostname": hostname, "os_volume": disk})
+            one = known.get(hostname) or _create(api, {**request, "hostname": hostname, "os_volume": disk})
+        made.add(one.id)
+        return one
 
     created = _side_by_side(create, order.count)
     price = max(float(i.price_per_hour) for i in created)
@@ -150,7 +182,9 @@ def _await_addresses(api: Api, label: str, ids: Sequence[str]) -> list[Any]:
     for _ in _polls(_START_LIMIT_S):
         with explained("see whether machines start"):
             there = {i.id: i for i in api.instances.get() if i.hostname.startswith(f"{label}-")}
-            mine = [there.get(one) or _look_up(api, one) for one in ids]
+            mine = [there.get(one) or _by_id(api, one) for one in ids]
+        if None in mine:
+            raise CapacityError(f"Verda has no machine {ids[mine.index(None)]} any more, which it was about to start")
         failed = next((i for i in mine if i.status not in _ON_THE_WAY), None)
         if failed is not None:
             raise CapacityError(f"Verda has {failed.hostname} in state {failed.status!r} instead of starting it")
@@ -162,19 +196,21 @@ def _await_addresses(api: Api, label: str, ids: Sequence[str]) -> list[Any]:
     raise CapacityError(f"Verda has not given machines addresses within {_START_LIMIT_S:g} s")
 
 
-def _look_up(api: Api, one: str) -> Any:
-    """Return a machine that is not in the list."""
+def _by_id(api: Api, one: str) -> Any:
+    """Return a machine that is not in the list, as it may not be yet; None where there is none.
+
+    The SDK relies on it that a machine can be asked for as soon as it is created.
+    """
     try:
         return api.instances.get_by_id(one)
     except Exception as exc:  # judged by `is_not_so`
         if not is_not_so(exc):
             raise
-        raise CapacityError(f"Verda has no machine {one} any more, which it was about to start") from exc
+        return None
 
 
 def _machine(instance: Any, login: Login) -> Machine:
-    host = _HOSTNAME.fullmatch(instance.hostname)
-    tags = dict(re.findall(r"skyward:(\w+)=(\S+)", instance.description or ""))
+    tags = _tags(instance)
     price = float(instance.price_per_hour)
     return Machine(
         id=instance.id,
@@ -187,7 +223,7 @@ def _machine(instance: Any, login: Login) -> Machine:
         price=price,
         price_on_demand=None if instance.is_spot else price,
         launched=datetime.fromisoformat(instance.created_at).timestamp(),
-        pool_id=host["pool"] if host else None,
+        pool_id=_pool_of(instance),
         owner=tags.get("owner"),
         expires=float(tags["expires"]) if tags.get("expires", "").isdecimal() else None,
     )
@@ -198,28 +234,53 @@ def _machine(instance: Any, login: Login) -> Machine:
 
 def terminate(api: Api, ids: Collection[str]) -> None:
     """Destroy machines with their disks. What has a disk's name and is in use is another machine's."""
-    disks = _destroy(api, lambda instance: instance.id in ids)
+    disks = _destroy(api, lambda instance: instance.id in ids, known=ids)
     _delete_volumes(api, lambda v: v.id in disks or (v.name in disks and not v.instance_id))
 
 
-def end(api: Api, names: str, regions: Collection[str] | None = None) -> None:
-    """Destroy all whose name begins with `names`: machines and their disks, in `regions` alone, then keys and scripts.
+def end(api: Api, pool_id: str, regions: Collection[str]) -> None:
+    """Destroy all of a pool: machines and their disks, in `regions` alone, then keys and scripts.
 
     Raises
     ------
     ProviderError
         Something may be left; all else is gone.
     """
+    began = time.monotonic()
 
-    def is_ours(name: str, location: str) -> bool:
-        return name.startswith(names) and (regions is None or location in regions)
+    def is_ours(instance: Any) -> bool:
+        return _pool_of(instance) == pool_id and instance.location in regions
+
+    def is_name(name: str) -> bool:
+        return name.startswith(prefix(pool_id))
 
     def destroy() -> None:
-        _destroy(api, lambda instance: is_ours(instance.hostname, instance.location))
-        _delete_volumes(api, lambda volume: is_ours(volume.name, volume.location))
+        _destroy(api, is_ours)
+        # A machine that was created right before the first look may not have been listed by then.
+        time.sleep(max(0.0, began + listing.SETTLE_S - time.monotonic()))
+        _destroy(api, is_ours)
+        _delete_volumes(api, lambda volume: is_name(volume.name) and volume.location in regions)
 
+    _end(api, destroy, is_name)
+
+
+def _undo(api: Api, label: str, made: Collection[str]) -> None:
+    """Destroy all of a launch; `made` has ids of its machines, which may not be listed yet."""
+
+    def is_name(name: str) -> bool:
+        return name.startswith(label)
+
+    def destroy() -> None:
+        _destroy(api, lambda instance: is_name(instance.hostname), known=made)
+        _delete_volumes(api, lambda volume: is_name(volume.name))
+
+    _end(api, destroy, is_name)
+
+
+def _end(api: Api, destroy: Callable[[], None], is_name: Callable[[str], bool]) -> None:
+    """Destroy machines, then delete keys and scripts of such names, and raise once for what may be left."""
     failures: list[ProviderError] = []
-    steps = (destroy, partial(_delete_texts, api.scripts, names), partial(_delete_texts, api.ssh_keys, names))
+    steps = (destroy, partial(_delete_texts, api.scripts, is_name), partial(_delete_texts, api.ssh_keys, is_name))
     for step in steps:
         try:
             step()
@@ -231,13 +292,20 @@ def end(api: Api, names: str, regions: Collection[str] | None = None) -> None:
         raise ProviderError(f"something may be left, and cost: {'; '.join(map(str, failures))}") from failures[0]
 
 
-def _destroy(api: Api, is_ours: Callable[[Any], bool]) -> set[str]:
-    """Delete machines with their disks, see that they are gone, and return ids and names of the disks."""
+def _destroy(api: Api, is_ours: Callable[[Any], bool], *, known: Collection[str] = ()) -> set[str]:
+    """Delete machines with their disks, see that they are gone, and return ids and names of the disks.
+
+    `known` has ids of machines that may not be listed yet.
+    """
     disks: set[str] = set()
+    unlisted = set(known)
     names, refusal = "", None
     for number, _ in enumerate(_polls(_END_LIMIT_S)):
         with explained("delete machines"):
-            there = [i for i in api.instances.get() if is_ours(i) and i.status not in _GONE]
+            listed = [i for i in api.instances.get() if is_ours(i)]
+            unlisted -= {i.id for i in listed}
+            asked = [i for one in unlisted if (i := _by_id(api, one)) is not None]
+            there = [i for i in (*listed, *asked) if i.status not in _GONE]
             # Of what never was Verda may not let go, and it costs nothing: that is asked for and not waited for.
             left = [i for i in there if i.status != _NEVER_WAS or number == 0]
             if not left:
@@ -292,11 +360,11 @@ def _delete_volumes(api: Api, is_ours: Callable[[Any], bool]) -> None:
     raise ProviderError(f"disks may be left, and cost: {', '.join(v.name for v in kept)}")
 
 
-def _delete_texts(service: Any, names: str) -> None:
-    """Delete keys or scripts whose names begin with `names`."""
+def _delete_texts(service: Any, is_name: Callable[[str], bool]) -> None:
+    """Delete the keys or scripts that have such a name."""
     with explained("delete keys and scripts"):
         for there in service.get():
-            if there.name.startswith(names):
+            if is_name(there.name):
                 try:
                     service.delete_by_id(there.id)
                 except Exception as exc:  # judged by `is_not_so`: somebody else has deleted it meanwhile

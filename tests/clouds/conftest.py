@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from skyward.providers import launches, listing
 from tests.clouds.emulated import NAMES, Emulated
 from tests.machines.conftest import baked, can_boot, site  # noqa: F401 - fixtures
 
@@ -17,6 +18,20 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A journal and a cache of the test's own."""
     monkeypatch.setenv("SKYWARD_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("SKYWARD_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _fast_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulated clouds list what they make within some hundredths of a second."""
+    monkeypatch.setattr(listing, "LISTED_S", 0.3)
+    monkeypatch.setattr(listing, "SETTLE_S", 0.1)
+    monkeypatch.setattr(listing, "PAUSES_S", (0.01, 0.1))
+
+
+@pytest.fixture(autouse=True)
+def _no_earlier_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tests have pools of the same id."""
+    monkeypatch.setattr(launches, "_launches", {})
 
 
 @pytest.fixture

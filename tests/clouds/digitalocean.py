@@ -165,8 +165,9 @@ class DigitalOceanCloud:
     clock
         Tells the time, in seconds since the epoch.
     new_s, unlisted_s, deleting_s
-        How long droplets are "new" and have no address, how long they are in no list, and how long they are there after
-        they were deleted.
+        How long droplets are "new" and have no address; how long they are in no list, and not deleted by their tag
+        (GitHub digitalocean/api-v2 202 of 2025-05-19: some seconds); and how long they are there after they were
+        deleted.
     """
 
     def __init__(self, yard: Yard, *, port: int = 0) -> None:
@@ -176,7 +177,7 @@ class DigitalOceanCloud:
         self.violations: list[str] = []
         self.calls: list[tuple[str, str]] = []
         self.clock: Callable[[], float] = time.time
-        self.new_s, self.unlisted_s, self.deleting_s = 0.05, 0.0, 0.02
+        self.new_s, self.unlisted_s, self.deleting_s = 0.05, 0.03, 0.02
         self.sizes = {size.slug: size for size in _sizes()}
         self.droplets: dict[int, _Droplet] = {}
         self.keys: dict[int, dict[str, Any]] = {}
@@ -338,7 +339,7 @@ class DigitalOceanCloud:
             case "POST", "/droplets":
                 return 202, self._create_droplets(body)
             case "DELETE", "/droplets":
-                for droplet in self._there():
+                for droplet in self._listed():
                     if query["tag_name"] in droplet.tags:
                         self._delete(droplet)
                 return 204, None
@@ -443,6 +444,9 @@ class DigitalOceanCloud:
         now = self.clock()
         return [d for d in self.droplets.values() if d.gone_at is None or now < d.gone_at]
 
+    def _listed(self) -> list[_Droplet]:
+        return [d for d in self._there() if self.clock() >= d.created + self.unlisted_s]
+
     def _droplet(self, ident: str) -> _Droplet:
         found = next((d for d in self._there() if str(d.id) == ident), None)
         if found is None:
@@ -452,8 +456,8 @@ class DigitalOceanCloud:
     def _list_droplets(self, query: Mapping[str, str]) -> list[dict[str, Any]]:
         if "tag_name" in query and ("name" in query or "type" in query):
             raise _unfit("tag_name can not be combined with name or type")
-        now, gpus = self.clock(), query.get("type") == "gpus"
-        shown = [d for d in self._there() if (d.size.gpu is not None) == gpus and now >= d.created + self.unlisted_s]
+        gpus = query.get("type") == "gpus"
+        shown = [d for d in self._listed() if (d.size.gpu is not None) == gpus]
         if "tag_name" in query:
             shown = [d for d in shown if query["tag_name"] in d.tags]
         if "name" in query:
@@ -609,10 +613,7 @@ class DigitalOceanCloud:
             case "GET", _:
                 return 200, {"tag": self._show_tag(name)}
             case "DELETE", "/v2/tags/{tag_id}":
-                self.tags.discard(name)
-                for tags in self._all_tags():
-                    if name in tags:
-                        tags.remove(name)
+                self.delete_tag(name)
                 return 204, None
             case _:
                 for resource in body["resources"]:
@@ -622,6 +623,14 @@ class DigitalOceanCloud:
                     elif method == "DELETE" and name in tags:
                         tags.remove(name)
                 return 204, None
+
+    def delete_tag(self, name: str) -> None:
+        """Delete a tag, which untags what has it."""
+        with self._lock:
+            self.tags.discard(name)
+            for tags in self._all_tags():
+                if name in tags:
+                    tags.remove(name)
 
     def _all_tags(self) -> list[list[str]]:
         return [*(d.tags for d in self.droplets.values()), *(f["tags"] for f in self.firewalls.values())]

@@ -113,6 +113,20 @@ class Emulated:
         else:
             self.faults.lost[_CREATE[self.name]] = 1
 
+    def list_late(self, seconds: float) -> None:
+        """List machines only so many seconds after they were made."""
+        self.cloud.unlisted_s = seconds
+
+    def take_mark(self, pool_id: str) -> None:
+        """Take from a pool's machines what they are found by first: their tags, on Verda their names."""
+        match self.name:
+            case "aws":
+                self.cloud.untag(pool_id)
+            case "digitalocean":
+                self.cloud.delete_tag(f"skyward:pool:{pool_id}")
+            case _:
+                self.cloud.rename(pool_id)
+
     def break_end(self, broken: bool) -> None:
         """Have no machine destroyed, until that is taken back."""
         if self.name == "aws":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import math
 import time
@@ -18,7 +19,7 @@ import pytest
 import skyward as sky
 from skyward.accelerators import Accelerator
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
-from skyward.providers import aws_api, aws_launch, aws_pool, prices
+from skyward.providers import aws_api, aws_launch, aws_pool, listing, prices
 from skyward.providers.aws import AWS
 from skyward.providers.base import Birth, LaunchOrder, Login, Need, Offer
 from skyward.spec import PoolSpec
@@ -46,7 +47,6 @@ def cloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[AwsCloud]
         "SKYWARD_CALLER_IP": CALLER,
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(aws_pool, "SETTLE_S", 0.05)
     yield cloud
     cloud.close()
 
@@ -535,6 +535,20 @@ def test_given_subnets_are_kept_to(cloud: AwsCloud, ec2: Any) -> None:
         AWS(REGION, subnets=["subnet-0abc"]).launch(offer(provider, "m6i.large"), order("p2", "token0002"))
 
 
+def test_of_two_subnets_of_one_zone_the_one_with_more_room_is_used(cloud: AwsCloud, ec2: Any) -> None:
+    first, *_, other = sorted(ec2.describe_subnets()["Subnets"], key=lambda s: str(s["AvailabilityZone"]))
+    block = str(ipaddress.ip_network(ec2.describe_vpcs()["Vpcs"][0]["CidrBlock"])[-256]) + "/24"
+    small = ec2.create_subnet(VpcId=first["VpcId"], CidrBlock=block, AvailabilityZone=first["AvailabilityZone"])
+    assert small["Subnet"]["AvailableIpAddressCount"] < first["AvailableIpAddressCount"]
+    named = [first["SubnetId"], small["Subnet"]["SubnetId"], other["SubnetId"]]
+    provider = AWS(REGION, subnets=named, zones=[first["AvailabilityZone"]])
+
+    machines = provider.launch(offer(provider, "m6i.large"), order(count=2))
+
+    described = ec2.describe_instances(InstanceIds=[m.id for m in machines])["Reservations"]
+    assert {i["SubnetId"] for r in described for i in r["Instances"]} == {first["SubnetId"]}
+
+
 def test_a_region_without_a_default_vpc_says_what_to_do(cloud: AwsCloud, ec2: Any) -> None:
     provider = AWS(REGION)
     chosen = offer(provider, "m6i.large")
@@ -866,11 +880,38 @@ def test_machines_that_can_not_be_terminated_are_told_of(cloud: AwsCloud) -> Non
 def test_a_machine_that_is_not_known_any_more_does_not_keep_others_alive(cloud: AwsCloud) -> None:
     provider = AWS(REGION)
     machines = provider.launch(offer(provider, "m6i.large"), order(count=2))
-    gone = replace(machines[0], id="i-0123456789abcdef0")
+    gone = replace(machines[0], id="i-0123456789abcdef0", launched=time.time() - 3600)
 
     provider.terminate([gone, *machines])
 
     assert provider.machines() == []
+
+
+def test_a_machine_that_is_not_known_yet_is_not_taken_for_gone(cloud: AwsCloud) -> None:
+    provider = AWS(REGION)
+    machines = provider.launch(offer(provider, "m6i.large"), order())
+    cloud.unlisted_s = 60
+
+    with pytest.raises(ProviderError, match=f"{machines[0].id} were launched and are not known to EC2 yet"):
+        provider.terminate(machines)
+
+    assert len(cloud.alive()) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_machines_of_a_fleet_in_doubt_are_ended_when_they_are_listed(
+    cloud: AwsCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "LISTED_S", 20.0)
+    provider = AWS(REGION)
+    chosen = offer(provider, "m6i.large")
+    cloud.faults.lost["CreateFleet"] = 2
+    cloud.unlisted_s = 2.0
+
+    with pytest.raises(ProviderError, match="could not be reached"):
+        provider.launch(chosen, order(count=3))
+
+    assert cloud.left() == []
 
 
 def test_an_end_leaves_nothing_of_a_pool_and_all_of_others(cloud: AwsCloud, ec2: Any) -> None:
@@ -897,7 +938,7 @@ def test_a_group_of_someone_else_is_never_used(cloud: AwsCloud, ec2: Any) -> Non
     ec2.create_security_group(GroupName="skyward-p1", Description="someone's own")
     provider = AWS(REGION)
 
-    with pytest.raises(ProviderError, match="it is someone else's"):
+    with pytest.raises(ProviderError, match="that skyward has not made"):
         provider.launch(offer(provider, "m6i.large"), order())
 
     assert left() == {"groups": 1}

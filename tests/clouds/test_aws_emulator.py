@@ -28,7 +28,7 @@ _SESSION = boto3.session.Session()
 @pytest.fixture
 def cloud() -> Iterator[AwsCloud]:
     with AwsCloud(Yard(boots=False)) as cloud:
-        cloud.pending_s = cloud.shutting_down_s = 0.0
+        cloud.pending_s = cloud.shutting_down_s = cloud.unlisted_s = cloud.undescribed_s = 0.0
         yield cloud
 
 

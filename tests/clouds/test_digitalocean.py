@@ -18,7 +18,7 @@ import asyncssh
 import pytest
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
-from skyward.providers import digitalocean_api, digitalocean_pool, prices
+from skyward.providers import digitalocean_api, digitalocean_pool, listing, prices
 from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
 from skyward.providers.digitalocean import DigitalOcean
 from skyward.provision import pool_keys
@@ -39,7 +39,7 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(digitalocean_api, "PAUSES_S", (0.01, 0.01, 0.01))
     monkeypatch.setitem(digitalocean_api.RETRIES, "retry_backoff_factor", 0.001)
-    monkeypatch.setattr(digitalocean_pool, "_LOOKS_S", (0.01, 0.05))
+    monkeypatch.setattr(digitalocean_pool, "_PAUSES_S", (0.01, 0.05))
 
 
 def _point_to(cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +456,10 @@ def test_a_lost_answer_neither_doubles_nor_loses(cloud: DigitalOceanCloud, path:
     assert _left(cloud) == []
 
 
-def test_a_machine_that_was_made_twice_as_it_was_not_listed_yet_is_deleted_once(cloud: DigitalOceanCloud) -> None:
+def test_a_machine_that_was_made_twice_as_it_was_not_listed_yet_is_deleted_once(
+    cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "LISTED_S", 0.0)
     offer = _offer()
     cloud.unlisted_s = 0.3
     cloud.faults.lost["POST", "/v2/droplets"] = 1
@@ -515,14 +518,14 @@ def test_an_api_that_is_gone_after_the_launch_leaves_it_to_the_pools_end(cloud: 
 
 def test_a_launch_that_is_interrupted_leaves_nothing(cloud: DigitalOceanCloud, monkeypatch: Any) -> None:
     offer = _offer()
-    looks = digitalocean_pool._looks
+    pauses = digitalocean_pool._pauses
 
     def interrupted() -> Iterator[None]:
-        monkeypatch.setattr(digitalocean_pool, "_looks", looks)
+        monkeypatch.setattr(digitalocean_pool, "_pauses", pauses)
         raise KeyboardInterrupt
 
     cloud.new_s = 60.0
-    monkeypatch.setattr(digitalocean_pool, "_looks", interrupted)
+    monkeypatch.setattr(digitalocean_pool, "_pauses", interrupted)
 
     with pytest.raises(KeyboardInterrupt):
         _launch(3, offer=offer)

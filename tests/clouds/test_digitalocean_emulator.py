@@ -23,7 +23,7 @@ _NAMED = {"size": "s-1vcpu-1gb", "region": "nyc1", "image": "ubuntu-24-04-x64"}
 @pytest.fixture
 def cloud() -> Iterator[DigitalOceanCloud]:
     with DigitalOceanCloud(Yard(boots=False)) as cloud:
-        cloud.new_s = cloud.deleting_s = 0.0
+        cloud.new_s = cloud.unlisted_s = cloud.deleting_s = 0.0
         yield cloud
         assert cloud.violations == []
 

@@ -13,6 +13,7 @@ import skyward.provision
 from skyward.cluster import journal
 from skyward.cluster.record import Record
 from skyward.plan import make_plan
+from skyward.providers import listing
 from skyward.provision import Provisioner
 from skyward.spec import PoolSpec
 from tests.clouds.emulated import NAMES, Emulated
@@ -104,6 +105,25 @@ def test_credentials_that_are_refused_are_not_tried_again(
         provisioner.launch()
 
     monkeypatch.setenv("DIGITALOCEAN_TOKEN", cloud.cloud.token)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_machine_that_is_not_listed_yet_is_not_gone(
+    name: str,
+    emulate: Callable[..., Emulated],
+    provision: Callable[..., Provisioner],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cloud = emulate(name, boots=False)
+    provisioner = provision(cloud.provider(), machine=cloud.type, allocation="on-demand")
+    (machine,) = provisioner.launch()
+    cloud.list_late(60)
+
+    monkeypatch.setattr(listing, "LISTED_S", 60.0)
+    assert provisioner.gone([machine]) == set()
+    monkeypatch.setattr(listing, "LISTED_S", 0.0)
+    assert provisioner.gone([machine]) == {machine.id}
+    cloud.list_late(0)
 
 
 @pytest.mark.parametrize(

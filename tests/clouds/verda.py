@@ -136,6 +136,8 @@ class VerdaCloud:
         Tells the time, in seconds since the epoch.
     ordered_s, provisioning_s, deleting_s
         How long instances stay in these states; provisioned is one only when its machine has booted.
+    unlisted_s
+        How long instances that were made are in no list. Verda documents no such time.
     token_s
         How long tokens are good for.
     calls
@@ -149,6 +151,7 @@ class VerdaCloud:
         self.calls: list[tuple[str, str]] = []
         self.clock: Callable[[], float] = time.time
         self.ordered_s, self.provisioning_s, self.deleting_s = 0.02, 0.05, 0.02
+        self.unlisted_s = 0.0
         self.token_s = 3600
         self._lock = threading.RLock()
         self._tokens: dict[str, float] = {}
@@ -198,6 +201,13 @@ class VerdaCloud:
             instance.volume.instance_id = None
             if policy != "keep_detached":
                 self._delete_volume(instance.volume, is_permanent=policy == "delete_permanently")
+
+    def rename(self, pool_id: str) -> None:
+        """Give the machines of a pool other names."""
+        with self._lock:
+            for number, instance in enumerate(self._instances.values()):
+                if f"-{pool_id}-" in instance.request["hostname"]:
+                    instance.request = {**instance.request, "hostname": f"renamed-{number}"}
 
     def expire_tokens(self) -> None:
         with self._lock:
@@ -351,6 +361,7 @@ class VerdaCloud:
             self._show(i)
             for i in self._instances.values()
             if (i.status == wanted if wanted else i.status != "discontinued")
+            if self.clock() >= i.created + self.unlisted_s
         ]
         return 200, shown
 

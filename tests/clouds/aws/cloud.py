@@ -100,6 +100,9 @@ class AwsCloud:
         ``http://169.254.169.254``.
     pending_s, shutting_down_s
         How long instances stay in these states. While one is pending it has no public address.
+    unlisted_s, undescribed_s
+        How long new instances are not known, and how long other new things are not described: "Eventual consistency in
+        the Amazon EC2 API", Amazon EC2 Developer Guide.
     calls
         How often each action was asked for, whatever became of it; for S3: ``"s3:GET"`` and so on.
     """
@@ -118,12 +121,15 @@ class AwsCloud:
         self.calls: Counter[str] = Counter()
         self.pending_s = 0.1
         self.shutting_down_s = 0.1
+        self.unlisted_s = self.undescribed_s = 0.05
         self.lock = threading.RLock()
         self.instances: dict[str, Lent] = {}
         self.answers: dict[tuple[str, str, str], tuple[str, Any]] = {}
         self.placement_groups: dict[tuple[str, str], dict[str, Any]] = {}
         self.temporary: dict[str, str | None] = {}
         """Access keys that were given to machines, with their session tokens; more may be added."""
+        self.made: dict[str, float] = {}
+        """When things were made, by id, in seconds since the epoch."""
         self._timers: list[threading.Timer] = []
         self._ready: set[str] = set()
         self._servers = servers.Servers(self)
@@ -173,6 +179,11 @@ class AwsCloud:
             elif lent.instance.state == "shutting-down" and now >= (lent.ended or 0) + self.shutting_down_s:
                 _set_state(lent.instance, "terminated", 48)
 
+    def is_listed(self, ident: str) -> bool:
+        """Tell whether descriptions have a thing by now; what is an account's own they have always."""
+        delay_s = self.unlisted_s if ident in self.instances else self.undescribed_s
+        return time.time() >= self.made.get(ident, 0.0) + delay_s
+
     def places(self) -> list[Place]:
         """Return what there is of machines that count against capacity and quotas."""
         return [lent.place for lent in self.instances.values() if lent.is_alive]
@@ -196,6 +207,7 @@ class AwsCloud:
             began=time.time(),
         )
         self.instances[instance.id] = lent
+        self.made[instance.id] = time.time()
         self._boot(lent, bootable(user_data))
 
     def _boot(self, lent: Lent, user_data: str) -> None:
@@ -284,6 +296,15 @@ class AwsCloud:
         """Return USD so far, for machines that run and have ended; disks and traffic are free here."""
         with self.lock:
             return sum(lent.cost() for lent in self.instances.values())
+
+    def untag(self, pool_id: str) -> None:
+        """Take from the instances of a pool all tags that their owner may take."""
+        with self.lock:
+            for lent in self.instances.values():
+                tags = {tag["key"]: tag["value"] for tag in lent.instance.get_tags()}
+                if tags.get("skyward:pool") == pool_id:
+                    mine = {name: None for name in tags if not name.startswith("aws:")}
+                    lent.backend.delete_tags([lent.instance.id], mine)
 
     def alive(self) -> list[str]:
         """Return the ids of the instances that are pending or running."""

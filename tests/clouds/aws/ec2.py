@@ -49,6 +49,18 @@ class Ec2(EC2Response):
 
     # --- machines -------------------------------------------------------------------------------------------
 
+    def describe_instances(self) -> ActionResult:
+        for ident in self._get_param("InstanceIds", []):
+            self._check_known(ident)
+        result = super().describe_instances()
+        for reservation in result.result["Reservations"]:  # copies
+            reservation.instances = [i for i in reservation.instances if self.cloud.is_listed(i.id)]
+        return result
+
+    def _check_known(self, ident: str) -> None:
+        if not self.cloud.is_listed(ident):
+            raise EC2ClientError("InvalidInstanceID.NotFound", f"The instance ID '{ident}' does not exist")
+
     def run_instances(self) -> ActionResult:
         self.error_on_dryrun()
         return ActionResult(launch.run(self.cloud, self.ec2_backend, self.params))
@@ -64,6 +76,8 @@ class Ec2(EC2Response):
         ids = self._get_param("InstanceIds", [])
         if not ids:
             raise EC2ClientError("InvalidParameterCombination", "No instances specified")
+        for ident in ids:
+            self._check_known(ident)
         changed = []
         for instance in self.ec2_backend.get_multi_instances_by_id(ids):
             before = {"Code": instance.state_code, "Name": instance.state}
@@ -87,6 +101,16 @@ class Ec2(EC2Response):
             self.cloud.started(name)
         return result
 
+    def create_security_group(self) -> ActionResult:
+        result = super().create_security_group()
+        self.cloud.made[result.result["GroupId"]] = time.time()
+        return result
+
+    def describe_security_groups(self) -> ActionResult:
+        result = super().describe_security_groups()
+        result.result["SecurityGroups"] = [g for g in result.result["SecurityGroups"] if self.cloud.is_listed(g.id)]
+        return result
+
     def delete_security_group(self) -> ActionResult:
         group = self._get_param("GroupId")
         if any(group == found.id for lent in self._there() for found in lent.instance.security_groups):
@@ -100,7 +124,22 @@ class Ec2(EC2Response):
 
     def describe_launch_templates(self) -> ActionResult:
         self.params.setdefault("MaxResults", 200)  # moto's own default is 15, and it has no further pages
-        return super().describe_launch_templates()
+        result = super().describe_launch_templates()
+        found = result.result["LaunchTemplates"]
+        result.result["LaunchTemplates"] = [t for t in found if self.cloud.is_listed(t["LaunchTemplateId"])]
+        return result
+
+    def delete_launch_template(self) -> ActionResult:
+        name = self._get_param("LaunchTemplateName")
+        if name and all(t.name != name for t in self.ec2_backend.launch_templates.values()):
+            said = f"The specified launch template, with template name {name}, does not exist."
+            raise EC2ClientError("InvalidLaunchTemplateName.NotFoundException", said)
+        return super().delete_launch_template()
+
+    def create_launch_template(self) -> ActionResult:
+        result = super().create_launch_template()
+        self.cloud.made[result.result["LaunchTemplate"]["LaunchTemplateId"]] = time.time()
+        return result
 
     # --- placement groups -----------------------------------------------------------------------------------
 
@@ -118,6 +157,7 @@ class Ec2(EC2Response):
             "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
         }
         self.cloud.placement_groups[self.region, name] = group
+        self.cloud.made[group["GroupId"]] = time.time()
         return ActionResult({"PlacementGroup": group})
 
     def describe_placement_groups(self) -> ActionResult:
@@ -128,7 +168,7 @@ class Ec2(EC2Response):
                 raise EC2ClientError("InvalidPlacementGroup.Unknown", f"The Placement Group '{names}' is unknown.")
         for name, values in self._filters_from_querystring().items():
             found = [group for group in found if _has(group, name, values)]
-        return ActionResult({"PlacementGroups": found})
+        return ActionResult({"PlacementGroups": [g for g in found if self.cloud.is_listed(g["GroupId"])]})
 
     def delete_placement_group(self) -> ActionResult:
         name = self._get_param("GroupName")

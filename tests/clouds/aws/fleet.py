@@ -162,9 +162,10 @@ def _options(backend: Any, request: Mapping[str, Any], market: Market) -> list[_
                 if kind not in catalog.rows(backend.region_name):
                     raise EC2ClientError("InvalidParameterValue", f"Invalid value '{kind}' for InstanceType.")
                 found.append(_Option(Pool(kind, subnet, market), template, override, spec))
-    names = [(o.pool.instance_type, o.pool.subnet.id) for o in found]
+    # Two subnets of one zone are the same pool: GitHub aws-samples/aws-plugin-for-slurm 19, 2020-12-05.
+    names = [(o.pool.instance_type, o.pool.zone) for o in found]
     if len(set(names)) < len(names):
-        raise EC2ClientError("InvalidFleetConfig", "The fleet configuration contains duplicate instance pools")
+        raise EC2ClientError("InvalidFleetConfig", "The fleet configuration contains duplicate instance pools.")
     return found
 
 
