@@ -249,7 +249,8 @@ class RemoteAgent:
                 return
             except (TimeoutError, *_TROUBLE) as exc:
                 if time.monotonic() > deadline:
-                    raise self._failed("boot", 255, (f"no login within {BOOT_S:g} s", str(exc))) from exc
+                    said = (f"no login within {BOOT_S:g} s", str(exc), _admitted(self.facts.admitted))
+                    raise self._failed("boot", 255, said) from exc
             patience = min(1.5 * patience, CONNECT_TIMEOUT_S)  # a busy machine may need more
             await asyncio.sleep(_AGAIN_S)
 
@@ -628,6 +629,16 @@ def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:
     return (
         f"mkdir -p {folder} && "
         f"{{ {POOL}={pool_id} {_DETACHED} sh -c {shlex.quote(watch)} > /dev/null 2>&1 < /dev/null & }}"
+    )
+
+
+def _admitted(ranges: Sequence[str]) -> str:
+    """Return what a firewall has to do with a login that fails; empty where there is none."""
+    if not ranges:
+        return ""
+    return (
+        f"The firewall lets SSH in from {', '.join(ranges)} alone. If SSH leaves from another address, as behind a "
+        "proxy or VPN, name it in caller_cidrs= or SKYWARD_CALLER_IP"
     )
 
 

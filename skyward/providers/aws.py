@@ -21,6 +21,7 @@ from skyward.providers.aws_api import DENIED, Api, api, attempt, code_of
 from skyward.providers.aws_launch import Access, Launch, image_of, wrong_image
 from skyward.providers.aws_offers import offers_in
 from skyward.providers.base import LaunchOrder, Login, Machine, Need, Offer, check_files
+from skyward.providers.caller import check_cidrs, check_variable
 from skyward.spec import PoolSpec
 from skyward.validation import Problems, check_bool, check_count, check_index_url, check_strings, check_text
 
@@ -53,6 +54,9 @@ class AWS:
         zone, the one with most free addresses is used.
     private_ip
         Log in by the private address, from a VPN or a machine in the VPC; SSH is open to the VPC's addresses.
+    caller_cidrs
+        Addresses and ranges from which SSH is let in, such as ``["203.0.113.7", "198.51.100.0/24"]``; empty: those in
+        SKYWARD_CALLER_IP, or this computer's address. With `private_ip`, the VPC's addresses are let in too.
     profile
         Of ``~/.aws/config``; None: what the environment says.
     endpoint_url
@@ -74,6 +78,7 @@ class AWS:
     zones: tuple[str, ...]
     subnets: tuple[str, ...]
     private_ip: bool
+    caller_cidrs: tuple[str, ...]
     profile: str | None
     endpoint_url: str | None
     ami: str | None
@@ -88,6 +93,7 @@ class AWS:
         zones: Sequence[str] = (),
         subnets: Sequence[str] = (),
         private_ip: bool = False,
+        caller_cidrs: Sequence[str] = (),
         profile: str | None = None,
         endpoint_url: str | None = None,
         ami: str | None = None,
@@ -102,6 +108,7 @@ class AWS:
             "zones": problems.check("zones", zones, _texts(rf"{_REGION}[a-z-].*", "zones such as ['us-east-1a']")),
             "subnets": problems.check("subnets", subnets, _texts(r"subnet-[0-9a-f]+", "ids such as ['subnet-0ab1']")),
             "private_ip": problems.check("private_ip", private_ip, check_bool),
+            "caller_cidrs": problems.check("caller_cidrs", caller_cidrs, check_cidrs),
             "profile": problems.check("profile", profile, check_text, optional=True),
             "endpoint_url": problems.check("endpoint_url", endpoint_url, check_index_url, optional=True),
             "ami": problems.check("ami", ami, _text(r"ami-[0-9a-f]+", "an id such as 'ami-0ab1'"), optional=True),
@@ -111,6 +118,8 @@ class AWS:
             problems.note("regions", regions, f"None beside region={region!r}: name all of them in regions")
         if use_ssm is True and private_ip is True:
             problems.note("private_ip", private_ip, "False with use_ssm, which logs in by no address")
+        if use_ssm is True and caller_cidrs:
+            problems.note("caller_cidrs", caller_cidrs, "() with use_ssm, which opens no port")
         problems.raise_if_any()
         for name, value in settled.items():
             object.__setattr__(self, name, value)
@@ -127,6 +136,7 @@ class AWS:
             "zones": list(self.zones),
             "subnets": list(self.subnets),
             "private_ip": self.private_ip,
+            "caller_cidrs": list(self.caller_cidrs),
             "profile": self.profile,
             "endpoint_url": self.endpoint_url,
             "ami": self.ami,
@@ -151,6 +161,7 @@ class AWS:
                 "https://docs.aws.amazon.com/systems-manager/latest/userguide/"
                 "session-manager-working-with-install-plugin.html",
             )
+        check_variable(problems)
         check_files(spec, problems)
         problems.raise_if_any()
 
@@ -192,13 +203,14 @@ class AWS:
     # --- machines -------------------------------------------------------------------------------------------
 
     def launch(self, offer: Offer, order: LaunchOrder) -> list[Machine]:
-        found = Launch(self._api(), self._access(), offer, order).run()
-        return [self._machine(raw, offer.region, offer=offer, order=order) for raw in found]
+        launch = Launch(self._api(), self._access(), offer, order)
+        found = [self._machine(raw, offer.region, offer=offer, order=order) for raw in launch.run()]
+        return [replace(machine, admitted=launch.admitted) for machine in found]
 
     def _access(self) -> Access:
         return Access(
-            zones=self.zones, subnets=self.subnets, private_ip=self.private_ip, use_ssm=self.use_ssm, ami=self.ami,
-            disk_gib=self.disk_gib, endpoint_url=self.endpoint_url,
+            zones=self.zones, subnets=self.subnets, private_ip=self.private_ip, cidrs=self.caller_cidrs,
+            use_ssm=self.use_ssm, ami=self.ami, disk_gib=self.disk_gib, endpoint_url=self.endpoint_url,
         )  # fmt: skip
 
     def machines(self, pool_id: str | None = None) -> list[Machine]:
@@ -271,12 +283,12 @@ class AWS:
 
     def admit(self, pool_id: str, region: str) -> None:
         """Let this computer's present address reach a pool's machines over SSH, besides those that could before."""
-        if self.use_ssm or self.private_ip:
+        if self.use_ssm or (self.private_ip and not self.caller_cidrs):
             return
         api = self._api()
         ec2 = api.client("ec2", region)
         with api.edge(f"opening the firewall of pool {pool_id} in {region}"):
-            of.admit(ec2, pool_id, of.caller_range(ec2))
+            of.admit(ec2, pool_id, of.caller_ranges(ec2, self.caller_cidrs))
 
 
 def _each(

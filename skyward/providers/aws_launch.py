@@ -43,6 +43,7 @@ class Access:
     zones: tuple[str, ...] = ()
     subnets: tuple[str, ...] = ()
     private_ip: bool = False
+    cidrs: tuple[str, ...] = ()
     use_ssm: bool = False
     ami: str | None = None
     disk_gib: int | None = None
@@ -67,6 +68,8 @@ class Launch:
         self._doubtful: set[str] = set()  # what was asked for, and it is not known whether it was made
         self._ids: list[str] = []
         self._group: str | None = None
+        self.admitted: tuple[str, ...] = ()
+        """Ranges of addresses from which SSH is let in."""
 
     def run(self) -> list[dict[str, Any]]:
         """Return the machines, which have their addresses, as AWS describes them."""
@@ -100,9 +103,9 @@ class Launch:
             image = thread.submit(self._image)
             subnets = self._subnets()
             vpc = subnets[0]["VpcId"]
-            sources = self._sources(vpc)
+            self.admitted = tuple(self._sources(vpc))
             with self._doubting("group"):
-                self._group = of.make_group(ec2, vpc, order, sources)
+                self._group = of.make_group(ec2, vpc, order, self.admitted)
         data = self._template(image.result(), self._group)
         if order.volumes or self._access.use_ssm:
             profile = of.make_profile(self._api, self._region, order, use_ssm=self._access.use_ssm)
@@ -176,10 +179,11 @@ class Launch:
         """Return the ranges of addresses that may reach the machines over SSH."""
         if self._access.use_ssm:
             return []
-        if not self._access.private_ip:
-            return [of.caller_range(self._ec2)]
-        found = self._ec2.describe_vpcs(VpcIds=[vpc])["Vpcs"][0]
-        return [block["CidrBlock"] for block in found.get("CidrBlockAssociationSet", ())] or [found["CidrBlock"]]
+        private: list[str] = []
+        if self._access.private_ip:
+            found = self._ec2.describe_vpcs(VpcIds=[vpc])["Vpcs"][0]
+            private = [b["CidrBlock"] for b in found.get("CidrBlockAssociationSet", ())] or [found["CidrBlock"]]
+        return of.caller_ranges(self._ec2, self._access.cidrs, private=private)
 
     def _image(self) -> dict[str, Any]:
         ami, offer = self._access.ami, self._offer

@@ -172,10 +172,11 @@ def make_group(ec2: Any, vpc: str, order: LaunchOrder, sources: Sequence[str]) -
     return group
 
 
-def admit(ec2: Any, pool_id: str, source: str) -> None:
-    """Let SSH in from one more range of addresses."""
+def admit(ec2: Any, pool_id: str, sources: Sequence[str]) -> None:
+    """Let SSH in from more ranges of addresses."""
     for group in _groups(ec2, pool_id):
-        _allow(ec2, group, _ssh_from(source))
+        for source in sources:
+            _allow(ec2, group, _ssh_from(source))
 
 
 def _allow(ec2: Any, group: str, permission: dict[str, Any]) -> None:
@@ -222,9 +223,9 @@ def _group_in(ec2: Any, pool_id: str, vpc: str) -> str:
     raise ProviderError(f"AWS: {vpc} has a security group skyward-{pool_id} that is not listed")
 
 
-def caller_range(ec2: Any) -> str:
-    """Return the address that machines see this computer under, as a range of one."""
-    return caller.caller_range("AWS", ec2.meta.endpoint_url, _OWN_DOMAINS)
+def caller_ranges(ec2: Any, cidrs: Sequence[str], *, private: Sequence[str] = ()) -> list[str]:
+    """Return the ranges of addresses from which SSH is let in."""
+    return caller.caller_ranges("AWS", ec2.meta.endpoint_url, _OWN_DOMAINS, cidrs, private=private)
 
 
 # --- template and placement group: of one order -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The address of this computer as machines see it, for the firewalls that let it alone in."""
+"""The addresses from which this computer logs in to machines, for the firewalls that admit nobody else."""
 
 from __future__ import annotations
 
@@ -6,40 +6,75 @@ import ipaddress
 import os
 import socket
 import urllib.request
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from skyward.errors import ProviderError
+from skyward.validation import Problems, check_strings
 
+VARIABLE = "SKYWARD_CALLER_IP"
 _ECHO = "https://checkip.amazonaws.com"
 
 
-def caller_range(cloud: str, url: str, own_domains: tuple[str, ...]) -> str:
-    """Return the address that a cloud's machines see this computer under, as a range of one.
+def check_cidrs(value: Any) -> tuple[str, ...]:
+    """Return addresses and ranges as ranges, each as `ipaddress` writes it."""
+    ranges = []
+    for text in check_strings(value):
+        try:
+            ranges.append(str(ipaddress.ip_network(text.strip())))
+        except ValueError as exc:
+            raise ValueError(f"addresses or ranges such as ['203.0.113.7', '198.51.100.0/24']; {exc}") from exc
+    return tuple(dict.fromkeys(ranges))
 
-    SKYWARD_CALLER_IP overrides it. With an API at a `url` outside the cloud's own domains, it is the address that we
-    speak to it from.
+
+def named_ranges() -> tuple[str, ...]:
+    """Return the addresses and ranges in SKYWARD_CALLER_IP, which has commas between them.
+
+    Raises
+    ------
+    ValueError
+        It has something else; the message says what is expected.
+    """
+    return check_cidrs([text for text in os.environ.get(VARIABLE, "").split(",") if text.strip()])
+
+
+def check_variable(problems: Problems) -> None:
+    """Note what is wrong with SKYWARD_CALLER_IP."""
+    problems.check(VARIABLE, os.environ.get(VARIABLE, ""), lambda _: named_ranges())
+
+
+def caller_ranges(
+    cloud: str, url: str, own_domains: tuple[str, ...], cidrs: Sequence[str], *, private: Sequence[str] = ()
+) -> list[str]:
+    """Return the ranges of addresses that a pool's firewall admits.
+
+    These are `cidrs`, else those in SKYWARD_CALLER_IP, and in any case those in `private`. Without all of them it is
+    the address that the internet sees this computer under; with an API at a `url` outside the cloud's own domains, the
+    address that this computer speaks to it from.
 
     Raises
     ------
     ProviderError
         It can't be had; `cloud` names whose machines it was for.
     """
-    found = os.environ.get("SKYWARD_CALLER_IP", "").strip()
     place = urlsplit(url)
     host = place.hostname or ""
     try:
-        if not found and not host.endswith(own_domains):
-            found = _own_address(host, place.port or 443)
-        if not found:
+        named = list(cidrs or named_ranges())
+        if named or private:
+            return list(dict.fromkeys([*private, *named]))
+        if host.endswith(own_domains):
             with urllib.request.urlopen(_ECHO, timeout=10) as answer:
                 found = answer.read(100).decode().strip()
-        address = ipaddress.ip_address(found)
+        else:
+            found = _own_address(host, place.port or 443)
+        return [str(ipaddress.ip_network(found))]
     except (OSError, ValueError) as exc:
         raise ProviderError(
             f"{cloud}: the public address of this computer, which alone may reach the machines, can't be had from "
-            f"{_ECHO}: {exc}. Set SKYWARD_CALLER_IP to it"
+            f"{_ECHO}: {exc}. Set {VARIABLE} to it"
         ) from exc
-    return f"{address}/{address.max_prefixlen}"
 
 
 def _own_address(host: str, port: int) -> str:

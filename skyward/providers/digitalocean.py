@@ -17,6 +17,7 @@ from skyward.accelerators import known_name
 from skyward.errors import CredentialsError, ProviderError
 from skyward.providers import prices
 from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files, check_no_volumes
+from skyward.providers.caller import check_cidrs, check_variable
 from skyward.spec import InstanceSpec, PoolSpec
 from skyward.validation import Problems, check_bool, check_choice, check_index_url
 
@@ -61,6 +62,9 @@ class DigitalOcean:
         Of a service that speaks DigitalOcean's API; None: DIGITALOCEAN_API_URL, or DigitalOcean.
     private_ip
         Log in by the private address, from a machine in the VPC.
+    caller_cidrs
+        Addresses and ranges from which SSH is let in, such as ``["203.0.113.7", "198.51.100.0/24"]``; empty: those in
+        SKYWARD_CALLER_IP, or this computer's address. With `private_ip`, private addresses are let in too.
 
     Raises
     ------
@@ -71,21 +75,29 @@ class DigitalOcean:
     region: str | None = None
     endpoint_url: str | None = field(default=None, kw_only=True)
     private_ip: bool = field(default=False, kw_only=True)
+    caller_cidrs: Sequence[str] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         problems = Problems("DigitalOcean")
         region = problems.check("region", self.region, _check_region, optional=True)
         problems.check("endpoint_url", self.endpoint_url, check_index_url, optional=True)
         problems.check("private_ip", self.private_ip, check_bool)
+        cidrs = problems.check("caller_cidrs", self.caller_cidrs, check_cidrs)
         problems.raise_if_any()
         object.__setattr__(self, "region", region)
+        object.__setattr__(self, "caller_cidrs", cidrs)
 
     @property
     def name(self) -> str:
         return "digitalocean"
 
     def settings(self) -> Mapping[str, Any]:
-        return {"region": self.region, "endpoint_url": self.endpoint_url, "private_ip": self.private_ip}
+        return {
+            "region": self.region,
+            "endpoint_url": self.endpoint_url,
+            "private_ip": self.private_ip,
+            "caller_cidrs": list(self.caller_cidrs),
+        }
 
     def check(self, spec: PoolSpec) -> None:
         problems = Problems()
@@ -98,6 +110,7 @@ class DigitalOcean:
         check_no_volumes(spec, problems, "sky.DigitalOcean")
         if spec.architecture == "arm64":
             problems.note("architecture", spec.architecture, "'x86_64' with sky.DigitalOcean")
+        check_variable(problems)
         check_files(spec, problems)
         problems.raise_if_any()
 
@@ -169,7 +182,7 @@ class DigitalOcean:
                 f"sky.DigitalOcean needs DigitalOcean's SDK: pip install 'skyward[digitalocean]' ({exc})"
             ) from exc
         try:
-            yield Account(do=do, url=url, private_ip=self.private_ip)
+            yield Account(do=do, url=url, private_ip=self.private_ip, cidrs=tuple(self.caller_cidrs))
         finally:
             do.close()
 

@@ -22,7 +22,7 @@ from azure.core.exceptions import AzureError, HttpResponseError
 from skyward.errors import CapacityError, ProviderError
 from skyward.providers import listing
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
-from skyward.providers.caller import caller_range
+from skyward.providers.caller import caller_ranges
 from skyward.providers.digitalocean_api import call, explained, is_unclear, once, pages, unless_missing
 from skyward.providers.launches import Launches, under_way
 
@@ -53,11 +53,13 @@ class Account:
     do: Any
     url: str
     private_ip: bool = False
+    cidrs: tuple[str, ...] = ()
 
     def sources(self) -> list[str]:
         """Return the addresses that may log in."""
         # Private addresses are those of the droplet's own VPC: nobody else's reach it.
-        return _PRIVATE if self.private_ip else [caller_range("DigitalOcean", self.url, (".digitalocean.com",))]
+        private = _PRIVATE if self.private_ip else ()
+        return caller_ranges("DigitalOcean", self.url, (".digitalocean.com",), self.cidrs, private=private)
 
 
 def _name(pool_id: str) -> str:
@@ -238,7 +240,7 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
         try:
             with explained(f"launch {order.count} {offer.instance.name} in {offer.region}"):
                 with others.lock:
-                    key = _prepare(account, order)
+                    key, admitted = _prepare(account, order)
                 order.prepared()
                 body = {
                     "size": offer.instance.name,
@@ -251,7 +253,7 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
                 _create(do, body, names, made, doubtful, order.pool_id)
                 found = _await_addresses(account, order, names, made)
             others.has_machines = True
-            return [_machine(raw, order.login, account) for raw in found]
+            return [replace(_machine(raw, order.login, account), admitted=tuple(admitted)) for raw in found]
         except BaseException as exc:
             try:
                 with explained(f"undo the launch of {order.count} {offer.instance.name}"):
@@ -262,8 +264,8 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
             raise
 
 
-def _prepare(account: Account, order: LaunchOrder) -> int:
-    """Make what droplets need before they are there, unless it is, and return the id of the key."""
+def _prepare(account: Account, order: LaunchOrder) -> tuple[int, list[str]]:
+    """Make what droplets need, unless it exists; return the id of the key, and the ranges that the firewall admits."""
     do, name = account.do, _name(order.pool_id)
     public = order.birth.authorized_key
 
@@ -281,7 +283,8 @@ def _prepare(account: Account, order: LaunchOrder) -> int:
         lambda: next((_admit(do, raw, sources) for raw in _firewalls(do, order.pool_id)), None),
     )
     # Without a key of the account's DigitalOcean mails a password.
-    return once(lambda: int(call(do.ssh_keys.create, {"name": name, "public_key": public})["ssh_key"]["id"]), find_key)
+    key = once(lambda: int(call(do.ssh_keys.create, {"name": name, "public_key": public})["ssh_key"]["id"]), find_key)
+    return key, sources
 
 
 def _create(

@@ -117,6 +117,9 @@ def left(region: str = REGION) -> dict[str, int]:
         ({"subnets": ["vpc-1"]}, "ids such as"),
         ({"use_ssm": 1}, "True or False"),
         ({"use_ssm": True, "private_ip": True}, "logs in by no address"),
+        ({"caller_cidrs": ["home"]}, "addresses or ranges such as"),
+        ({"caller_cidrs": "203.0.113.7"}, "a list of texts"),
+        ({"use_ssm": True, "caller_cidrs": ["203.0.113.7"]}, "which opens no port"),
         ({"ami": "ubuntu"}, "an id such as"),
         ({"endpoint_url": "localhost"}, "https://"),
         ({"disk_gib": 1}, "a whole number from 8"),
@@ -128,7 +131,8 @@ def test_options_that_can_not_work_are_refused_at_once(options: dict[str, Any], 
 
 
 def test_what_is_written_down_makes_an_equal_one() -> None:
-    provider = AWS(regions=[REGION, OTHER], zones=["us-east-1a"], private_ip=True, disk_gib=100)
+    options = {"zones": ["us-east-1a"], "private_ip": True, "caller_cidrs": ["192.0.2.1"], "disk_gib": 100}
+    provider = AWS(regions=[REGION, OTHER], **options)
 
     written = json.loads(json.dumps(provider.settings()))
 
@@ -351,7 +355,31 @@ def test_the_firewall_follows_the_caller(cloud: AwsCloud, ec2: Any, monkeypatch:
     assert rules == {("tcp", 22, f"{CALLER}/32"), ("tcp", 22, "203.0.113.9/32"), ("-1", None, group)}
 
 
-def test_by_private_address_the_firewall_is_open_to_the_network(cloud: AwsCloud, ec2: Any) -> None:
+def test_several_ranges_are_let_in_and_known_of_each_machine(cloud: AwsCloud, ec2: Any) -> None:
+    provider = AWS(REGION, caller_cidrs=["203.0.113.7", "198.51.100.0/24"], private_ip=True)
+
+    [machine] = provider.launch(offer(provider, "m6i.large"), order())
+
+    rules, _ = _rules(ec2)
+    [vpc] = ec2.describe_vpcs()["Vpcs"]
+    sources = {source for _, port, source in rules if port == 22}
+    assert sources == {"203.0.113.7/32", "198.51.100.0/24", vpc["CidrBlock"]} == set(machine.admitted)
+
+
+def test_the_variable_may_name_several_ranges(cloud: AwsCloud, ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKYWARD_CALLER_IP", "203.0.113.7, 198.51.100.0/24")
+    assert aws_pool.caller_ranges(ec2, ()) == ["203.0.113.7/32", "198.51.100.0/24"]
+    assert aws_pool.caller_ranges(ec2, ["192.0.2.1/32"]) == ["192.0.2.1/32"]
+
+    monkeypatch.setenv("SKYWARD_CALLER_IP", "203.0.113.7/24")
+    with pytest.raises(sky.SpecError, match=r"SKYWARD_CALLER_IP='203.0.113.7/24'.*has host bits set"):
+        AWS(REGION).check(PoolSpec())
+
+
+def test_by_private_address_the_firewall_is_open_to_the_network(
+    cloud: AwsCloud, ec2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SKYWARD_CALLER_IP")
     provider = AWS(REGION, private_ip=True)
 
     [machine] = provider.launch(offer(provider, "m6i.large"), order())
@@ -393,13 +421,13 @@ def test_without_an_override_the_address_is_the_one_that_the_endpoint_sees(
 ) -> None:
     monkeypatch.delenv("SKYWARD_CALLER_IP")
 
-    assert aws_pool.caller_range(ec2) == "127.0.0.1/32"
+    assert aws_pool.caller_ranges(ec2, ()) == ["127.0.0.1/32"]
 
     monkeypatch.setenv("SKYWARD_CALLER_IP", "2001:db8::1")
-    assert aws_pool.caller_range(ec2) == "2001:db8::1/128"
+    assert aws_pool.caller_ranges(ec2, ()) == ["2001:db8::1/128"]
     monkeypatch.setenv("SKYWARD_CALLER_IP", "home")
     with pytest.raises(ProviderError, match="Set SKYWARD_CALLER_IP"):
-        aws_pool.caller_range(ec2)
+        aws_pool.caller_ranges(ec2, ())
 
 
 def test_spot_machines_have_the_price_of_their_zone(cloud: AwsCloud) -> None:

@@ -87,7 +87,7 @@ def _creates(cloud: DigitalOceanCloud) -> int:
 
 
 def test_it_is_a_value_that_its_settings_make_again() -> None:
-    made = DigitalOcean("NYC3", endpoint_url="http://127.0.0.1:1", private_ip=True)
+    made = DigitalOcean("NYC3", endpoint_url="http://127.0.0.1:1", private_ip=True, caller_cidrs=["192.0.2.1"])
 
     assert made.region == "nyc3"
     assert DigitalOcean(**made.settings()) == made
@@ -279,8 +279,8 @@ def test_machines_are_what_was_ordered(cloud: DigitalOceanCloud) -> None:
         assert machine == Machine(
             id=machine.id, provider="digitalocean", login=replace(login, host=machine.public_ip or ""),
             public_ip=machine.public_ip, private_ip=machine.private_ip, instance_type=SMALL, region="nyc3",
-            price=0.03571, price_on_demand=0.03571, launched=machine.launched, pool_id=POOL, owner="ann-b@laptop-local",
-            expires=EXPIRES,
+            price=0.03571, price_on_demand=0.03571, launched=machine.launched, admitted=("127.0.0.1/32",), pool_id=POOL,
+            owner="ann-b@laptop-local", expires=EXPIRES,
         )  # fmt: skip
         assert abs((machine.launched or 0) - before) < 5
     assert [cloud.droplets[int(m.id)].name for m in machines] == [f"skyward-{POOL}-a1b2c3d4-{i}" for i in range(3)]
@@ -334,6 +334,27 @@ def test_the_callers_address_can_be_given(cloud: DigitalOceanCloud, monkeypatch:
     assert firewall["tags"] == [f"skyward:pool:{POOL}"]
     assert len(firewall["inbound_rules"]) == 4
     assert len(firewall["outbound_rules"]) == 3
+
+
+def test_several_ranges_are_let_in_and_known_of_each_machine(
+    cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKYWARD_CALLER_IP", "192.0.2.1")
+    provider = DigitalOcean(caller_cidrs=["203.0.113.7", "198.51.100.0/24"])
+
+    (machine,) = provider.launch(_offer(), _order())
+
+    (firewall,) = cloud.firewalls.values()
+    assert firewall["inbound_rules"][0]["sources"]["addresses"] == list(machine.admitted)
+    assert machine.admitted == ("203.0.113.7/32", "198.51.100.0/24")
+
+
+def test_ranges_that_are_none_are_refused_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpecError, match="caller_cidrs"):
+        DigitalOcean(caller_cidrs=["home"])
+    monkeypatch.setenv("SKYWARD_CALLER_IP", "home")
+    with pytest.raises(SpecError, match="SKYWARD_CALLER_IP='home'"):
+        DigitalOcean().check(PoolSpec())
 
 
 def test_an_address_that_is_none_is_told(cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch) -> None:

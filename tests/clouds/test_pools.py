@@ -223,6 +223,7 @@ def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
     assert info.value.step == "boot"
+    assert ("lets SSH in from 127.0.0.1/32 alone" in str(info.value)) == (cloud.name != "verda")  # has no firewall
     assert_nothing_left(cloud)
 
 
