@@ -250,7 +250,10 @@ class ComputePool:
                 self._session.start()
             except BaseException as exc:
                 session, self._session = self._session, None
-                session.stop(PoolError("the pool did not start"))
+                try:
+                    session.stop(PoolError("the pool did not start"))
+                finally:
+                    self._last_cost = session.cost()
                 if isinstance(exc, SkywardError):  # its message says it all; the way it came is ours and long
                     raise exc.with_traceback(None) from exc.__cause__
                 raise

@@ -58,8 +58,9 @@ class Provisioner:
         self._lock = threading.Lock()
         self._regions: set[tuple[str, str]] = set()  # in which something was made
         self._under_way: list[Future[Any]] = []  # launches that Ctrl-C has interrupted
-        ttl_s = int(expires - time.time()) + BIRTH_HEADROOM_S
-        self._login, self._birth = pool_keys(ttl_s)
+        self._asked: dict[int, tuple[float, float]] = {}  # parts that are being launched: since when, USD per hour
+        self._aborted: BaseException | None = None
+        self._login, self._birth = pool_keys(0)  # each launch gets the time that is left
 
     # --- launch ---------------------------------------------------------------------------------------------
 
@@ -76,6 +77,7 @@ class Provisioner:
         attempts: list[tuple[Step, ProviderError]] = []
         tries: dict[tuple[int, str, bool], int] = {}
         for step in self._plan.steps:
+            self._check_aborted()
             place = (id(step.provider), step.offer.region, _has_spot(step))
             if tries.get(place, 0) >= _MOST_TRIES or any(_rules_out(s, e, step) for s, e in attempts):
                 continue
@@ -87,12 +89,21 @@ class Provisioner:
                 self._emit(events.Error(message=f"{step}: {exc}"))
                 continue
             self._step = step
+            self._check_aborted()
             if len({s.offer.region for s in self._plan.steps}) > 1:
                 self._emit(events.RegionAutoSelected(region=step.offer.region, provider=step.provider.name))
             self._tell(machines, range(len(machines)))
             self._emit(events.ProvisioningCompleted())
             return machines
         raise _failed(attempts, self._plan.failed)
+
+    def abort(self, error: BaseException) -> None:
+        """Make a launch that is under way raise `error` when the cloud has answered, and every later one at once."""
+        self._aborted = self._aborted or error
+
+    def _check_aborted(self) -> None:
+        if self._aborted is not None:
+            raise self._aborted
 
     def more(self, nodes: Sequence[int], taken: Sequence[str]) -> list[Machine]:  # noqa: ARG002 - a cloud makes new ones
         """Return machines for further nodes, by number: of the same offer, or the next one in the pool's region.
@@ -134,14 +145,21 @@ class Provisioner:
         if errors:
             if machines:
                 provider.terminate(machines)
+            with self._lock:
+                self._forget_asked(parts)
             raise min(errors, key=lambda error: isinstance(error, CapacityError))
         self._record.add(machines)
         with self._lock:
+            self._forget_asked(parts)
             for machine in machines:
                 self._machines[machine.id] = machine
                 self._since[machine.id] = time.monotonic()
                 self._meter.add(machine)
         return machines
+
+    def _forget_asked(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self._asked.pop(id(part), None)
 
     def _wait(self, launches: Sequence[Future[Any]]) -> None:
         """Wait for launches to end, through a first Ctrl-C, which is raised then; a second one leaves them."""
@@ -160,7 +178,7 @@ class Provisioner:
             token=secrets.token_hex(8),
             count=part.count,
             spot=part.spot,
-            birth=self._birth,
+            birth=replace(self._birth, ttl_s=max(0, int(self._expires - time.time())) + BIRTH_HEADROOM_S),
             login=self._login,
             owner=this_owner(),
             expires=self._expires,
@@ -176,6 +194,7 @@ class Provisioner:
         with self._lock:
             is_new = (provider.name, region) not in self._regions
             self._regions.add((provider.name, region))
+            self._asked[id(part)] = time.time(), (part.price or 0.0) * part.count
         if is_new:
             self._emit(events.InfraCreated(region=region))
         self._emit(events.InstanceLaunching(count=part.count, instance_type=instance_type, provider=provider.name))
@@ -199,9 +218,21 @@ class Provisioner:
     # --- looking after them ---------------------------------------------------------------------------------
 
     def cost(self) -> CostUpdate:
-        """Return what the pool costs at present."""
+        """Return what the pool costs at present.
+
+        Machines that a cloud is being asked for count from then on, as it bills them before they have an address.
+        """
+        now = time.time()
         with self._lock:
-            return update(self._meter, time.time())
+            cost = update(self._meter, now)
+            asked = list(self._asked.values())
+        began = min((since for since, _ in asked), default=now)
+        return replace(
+            cost,
+            elapsed_seconds=max(cost.elapsed_seconds, now - began),
+            accumulated_cost=cost.accumulated_cost + sum((now - since) * hourly / 3600 for since, hourly in asked),
+            hourly_rate=cost.hourly_rate + sum(hourly for _, hourly in asked),
+        )
 
     def final_cost(self) -> CostFinal:
         """Return what the pool has cost, at its end."""

@@ -234,7 +234,8 @@ class Session:
                 for node, machine in enumerate(machines):
                     self._node_added(node, machine.id, machine)
                 self.emit(events.ProvisioningCompleted())
-                cluster = machine_cluster(machines, _Hosts(provider, record), spec, self.pool_id, self.emit)
+                hosts = _Hosts(provider, record)
+                cluster = machine_cluster(machines, hosts, spec, self.pool_id, self.emit, expires=self._expires)
                 record.left = cluster.left
                 return cluster
             case tuple():
@@ -281,7 +282,7 @@ class Session:
         self._stack.callback(end)
         self._watch_cost(provisioner)
         machines = provisioner.launch()
-        return machine_cluster(machines, provisioner, spec, self.pool_id, self.emit)
+        return machine_cluster(machines, provisioner, spec, self.pool_id, self.emit, expires=self._expires)
 
     def stop(self, reason: BaseException) -> None:
         self._over.set()
@@ -373,7 +374,7 @@ class Session:
         return self._provisioner.cost().accumulated_cost if self._provisioner is not None else 0.0
 
     def _watch_cost(self, provisioner: Provisioner) -> None:
-        """Tell of the cost now and then, and end the pool when it has cost what it may."""
+        """Tell of the cost now and then, and end the pool, or its start, when it has cost what it may."""
         most = self.pool.spec.max_cost
 
         def watch() -> None:
@@ -383,14 +384,18 @@ class Session:
                 if time.monotonic() >= tell_at and cost.elapsed_seconds:
                     self.emit(cost)
                     tell_at = time.monotonic() + _TELL_COST_S
-                if most is not None and cost.accumulated_cost >= most and hasattr(self, "engine"):
+                if most is None or cost.accumulated_cost < most:
+                    continue
+                text = f"the pool has cost {cost.accumulated_cost:.4f} USD, and max_cost is {most:g}: its machines were"
+                if hasattr(self, "engine"):
                     self._end_pool(
-                        PoolBudgetError(
-                            f"the pool has cost {cost.accumulated_cost:.4f} USD, and max_cost is {most:g}: its "
-                            "machines were destroyed and calls that had not finished are lost. Raise max_cost="
-                        )
+                        PoolBudgetError(f"{text} destroyed and calls that had not finished are lost. Raise max_cost=")
                     )
                     return
+                error = PoolBudgetError(f"{text} destroyed before they were ready. Raise max_cost=")
+                provisioner.abort(error)
+                if hasattr(self, "cluster"):
+                    self.cluster.abort(error)
 
         threading.Thread(target=watch, name="skyward-cost", daemon=True).start()
 

@@ -140,6 +140,7 @@ class AgentCluster(SkyCluster):
         self.folder = ""  # where it is all on this host: what ends with it
         self._dashboard = ""
         self._failed: BaseException | None = None
+        self._starting: asyncio.Future[None] | None = None
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
@@ -167,10 +168,34 @@ class AgentCluster(SkyCluster):
             An agent or a worker did not start. Nothing is left running.
         """
         try:
-            self.sync(self._start)
+            self.sync(self._start_unless_aborted)
         except BaseException:
             self.stop()
             raise
+
+    def abort(self, error: BaseException) -> None:
+        """Make a start that is under way, or comes, fail with `error`. May be called from any thread, and again."""
+
+        def abort() -> None:
+            self._failed = self._failed or error
+            if self._starting is not None:
+                self._starting.cancel()
+
+        self.loop.add_callback(abort)
+
+    async def _start_unless_aborted(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        self._starting = asyncio.ensure_future(self._start())
+        try:
+            await self._starting
+        except asyncio.CancelledError:
+            if self._failed is not None:
+                raise self._failed from None
+            self._starting.cancel()
+            raise
+        finally:
+            self._starting = None
 
     async def _start(self) -> None:
         self._address = asyncio.get_running_loop().create_future()

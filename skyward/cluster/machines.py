@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -34,9 +35,15 @@ class Source(Protocol):
 
 
 def machine_cluster(
-    machines: Sequence[Machine], source: Source, spec: PoolSpec, pool_id: str, emit: Callable[[Any], None]
+    machines: Sequence[Machine],
+    source: Source,
+    spec: PoolSpec,
+    pool_id: str,
+    emit: Callable[[Any], None],
+    *,
+    expires: float,
 ) -> AgentCluster:
-    """Return the cluster, not yet started; node i is on ``machines[i]``.
+    """Return the cluster, not yet started; node i is on ``machines[i]``. It ends at `expires`, since the epoch.
 
     Machines that do not live on after the pool are replaced when they are lost.
     """
@@ -57,7 +64,7 @@ def machine_cluster(
         config = AgentConfig(
             pool_id=pool_id,
             folder="",  # the agent's own business
-            ttl_s=spec.timeout,
+            ttl_s=max(0.0, expires - time.time()),  # a further node gets what is left
             ca=credentials.ca,
             certificate=credentials.certificate,
             key=credentials.key,

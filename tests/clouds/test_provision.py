@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from skyward.providers import listing
 from skyward.provision import Provisioner
 from skyward.spec import PoolSpec
 from tests.clouds.emulated import NAMES, Emulated
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -218,3 +220,58 @@ def test_calls_for_a_thousand_nodes_are_as_many_as_for_one(
 
     # A look more or less, while machines get their addresses or come to their end.
     assert calls[1] <= calls[0] + 3
+
+
+# --- time and money -----------------------------------------------------------------------------------------
+
+
+def test_further_machines_switch_themselves_off_with_the_first(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = emulate("aws", boots=False)
+    provisioner = provision(cloud.provider(), machine=cloud.type, timeout=3600)
+    ttls: list[int] = []
+    launch = sky.AWS.launch
+
+    def recording(self: Any, offer: Any, order: Any) -> Any:
+        ttls.append(order.birth.ttl_s)
+        return launch(self, offer, order)
+
+    monkeypatch.setattr(sky.AWS, "launch", recording)
+    provisioner.launch()
+    provisioner._expires -= 3000  # as if so much time had passed
+    provisioner.more([1], [])
+
+    assert ttls[0] == pytest.approx(3600 + skyward.provision.BIRTH_HEADROOM_S, abs=30)
+    assert ttls[1] == pytest.approx(600 + skyward.provision.BIRTH_HEADROOM_S, abs=30)
+
+
+def test_a_machine_costs_before_it_has_an_address(
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner]
+) -> None:
+    cloud = emulate("aws", boots=False)
+    cloud.cloud.pending_s = 3.0
+    provisioner = provision(cloud.provider(), machine=cloud.type, nodes=2, allocation="on-demand")
+
+    with ThreadPoolExecutor(1) as threads:
+        launch = threads.submit(provisioner.launch)
+        wait_until(lambda: provisioner.cost().accumulated_cost > 0)
+        early = provisioner.cost()
+        assert not launch.done()
+
+    assert early.hourly_rate == pytest.approx(sum(m.price or 0 for m in launch.result()))
+    assert provisioner.cost().hourly_rate == pytest.approx(early.hourly_rate)
+    assert provisioner.cost().accumulated_cost >= early.accumulated_cost
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_start_that_costs_too_much_ends(name: str, emulate: Callable[..., Emulated]) -> None:
+    cloud = emulate(name, boots=False)
+    pool = sky.ComputePool(cloud.provider(), machine=cloud.type, max_cost=1e-5, display="quiet")
+
+    with pytest.raises(sky.PoolBudgetError, match="destroyed before they were ready"), pool:
+        pass
+
+    assert cloud.left() == []
+    assert journal.entries() == []
+    assert pool.cost >= 1e-5
