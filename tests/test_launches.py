@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from skyward.errors import PoolError
 from skyward.providers import launches
-from skyward.providers.launches import under_way
+from skyward.providers.launches import Gate, under_way
 
 
 def test_launches_of_one_pool_know_of_each_other() -> None:
@@ -19,3 +22,26 @@ def test_nothing_is_kept_of_launches_that_have_ended() -> None:
         raise ValueError
 
     assert launches._launches == {}
+
+
+def test_a_closed_gate_lets_nothing_through_and_ends_pauses() -> None:
+    gate, ended = Gate(), threading.Event()
+
+    def pause() -> None:
+        with pytest.raises(PoolError, match="the pool has ended"), gate:
+            gate.pause(3600)
+        ended.set()
+
+    threading.Thread(target=pause).start()
+    while not gate._inside:
+        pass
+    assert not gate.wait(0)
+
+    gate.close()
+
+    assert gate.wait(30)
+    assert ended.wait(30)
+    with pytest.raises(PoolError), gate:
+        pass
+    with pytest.raises(PoolError):
+        gate.check()

@@ -224,13 +224,14 @@ class Launch:
         for number in itertools.count():
             # A request that has its answer is not made again under the same token: the answer would be the same.
             token = order.token if not number else f"{order.token}-{number}"
+            order.creating()
             with self._doubting("machines"):
                 answer: Mapping[str, Any] = self._ec2.create_fleet(ClientToken=token, **request)
             errors = answer.get("Errors", ())
             is_early = any(of.is_unready_profile(e.get("ErrorCode", ""), e.get("ErrorMessage", "")) for e in errors)
             if answer.get("Instances") or not is_early or time.monotonic() > deadline:
                 return answer
-            time.sleep(random.uniform(1.0, 3.0))
+            order.pause(random.uniform(1.0, 3.0))
         raise AssertionError("the loop has no end")
 
     @contextmanager
@@ -278,7 +279,7 @@ class Launch:
                 return ours
             if time.monotonic() > deadline:
                 raise ProviderError(f"AWS: {self._doing}: machines have no address after {_ADDRESS_S:g} s")
-            time.sleep(pause_s)
+            self._order.pause(pause_s)
             pause_s = min(1.5 * pause_s, 3.0)
 
     def _check_state(self, raw: Mapping[str, Any]) -> None:

@@ -157,6 +157,7 @@ def _await_end(ec2: Any, ids: Sequence[str]) -> None:
 
 def make_group(ec2: Any, vpc: str, order: LaunchOrder, sources: Sequence[str]) -> str:
     """Return the id of the pool's security group: all traffic inside it, SSH from `sources`, nothing else."""
+    order.creating()
     made = call(
         ec2.create_security_group,
         unless=["InvalidGroup.Duplicate"],
@@ -237,6 +238,7 @@ def name_of(order: LaunchOrder) -> str:
 
 def make_template(ec2: Any, order: LaunchOrder, data: dict[str, Any]) -> None:
     """Make the launch template of an order, unless it is there: its name does what a token would."""
+    order.creating()
     call(
         ec2.create_launch_template,
         unless=["InvalidLaunchTemplateName.AlreadyExistsException"],
@@ -248,6 +250,7 @@ def make_template(ec2: Any, order: LaunchOrder, data: dict[str, Any]) -> None:
 
 def make_placement(ec2: Any, order: LaunchOrder) -> str:
     """Return the name of a placement group that keeps an order's machines close to each other."""
+    order.creating()
     call(
         ec2.create_placement_group,
         unless=["InvalidPlacementGroup.Duplicate"],
@@ -273,6 +276,7 @@ def make_profile(api: Api, region: str, order: LaunchOrder, *, use_ssm: bool) ->
     """Return the name of an instance profile that may use the pool's volumes, and Session Manager if asked to."""
     iam, name, partition = api.client("iam", region), role_name(order.pool_id, region), api.arn_partition(region)
     tags = tags_of(order)
+    order.creating()
     call(iam.create_role, unless=_THERE, RoleName=name, AssumeRolePolicyDocument=json.dumps(_TRUST), Tags=tags)
     policy = bucket_policy(order.volumes, partition)
     if policy["Statement"]:
@@ -280,6 +284,7 @@ def make_profile(api: Api, region: str, order: LaunchOrder, *, use_ssm: bool) ->
     if use_ssm:
         managed = f"arn:{partition}:iam::aws:policy/AmazonSSMManagedInstanceCore"
         iam.attach_role_policy(RoleName=name, PolicyArn=managed)
+    order.creating()
     call(iam.create_instance_profile, unless=_THERE, InstanceProfileName=name, Tags=tags)
     # A profile holds one role: that the limit is reached means that it has it.
     full = ["LimitExceeded", *_THERE]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +202,11 @@ class LaunchOrder:
         By when the pool's own timers have ended it, in seconds since the epoch; for the tags.
     disk_gib
         Size of the disk; the provider may give more.
+    creating
+        To be called before each request that makes something. Raises `PoolError` when the pool has ended: then nothing
+        more is made, and what was made is destroyed.
+    pause
+        Sleeps for so many seconds, between requests. Raises `PoolError` when the pool ends.
     prepared
         Called when what the machines need (network, keys, groups) is there, right before they are asked for.
     """
@@ -217,6 +223,8 @@ class LaunchOrder:
     disk_gib: int = 64
     accelerator: Accelerator | None = None
     volumes: tuple[S3Volume, ...] = ()
+    creating: Callable[[], None] = lambda: None
+    pause: Callable[[float], None] = time.sleep
     prepared: Callable[[], None] = lambda: None
 
 
@@ -256,6 +264,8 @@ class Cloud(Protocol):
         ------
         CapacityError, QuotaError
             There are not so many. What came up is destroyed.
+        PoolError
+            The pool has ended, as the order says. What came up is destroyed.
         """
 
     def machines(self, pool_id: str | None = None) -> Sequence[Machine]:

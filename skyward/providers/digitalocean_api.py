@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +20,7 @@ from azure.core.pipeline.policies import AzureKeyCredentialPolicy, RetryPolicy
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
 from skyward.providers import listing
+from skyward.providers.base import LaunchOrder
 
 T = TypeVar("T")
 
@@ -105,9 +105,10 @@ def unless_missing(do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return None
 
 
-def once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
+def once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], T | None]) -> T:
     """Return what `create` makes, or what `find` finds if it is there already or its answer was lost: never two."""
-    for pause in pauses():
+    for pause in pauses(order):
+        order.creating()
         try:
             return create()
         except (AzureError, ValueError) as exc:
@@ -116,7 +117,7 @@ def once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
             if is_unclear(exc):
                 pause()
             # What is refused as it is there already may not be listed yet.
-            for _ in listing.looks(listing.LISTED_S if _is_there(exc) else 0.0):
+            for _ in listing.looks(listing.LISTED_S if _is_there(exc) else 0.0, order.pause):
                 if (found := find()) is not None:
                     return found
             if not is_unclear(exc):
@@ -125,10 +126,10 @@ def once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
     raise error
 
 
-def pauses() -> Iterator[Callable[[], None]]:
+def pauses(order: LaunchOrder) -> Iterator[Callable[[], None]]:
     """Yield, for each attempt, what sleeps before the next one."""
     for pause_s in PAUSES_S:
-        yield partial(time.sleep, pause_s * random.uniform(0.5, 1.5))
+        yield partial(order.pause, pause_s * random.uniform(0.5, 1.5))
 
 
 def is_unclear(exc: BaseException) -> bool:

@@ -11,7 +11,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -173,11 +173,11 @@ def _clear(do: Any, pool_id: str) -> None:
             unless_missing(do.tags.delete, raw["name"])
 
 
-def _pauses() -> Iterator[None]:
+def _pauses(sleep: Callable[[float], None] = time.sleep) -> Iterator[None]:
     """Sleep a little longer each time."""
     pause, most = _PAUSES_S
     while True:
-        time.sleep(pause * random.uniform(0.8, 1.2))
+        sleep(pause * random.uniform(0.8, 1.2))
         yield
         pause = min(most, pause * 1.5)
 
@@ -239,6 +239,9 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
         doubtful: set[str] = set()
         try:
             with explained(f"launch {order.count} {offer.instance.name} in {offer.region}"):
+                # The same order may have been asked for before. Credentials that are refused are so here.
+                there = {raw["name"]: raw for raw in find(do, order.pool_id)}
+                made += [there[name] for name in names if name in there]
                 with others.lock:
                     key, admitted = _prepare(account, order)
                 order.prepared()
@@ -250,7 +253,7 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
                     "user_data": order.birth.cloud_config(),
                     "tags": tags_of(order),
                 }
-                _create(do, body, names, made, doubtful, order.pool_id)
+                _create(do, order, body, [name for name in names if name not in there], made, doubtful)
                 found = _await_addresses(account, order, names, made)
             others.has_machines = True
             return [replace(_machine(raw, order.login, account), admitted=tuple(admitted)) for raw in found]
@@ -275,41 +278,40 @@ def _prepare(account: Account, order: LaunchOrder) -> tuple[int, list[str]]:
         return next((raw["id"] for raw in keys if raw["public_key"].split()[:2] == public.split()[:2]), None)
 
     tag = {"name": f"{_POOL}{order.pool_id}"}  # a firewall may only name tags that there are
-    once(lambda: call(do.tags.create, tag), lambda: unless_missing(do.tags.get, tag["name"]))
+    once(order, lambda: call(do.tags.create, tag), lambda: unless_missing(do.tags.get, tag["name"]))
     sources = account.sources()
     rules = _rules(order.pool_id, sources)
     once(
+        order,
         lambda: call(do.firewalls.create, rules),
         lambda: next((_admit(do, raw, sources) for raw in _firewalls(do, order.pool_id)), None),
     )
     # Without a key of the account's DigitalOcean mails a password.
-    key = once(lambda: int(call(do.ssh_keys.create, {"name": name, "public_key": public})["ssh_key"]["id"]), find_key)
-    return key, sources
+    key = {"name": name, "public_key": public}
+    made = once(order, lambda: int(call(do.ssh_keys.create, key)["ssh_key"]["id"]), find_key)
+    return made, sources
 
 
 def _create(
     do: Any,
+    order: LaunchOrder,
     body: Mapping[str, Any],
-    names: Sequence[str],
+    names: list[str],
     made: list[dict[str, Any]],
     doubtful: set[str],
-    pool_id: str,
 ) -> None:
-    """Create droplets, those that are not there yet, and note all in `made`.
+    """Create droplets with these names, and note them in `made`.
 
     `doubtful` has the names of those of which it is not known whether they were created.
     """
-    there = {raw["name"]: raw for raw in find(do, pool_id)}  # the same order may have been asked for before
-    made += [there[name] for name in names if name in there]
-    wanted = [name for name in names if name not in there]
-    parts = [wanted[i : i + _AT_ONCE] for i in range(0, len(wanted), _AT_ONCE)]
+    parts = [names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)]
     failed = threading.Event()
 
     def create(part: list[str]) -> None:
         if failed.is_set():
             return
         try:
-            _create_part(do, body, part, made, doubtful, pool_id)
+            _create_part(do, order, body, part, made, doubtful)
         except BaseException:
             failed.set()
             raise
@@ -322,13 +324,14 @@ def _create(
 
 def _create_part(
     do: Any,
+    order: LaunchOrder,
     body: Mapping[str, Any],
     names: list[str],
     made: list[dict[str, Any]],
     doubtful: set[str],
-    pool_id: str,
 ) -> None:
     for _ in range(_CREATES):
+        order.creating()
         doubtful.update(names)
         try:
             created = call(do.droplets.create, {**body, "names": names})["droplets"]
@@ -339,8 +342,8 @@ def _create_part(
             error = exc
             # There is no token by which the API knows the same call again: what it has made is found by name, and a
             # droplet is asked for again only when it can't be one that is not listed yet.
-            for _ in listing.looks(listing.LISTED_S):
-                created = [raw for raw in find(do, pool_id) if raw["name"] in names]
+            for _ in listing.looks(listing.LISTED_S, order.pause):
+                created = [raw for raw in find(do, order.pool_id) if raw["name"] in names]
                 if len(created) == len(names):
                     break
         doubtful.difference_update(names)
@@ -356,7 +359,7 @@ def _await_addresses(
 ) -> list[dict[str, Any]]:
     """Return an order's droplets when all have addresses; one that was made twice is deleted."""
     do = account.do
-    began, pauses = time.monotonic(), _pauses()
+    began, pauses = time.monotonic(), _pauses(order.pause)
     seen: set[int] = set()
     while True:
         listed = {raw["id"]: raw for raw in find(do, order.pool_id) if raw["name"] in names}

@@ -1,4 +1,4 @@
-"""Launches of pools that are under way in this process."""
+"""Launches of pools that are under way in this process, and the gate that ends them with their pool."""
 
 from __future__ import annotations
 
@@ -6,6 +6,61 @@ import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from skyward.errors import PoolError
+
+
+class Gate:
+    """Lets requests to clouds through until their pool ends. For any thread.
+
+    A ``with`` block is for requests that belong together, such as a launch: the end of the pool waits for it. A block
+    can't be entered any more when the gate is closed; what runs in one asks again with `check`.
+
+    Raises
+    ------
+    PoolError
+        The pool has ended.
+    """
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+        self._left = threading.Condition()
+        self._inside = 0
+
+    def __enter__(self) -> Self:
+        with self._left:
+            self.check()
+            self._inside += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._left:
+            self._inside -= 1
+            self._left.notify_all()
+
+    def check(self) -> None:
+        """Return if the pool has not ended."""
+        if self._closed.is_set():
+            raise PoolError("the pool has ended: no more machines are launched for it")
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, at most until the pool ends."""
+        self._closed.wait(seconds)
+        self.check()
+
+    def close(self) -> None:
+        """Let nothing through any more. May be called twice."""
+        with self._left:
+            self._closed.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all blocks have been left, and tell whether they have."""
+        with self._left:
+            return self._left.wait_for(lambda: not self._inside, timeout_s)
 
 
 @dataclass(slots=True)

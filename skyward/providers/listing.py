@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 LISTED_S = 30.0
 """Seconds after which a machine that a cloud may have made is listed, or was not made.
@@ -19,12 +19,12 @@ PAUSES_S = (0.5, 3.0)
 """Seconds between looks, which grow from the one to the other."""
 
 
-def looks(within_s: float) -> Iterator[None]:
+def looks(within_s: float, sleep: Callable[[float], None] = time.sleep) -> Iterator[None]:
     """Yield at once, then after pauses that grow, and for the last time when `within_s` seconds have passed."""
     deadline = time.monotonic() + within_s
     pause_s, most_s = PAUSES_S
     yield
     while (left_s := deadline - time.monotonic()) > 0:
-        time.sleep(min(left_s, pause_s * random.uniform(0.8, 1.2)))
+        sleep(min(left_s, pause_s * random.uniform(0.8, 1.2)))
         pause_s = min(most_s, 1.5 * pause_s)
         yield

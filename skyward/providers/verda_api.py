@@ -28,6 +28,7 @@ from verda.volumes import VolumesService
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
 from skyward.providers import listing
+from skyward.providers.base import LaunchOrder
 
 T = TypeVar("T")
 
@@ -156,19 +157,20 @@ def is_no_capacity(exc: Exception) -> bool:
     )
 
 
-def once(create: Callable[[], T], find: Callable[[], T | None]) -> T:
+def once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], T | None]) -> T:
     """Return what `create` makes, or what `find` finds of it if its answer was lost: never two.
 
     The SDK asks for what it has made before it returns it, so that any error may mean that it is there, though it may
     not be listed yet.
     """
     for _ in range(_CREATES):
+        order.creating()
         try:
             return create()
         except Exception as exc:  # judged by `is_unclear`
             is_unknown = isinstance(exc, APIException) and exc.code == ErrorCodes.NOT_FOUND
             may_be_there = (is_unclear(exc) or is_unknown) and not is_no_capacity(exc)
-            for _ in listing.looks(listing.LISTED_S if may_be_there else 0.0):
+            for _ in listing.looks(listing.LISTED_S if may_be_there else 0.0, order.pause):
                 if (found := find()) is not None:
                     return found
             if not may_be_there:

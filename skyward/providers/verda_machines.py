@@ -98,8 +98,8 @@ def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str
             "instance_type": instance_type,
             "location": where,
             "image": _image(api, offer.instance),
-            "ssh_key_ids": [_text(api.ssh_keys, label, order.birth.authorized_key)],
-            "startup_script_id": _text(api.scripts, label, order.birth.script()),
+            "ssh_key_ids": [_text(order, api.ssh_keys, label, order.birth.authorized_key)],
+            "startup_script_id": _text(order, api.scripts, label, order.birth.script()),
             "description": _description(order),
             "is_spot": order.spot,
             "pricing": "FIXED_PRICE",
@@ -113,7 +113,7 @@ def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str
         if order.spot:
             disk["on_spot_discontinue"] = "delete_permanently"
         with explained(doing, creates=True):
-            one = known.get(hostname) or _create(api, {**request, "hostname": hostname, "os_volume": disk})
+            one = known.get(hostname) or _create(api, order, {**request, "hostname": hostname, "os_volume": disk})
         made.add(one.id)
         return one
 
@@ -121,25 +121,25 @@ def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str
     price = max(float(i.price_per_hour) for i in created)
     if order.max_price is not None and price > order.max_price:
         raise CapacityError(f"Verda asks {price:g} USD/h for {instance_type} by now: more than {order.max_price:g}")
-    placed = _await_addresses(api, label, [i.id for i in created])
+    placed = _await_addresses(api, order, label, [i.id for i in created])
     on_demand = offer.instance.price_on_demand
     return [replace(_machine(i, replace(order.login, host=i.ip)), price_on_demand=on_demand) for i in placed]
 
 
-def _create(api: Api, request: Mapping[str, Any]) -> Any:
+def _create(api: Api, order: LaunchOrder, request: Mapping[str, Any]) -> Any:
     def find() -> Any:
         return next((i for i in api.instances.get() if i.hostname == request["hostname"]), None)
 
-    return once(lambda: api.instances.create(**request), find)
+    return once(order, lambda: api.instances.create(**request), find)
 
 
-def _text(service: Any, name: str, text: str) -> str:
+def _text(order: LaunchOrder, service: Any, name: str, text: str) -> str:
     """Return the id of a key or script with this name, made where there is none."""
 
     def find() -> Any:
         return next((there for there in service.get() if there.name == name), None)
 
-    found: str = (find() or once(lambda: service.create(name, text), find)).id
+    found: str = (find() or once(order, lambda: service.create(name, text), find)).id
     return found
 
 
@@ -178,8 +178,8 @@ def _description(order: LaunchOrder) -> str:
     return f"skyward:pool={order.pool_id} skyward:owner={owner} skyward:expires={int(order.expires)}"
 
 
-def _await_addresses(api: Api, label: str, ids: Sequence[str]) -> list[Any]:
-    for _ in _polls(_START_LIMIT_S):
+def _await_addresses(api: Api, order: LaunchOrder, label: str, ids: Sequence[str]) -> list[Any]:
+    for _ in _polls(_START_LIMIT_S, order.pause):
         with explained("see whether machines start"):
             there = {i.id: i for i in api.instances.get() if i.hostname.startswith(f"{label}-")}
             mine = [there.get(one) or _by_id(api, one) for one in ids]
@@ -372,11 +372,11 @@ def _delete_texts(service: Any, is_name: Callable[[str], bool]) -> None:
                         raise
 
 
-def _polls(limit_s: float) -> Iterator[None]:
+def _polls(limit_s: float, sleep: Callable[[float], None] = time.sleep) -> Iterator[None]:
     """Return at once, then after pauses that grow, until `limit_s` has passed."""
     deadline = time.monotonic() + limit_s
     pauses = iter(_POLLS_S)
     yield
     while time.monotonic() < deadline:
-        time.sleep(next(pauses, _POLLS_S[-1]))
+        sleep(next(pauses, _POLLS_S[-1]))
         yield

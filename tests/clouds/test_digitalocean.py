@@ -541,7 +541,7 @@ def test_a_launch_that_is_interrupted_leaves_nothing(cloud: DigitalOceanCloud, m
     offer = _offer()
     pauses = digitalocean_pool._pauses
 
-    def interrupted() -> Iterator[None]:
+    def interrupted(_: Any) -> Iterator[None]:
         monkeypatch.setattr(digitalocean_pool, "_pauses", pauses)
         raise KeyboardInterrupt
 
