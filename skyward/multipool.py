@@ -47,7 +47,9 @@ def _in_parallel(
         futures = [threads.submit(action, p) for p in pools]
         try:
             return [e for f in futures if (e := f.exception()) is not None]
-        except BaseException:  # Ctrl-C: what is starting must be waited for, or it would outlive us
+        except BaseException:  # Ctrl-C: a start must be waited for, or it would outlive us
+            for p in pools:
+                p._abandon()
             for future in futures:
                 future.exception()
             for p in pools:

@@ -279,6 +279,12 @@ class ComputePool:
                 loss, self._loss = self._loss, None
                 raise loss
 
+    def _abandon(self) -> None:
+        """Let a start that runs in another thread fail soon. Does not wait for it."""
+        session = self._session
+        if session is not None:
+            session.abandon()
+
     def _active(self) -> Session:
         session = self._session
         if session is None:

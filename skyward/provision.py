@@ -1,7 +1,7 @@
 """Machines for a pool from clouds: launched step by step of its plan, replaced, and destroyed.
 
-Whatever is launched is in the journal before. Every launch is waited for, even one that Ctrl-C has made pointless:
-a call to a cloud that nobody waits for may still make machines.
+Whatever is launched is in the journal before. When the pool ends, launches under way make nothing more and destroy what
+they have made; the end waits for them, as a request to a cloud that nobody waits for may still make machines.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
 from skyward import events
 from skyward.cluster.journal import Place, this_owner
-from skyward.cluster.record import Record
+from skyward.cluster.record import LAUNCH_S, Record
 from skyward.cluster.release import end_places
 from skyward.cost import Meter, final, update
-from skyward.errors import AllProvidersFailedError, CapacityError, ProviderError
+from skyward.errors import (
+    AllProvidersFailedError,
+    CapacityError,
+    PoolError,
+    PoolTimeoutError,
+    ProviderError,
+)
 from skyward.events import CostFinal, CostUpdate
 from skyward.plan import Part, Plan, Step
 from skyward.providers import listing
 from skyward.providers.base import Birth, Cloud, LaunchOrder, Login, Machine
+from skyward.providers.launches import Gate
 from skyward.spec import PoolSpec, S3Volume
 
 logger = logging.getLogger(__name__)
@@ -56,10 +63,11 @@ class Provisioner:
         self._since: dict[str, float] = {}  # when machines were launched, by id
         self._meter = Meter()
         self._lock = threading.Lock()
-        self._regions: set[tuple[str, str]] = set()  # in which something was made
-        self._under_way: list[Future[Any]] = []  # launches that Ctrl-C has interrupted
+        self._regions: set[tuple[str, str]] = set()  # for which launches are announced
+        self._places: set[Place] = set()  # where something may have been made
+        self._gate = Gate()
         self._asked: dict[int, tuple[float, float]] = {}  # parts that are being launched: since when, USD per hour
-        self._aborted: BaseException | None = None
+        self._undone = 0.0  # USD for machines of launches that the pool's end has undone
         self._login, self._birth = pool_keys(0)  # each launch gets the time that is left
 
     # --- launch ---------------------------------------------------------------------------------------------
@@ -73,11 +81,12 @@ class Provisioner:
             The only thing that could be tried has failed.
         AllProvidersFailedError
             Everything that could be tried has failed; the message has a line for each.
+        PoolError
+            The pool has ended meanwhile.
         """
         attempts: list[tuple[Step, ProviderError]] = []
         tries: dict[tuple[int, str, bool], int] = {}
         for step in self._plan.steps:
-            self._check_aborted()
             place = (id(step.provider), step.offer.region, _has_spot(step))
             if tries.get(place, 0) >= _MOST_TRIES or any(_rules_out(s, e, step) for s, e in attempts):
                 continue
@@ -89,21 +98,12 @@ class Provisioner:
                 self._emit(events.Error(message=f"{step}: {exc}"))
                 continue
             self._step = step
-            self._check_aborted()
             if len({s.offer.region for s in self._plan.steps}) > 1:
                 self._emit(events.RegionAutoSelected(region=step.offer.region, provider=step.provider.name))
             self._tell(machines, range(len(machines)))
             self._emit(events.ProvisioningCompleted())
             return machines
         raise _failed(attempts, self._plan.failed)
-
-    def abort(self, error: BaseException) -> None:
-        """Make a launch that is under way raise `error` when the cloud has answered, and every later one at once."""
-        self._aborted = self._aborted or error
-
-    def _check_aborted(self) -> None:
-        if self._aborted is not None:
-            raise self._aborted
 
     def more(self, nodes: Sequence[int], taken: Sequence[str]) -> list[Machine]:  # noqa: ARG002 - a cloud makes new ones
         """Return machines for further nodes, by number: of the same offer, or the next one in the pool's region.
@@ -112,6 +112,8 @@ class Provisioner:
         ------
         ProviderError
             None could be had.
+        PoolError
+            The pool has ended.
         """
         assert self._step is not None
         error: ProviderError | None = None
@@ -136,43 +138,52 @@ class Provisioner:
 
     def _launch_parts(self, provider: Cloud, parts: Sequence[Part]) -> list[Machine]:
         """Launch all parts side by side, or none."""
-        threads = ThreadPoolExecutor(len(parts), thread_name_prefix="skyward-launch")
-        launches = [threads.submit(self._launch, provider, part) for part in parts]
-        self._wait(launches)
-        threads.shutdown()
-        errors = [error for launch in launches if (error := launch.exception()) is not None]
-        machines = [m for launch in launches if launch.exception() is None for m in launch.result()]
-        if errors:
-            if machines:
-                provider.terminate(machines)
-            with self._lock:
-                self._forget_asked(parts)
-            raise min(errors, key=lambda error: isinstance(error, CapacityError))
-        self._record.add(machines)
+        with self._gate:
+            threads = ThreadPoolExecutor(len(parts), thread_name_prefix="skyward-launch")
+            launches = [threads.submit(self._launch, provider, part) for part in parts]
+            threads.shutdown(wait=False)  # Ctrl-C comes through `wait`, which goes on in `end`
+            wait(launches)
+            errors = [error for launch in launches if (error := launch.exception()) is not None]
+            machines = [m for launch in launches if launch.exception() is None for m in launch.result()]
+            try:
+                if errors:
+                    raise min(errors, key=lambda error: isinstance(error, CapacityError))
+                self._gate.check()
+                self._record.add(machines)
+            except BaseException as exc:
+                if machines:
+                    provider.terminate(machines)
+                self._forget_asked(parts, were_made=isinstance(exc, PoolError))
+                raise
+        self._forget_asked(parts)
         with self._lock:
-            self._forget_asked(parts)
             for machine in machines:
                 self._machines[machine.id] = machine
                 self._since[machine.id] = time.monotonic()
                 self._meter.add(machine)
         return machines
 
-    def _forget_asked(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            self._asked.pop(id(part), None)
-
-    def _wait(self, launches: Sequence[Future[Any]]) -> None:
-        """Wait for launches to end, through a first Ctrl-C, which is raised then; a second one leaves them."""
-        try:
-            wait(launches)
-        except BaseException:
-            self._under_way.extend(launches)
-            wait(launches)
-            raise
+    def _forget_asked(self, parts: Sequence[Part], *, were_made: bool = False) -> None:
+        """Count machines no longer as asked for. `were_made`: they have cost until now."""
+        now = time.time()
+        with self._lock:
+            for part in parts:
+                since, hourly = self._asked.pop(id(part), (now, 0.0))
+                if were_made:
+                    self._undone += (now - since) * hourly / 3600
 
     def _launch(self, provider: Cloud, part: Part) -> Sequence[Machine]:
         offer = part.offer
-        self._record.add_place(Place(provider=provider.name, region=offer.region, settings=provider.settings()))
+        place = Place(provider=provider.name, region=offer.region, settings=provider.settings())
+        asked = 0
+
+        def creating() -> None:
+            nonlocal asked
+            self._gate.check()
+            if time.time() > self._expires:  # this computer was suspended, say: others have ended the pool
+                raise PoolTimeoutError("the pool's timeout has passed: no more machines are launched for it")
+            asked += 1
+
         order = LaunchOrder(
             pool_id=self._pool_id,
             token=secrets.token_hex(8),
@@ -185,9 +196,16 @@ class Provisioner:
             max_price=self._spec.max_price,
             accelerator=self._spec.accelerator,
             volumes=tuple(v for v in self._spec.volume if isinstance(v, S3Volume)),
+            creating=creating,
+            pause=self._gate.pause,
             prepared=functools.cache(lambda: self._prepared(provider, part)),  # a provider may ask again
         )
-        return provider.launch(offer, order)
+        with self._gate, self._record.launching(place):
+            try:
+                return provider.launch(offer, order)
+            finally:
+                if asked:
+                    self._places.add(place)
 
     def _prepared(self, provider: Cloud, part: Part) -> None:
         region, instance_type = part.offer.region, part.offer.instance.name
@@ -227,17 +245,19 @@ class Provisioner:
             cost = update(self._meter, now)
             asked = list(self._asked.values())
         began = min((since for since, _ in asked), default=now)
+        running = sum((now - since) * hourly / 3600 for since, hourly in asked)
         return replace(
             cost,
             elapsed_seconds=max(cost.elapsed_seconds, now - began),
-            accumulated_cost=cost.accumulated_cost + sum((now - since) * hourly / 3600 for since, hourly in asked),
+            accumulated_cost=cost.accumulated_cost + self._undone + running,
             hourly_rate=cost.hourly_rate + sum(hourly for _, hourly in asked),
         )
 
     def final_cost(self) -> CostFinal:
         """Return what the pool has cost, at its end."""
         with self._lock:
-            return final(self._meter, time.time())
+            cost = final(self._meter, time.time())
+            return replace(cost, total_cost=cost.total_cost + self._undone)
 
     def gone(self, machines: Sequence[Machine]) -> set[str]:
         """Return the ids of those machines that don't exist any more; none if the cloud does not say.
@@ -247,10 +267,11 @@ class Provisioner:
         assert self._step is not None
         provider = self._step.provider
         try:
-            for region in {machine.region or "" for machine in machines}:
-                provider.admit(self._pool_id, region)
-            there = {machine.id for machine in provider.machines(self._pool_id)}
-        except ProviderError as exc:
+            with self._gate:
+                for region in {machine.region or "" for machine in machines}:
+                    provider.admit(self._pool_id, region)
+                there = {machine.id for machine in provider.machines(self._pool_id)}
+        except (ProviderError, PoolError) as exc:
             names = ", ".join(machine.id for machine in machines)
             logger.info("%s does not say whether %s exist: %s", provider.name, names, exc)
             return set()
@@ -268,25 +289,34 @@ class Provisioner:
     def discard(self, machine: Machine) -> None:
         """Destroy one machine, as far as there is anything left of it. Never raises: all are destroyed in the end."""
         assert self._step is not None
-        self._emit(events.InstanceStopping(instance_id=machine.id))
-        self._record.lost(machine.id)
         try:
-            self._step.provider.terminate([machine])
-        except ProviderError as exc:
-            logger.warning("%s may still run: %s", machine.id, exc)
+            with self._gate:
+                self._emit(events.InstanceStopping(instance_id=machine.id))
+                self._record.lost(machine.id)
+                self._step.provider.terminate([machine])
+        except (ProviderError, PoolError) as exc:
+            logger.warning("%s may still run until its pool has ended: %s", machine.id, exc)
         else:
             self._ended([machine])
 
+    def close(self, error: BaseException | None = None) -> None:
+        """Launch nothing more. Launches under way soon raise `error`, and destroy what they have made.
+
+        Without `error` they raise a PoolError. May be called twice.
+        """
+        self._gate.close(error)
+
     def end(self) -> list[str]:
         """Destroy everything, and return a line for each place where that could not be confirmed."""
+        self.close()
         for machine_id in list(self._machines):
             self._emit(events.InstanceStopping(instance_id=machine_id))
-        if not all(launch.done() for launch in self._under_way):
-            return ["a launch was under way when it was interrupted: the pool's guardian ends what comes of it"]
+        if not self._gate.wait(LAUNCH_S):
+            return [f"a launch has not ended within {LAUNCH_S:g} s: the pool's guardian ends what comes of it"]
         left: list[str] = []
         for pause in (0.0, *_END_PAUSES_S):
             time.sleep(pause)
-            left = end_places(self._pool_id, self._record.places)
+            left = end_places(self._pool_id, [place for place in self._record.places if place in self._places])
             if not left:
                 self._ended(list(self._machines.values()))
                 return []

@@ -126,6 +126,15 @@ class Session:
         stack.callback(cluster.stop)
         joblib = threading.Thread(target=_register_joblib, name="skyward-joblib", daemon=True)
         joblib.start()  # meanwhile, because it takes a while too
+        if own is not None:
+            own.on_node_added = self._node_added
+            own.on_node_left = self._node_left
+            own.on_node_lost = self._node_lost
+            own.on_node_replaced = self._node_replaced
+            own.on_start_error = self._tell_error
+            own.on_metrics = self._metrics
+        if self._over.is_set():
+            raise PoolError("the pool was closed while it started")
         cluster.start()
         # Machines of a pool's own let nobody in but through the scheduler's tunnel.
         direct = self._record is None
@@ -161,11 +170,6 @@ class Session:
         if own is not None:
             own.demand = engine.demand
             own.busy = engine.busy
-            own.on_node_added = self._node_added
-            own.on_node_left = self._node_left
-            own.on_node_lost = self._node_lost
-            own.on_node_replaced = self._node_replaced
-            own.on_metrics = self._metrics
         self._want_progress()
         engine.wait_ready()
         self.emit(events.TaskPoolInitCompleted(slots=engine.slots))
@@ -280,12 +284,26 @@ class Session:
                 record.close()
 
         self._stack.callback(end)
+        if self._over.is_set():  # abandoned before there was anything to close
+            provisioner.close()
         self._watch_cost(provisioner)
         machines = provisioner.launch()
         return machine_cluster(machines, provisioner, spec, self.pool_id, self.emit, expires=self._expires)
 
+    def abandon(self) -> None:
+        """Let `start`, which runs in another thread, fail soon: launch nothing more and wait for no machine."""
+        from skyward.cluster.cluster import AgentCluster
+
+        self._over.set()
+        if self._provisioner is not None:
+            self._provisioner.close()
+        if isinstance(cluster := getattr(self, "cluster", None), AgentCluster):
+            cluster.abort(PoolError("the pool was closed while it started"))
+
     def stop(self, reason: BaseException) -> None:
         self._over.set()
+        if self._provisioner is not None:
+            self._provisioner.close()
         try:
             if hasattr(self, "engine"):
                 self.engine.tell_progress()
@@ -393,7 +411,7 @@ class Session:
                     )
                     return
                 error = PoolBudgetError(f"{text} destroyed before they were ready. Raise max_cost=")
-                provisioner.abort(error)
+                provisioner.close(error)
                 if hasattr(self, "cluster"):
                     self.cluster.abort(error)
 

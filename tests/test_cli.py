@@ -192,6 +192,21 @@ def test_down_names_machines_that_may_still_run_and_keeps_the_entry(host: Host, 
     assert journal.read(pool_id) is not None
 
 
+@pytest.mark.parametrize("owned", [True, False])
+def test_down_keeps_a_pool_whose_owner_was_killed_during_a_launch(owned: bool) -> None:
+    pool_id = add_pool(owned=owned)
+    entry = journal.read(pool_id)
+    assert entry is not None
+    journal.update(entry, launching_until=time.time() + 600)
+
+    result = skyward("down", pool_id, "--yes")
+
+    # An owner that still runs launches nothing more once the entry is gone.
+    assert (journal.read(pool_id) is None) == owned
+    assert result.exit_code == (0 if owned else 1)
+    assert owned or "its guardian looks again" in result.stderr
+
+
 def test_down_of_a_provider_that_it_does_not_know_goes_on_with_the_others() -> None:
     unknown = add_pool(provider="nimbus", owned=False)
     entry = journal.read(unknown)

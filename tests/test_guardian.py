@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from skyward.cluster import guardian as guardian_module
 from skyward.cluster import journal
 from skyward.cluster.guardian import GIVE_UP_S, HEADROOM_S, LOG, Guardian
 from skyward.cluster.remote import pool_folder
@@ -257,3 +259,53 @@ def test_waiting_costs_little() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
     assert {"asyncio", "asyncssh", "dask", "distributed", "cryptography"}.isdisjoint(loaded)
+
+
+def test_it_closes_at_once_what_has_started_nothing(pool_id: str, start_guardian: Starter, data: Path) -> None:
+    journal.open_entry(pool_id, provider="aws", expires=time.time() + 600)
+    guardian = start_guardian(pool_id)
+
+    guardian.hand_over()
+
+    wait_until(lambda: journal.read(pool_id) is None)
+    assert "nothing was started" in (data / LOG).read_text()
+
+
+def test_an_entry_that_it_cannot_read_is_told_in_its_log(pool_id: str, start_guardian: Starter, data: Path) -> None:
+    journal.open_entry(pool_id, provider="aws", expires=time.time() + 600)
+    (data / "pools" / f"{pool_id}.json").write_text("{")
+
+    guardian = start_guardian(pool_id)
+
+    assert guardian._process.wait(30) == 1
+    assert "can't be read: nothing is guarded" in (data / LOG).read_text()
+
+
+@pytest.mark.parametrize(("state", "launching_s", "looks"), [
+    ("stopping", 0, 1),  # its owner has waited for all launches
+    ("running", 0, 2),  # what was launched last may not be listed yet
+    ("launching", 1200, 21),
+    ("stopping", 1200, 21),
+])  # fmt: skip
+def test_it_looks_again_for_as_long_as_a_launch_may_take(
+    pool_id: str, data: Path, monkeypatch: pytest.MonkeyPatch, state: journal.State, launching_s: int, looks: int
+) -> None:
+    now, seen = time.time(), []
+    place = journal.Place(provider="aws", region="eu-west-1")
+    entry = journal.open_entry(
+        pool_id, provider="aws", expires=now + 7200, state=state, places=(place,),
+        launching_until=now + launching_s if launching_s else 0.0,
+    )  # fmt: skip
+
+    class Owner(guardian_module._Owner):
+        def listen(self, seconds: float) -> None:
+            nonlocal now
+            now += seconds
+
+    monkeypatch.setattr(guardian_module, "time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr("skyward.cluster.release.release", lambda entry: seen.append(entry.pool_id) or [])
+
+    assert guardian_module._end(entry, Owner()) == 0
+
+    assert len(seen) == looks
+    assert journal.read(pool_id) is None

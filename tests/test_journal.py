@@ -73,6 +73,55 @@ def test_nodes_are_found_by_their_number_as_machines_come_and_go(folder: Path) -
     assert (lost.machine(0), lost.machine(1)) == (None, machine("c"))
 
 
+PLACE = journal.Place(provider="aws", region="eu-west-1")
+
+
+def test_a_launch_is_on_record_for_as_long_as_it_is_under_way(folder: Path) -> None:
+    record = Record(POOL, "aws", time.time() + 60)
+    with record.launching(PLACE), record.launching(PLACE):
+        during = journal.read(POOL)
+    after = journal.read(POOL)
+    record.close()
+
+    assert during is not None
+    assert after is not None
+    assert during.launching_until > time.time() + 60
+    assert (during.places, after.places, after.launching_until) == ((PLACE,), (PLACE,), 0.0)
+
+
+def test_a_record_that_is_closed_is_never_written_again(folder: Path) -> None:
+    record = Record(POOL, "aws", time.time() + 60)
+    with record.launching(PLACE):
+        record.close()
+        with pytest.raises(PoolError, match="has ended"):
+            record.add([machine("late")])
+
+    with pytest.raises(PoolError, match="has ended"), record.launching(PLACE):
+        pass
+    assert journal.entries() == []
+
+
+def test_an_entry_that_another_process_has_closed_is_not_made_again(folder: Path) -> None:
+    record = Record(POOL, "aws", time.time() + 60)
+    journal.close(POOL)
+
+    with pytest.raises(PoolError, match="was ended by another process"):
+        record.add([machine("late")])
+    record.close()
+
+    assert journal.entries() == []
+
+
+def test_nothing_is_kept_of_a_pool_that_has_started_nothing(folder: Path) -> None:
+    record = Record(POOL, "aws", time.time() + 60)
+    record.left = ["not confirmed"]
+
+    record.close()
+
+    assert journal.entries() == []
+    assert record._guardian._process.returncode is not None
+
+
 def test_nodes_that_nobody_has_numbered_are_machines_in_their_order(folder: Path) -> None:
     entry = open_entry(POOL, machine("a"), machine("b"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 import click
@@ -77,6 +78,9 @@ def _end(entry: Entry) -> dict[str, Any]:
         left = release(entry)
     except SkywardError as exc:
         error = str(exc)
+    latest = journal.read(entry.pool_id)
+    if not left and latest is not None and latest.launching_until > time.time() and not latest.owner_alive:
+        left = ["clouds that were asked for machines when its owner ended: its guardian looks again, or you later"]
     if ended := not left and error is None:
         journal.close(entry.pool_id)
     return {**_left_as_it_was(entry), "ended": ended, "error": error, "left": left}

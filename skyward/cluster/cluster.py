@@ -18,7 +18,8 @@ from distributed.deploy.adaptive import Adaptive
 
 from skyward.cluster.agents import Agent
 from skyward.cluster.config import NodeSpec
-from skyward.errors import BootstrapError, PoolError, PoolTimeoutError, VolumeError
+from skyward.cluster.failures import LOST, WORKERS, StartFailures
+from skyward.errors import BootstrapError, PoolError, PoolTimeoutError, SkywardError, VolumeError
 from skyward.providers.base import Machine
 from skyward.wire import Slot
 
@@ -140,7 +141,6 @@ class AgentCluster(SkyCluster):
         self.folder = ""  # where it is all on this host: what ends with it
         self._dashboard = ""
         self._failed: BaseException | None = None
-        self._starting: asyncio.Future[None] | None = None
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
@@ -148,12 +148,18 @@ class AgentCluster(SkyCluster):
         self.on_node_added: Callable[[int, str, Machine | None], None] = lambda *_: None
         self.on_node_left: Callable[[int, str], None] = lambda *_: None  # it was not wanted any more
         self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
+        self.on_start_error: Callable[[BaseException], None] = lambda _: None  # of a machine that is replaced
         self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self.losses: list[VolumeError] = []  # data that could not be sent
         self._leaving: dict[Agent, asyncio.Future[None]] = {}  # those that are being stopped, or are
         self._growing = asyncio.Lock()
-        self._tasks: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()  # what the end of the pool waits for
+        self._growth: set[asyncio.Future[None]] = set()  # what it cancels
+        self._is_up = False
+        self._starting = 0  # nodes that are being made ready, while the pool starts
+        self._failures = StartFailures(len(self._agents), costly=discard is not None)
+        self._used: list[str] = []  # machines that have failed
         # Not the event loop's threads, which connections need: a cloud may keep all of these waiting.
         self._cloud_threads = ThreadPoolExecutor(_CLOUD_CALLS, thread_name_prefix="skyward-cloud")
 
@@ -168,64 +174,119 @@ class AgentCluster(SkyCluster):
             An agent or a worker did not start. Nothing is left running.
         """
         try:
-            self.sync(self._start_unless_aborted)
+            self.sync(self._start)
         except BaseException:
             self.stop()
             raise
 
     def abort(self, error: BaseException) -> None:
         """Make a start that is under way, or comes, fail with `error`. May be called from any thread, and again."""
-
-        def abort() -> None:
-            self._failed = self._failed or error
-            if self._starting is not None:
-                self._starting.cancel()
-
-        self.loop.add_callback(abort)
-
-    async def _start_unless_aborted(self) -> None:
-        if self._failed is not None:
-            raise self._failed
-        self._starting = asyncio.ensure_future(self._start())
-        try:
-            await self._starting
-        except asyncio.CancelledError:
-            if self._failed is not None:
-                raise self._failed from None
-            self._starting.cancel()
-            raise
-        finally:
-            self._starting = None
+        self.loop.add_callback(self._fail, error)
 
     async def _start(self) -> None:
         self._address = asyncio.get_running_loop().create_future()
-        started = [asyncio.ensure_future(self._start_agent(agent)) for agent in self._agents]
-        limit = asyncio.timeout(self._timeout_s)
-        try:
-            async with limit:
-                await asyncio.gather(*started)
-        except BaseException as exc:
-            for task in started:
-                task.cancel()
-            await asyncio.gather(*started, return_exceptions=True)
-            if limit.expired():
-                raise PoolTimeoutError(
-                    f"the pool's timeout of {self._timeout_s:g} s has passed before its machines were ready. "
-                    "Raise timeout="
-                ) from exc
-            raise
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        for agent in self._agents:
+            self._begin(agent)
+        await self._all_ready(deadline)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await self._connect(await self._address)
-                await self._all_there()
-        except TimeoutError:
+            while not self._is_complete():
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    await self._until(lambda: self._starting > 0 or self._is_complete())
+                await self._all_ready(deadline)  # some may have been lost again meanwhile
+        except TimeoutError as exc:
+            if isinstance(exc, PoolTimeoutError):
+                raise
             raise BootstrapError(
                 f"scheduler and workers of pool {self.name} did not start within {START_TIMEOUT_S:g} s; "
                 f"{len(self.scheduler_info['workers'])} of {self.expected} workers are up",
                 machine=self._agents[0].machine,
-                step="workers",
+                step=WORKERS,
                 last_lines=(),
             ) from None
+        self._is_up = True
+
+    async def _all_ready(self, deadline: float) -> None:
+        """Wait until all nodes are ready."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._until(lambda: not self._starting)
+        except TimeoutError as exc:
+            failed = self._failures.lines()
+            raise PoolTimeoutError(
+                f"the pool's timeout of {self._timeout_s:g} s has passed before its machines were ready. Raise timeout="
+                + "\n  ".join(["\nThese machines had failed:", *failed] if failed else [])
+            ) from exc
+
+    def _is_complete(self) -> bool:
+        return len(self.slots()) >= self.expected
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds, which is looked at after each change; raise when the pool fails."""
+        while True:
+            if self._failed is not None:
+                raise self._failed
+            if condition():
+                return
+            self.changed.clear()
+            await self.changed.wait()
+
+    def _begin(self, agent: Agent, error: BootstrapError | None = None) -> None:
+        """Start a node, on another machine when its own has failed with `error`."""
+        self._starting += 1
+        self._spawn_growth(self._start_node(agent, error))
+
+    async def _start_node(self, agent: Agent, error: BootstrapError | None) -> None:
+        try:
+            while True:
+                if error is not None:
+                    agent = await self._exchange(agent, error)
+                try:
+                    await self._start_agent(agent)
+                    break
+                except BootstrapError as exc:
+                    error = exc
+        except Exception as exc:  # whatever it is, it ends the start
+            self._fail(exc)
+        finally:
+            self._starting -= 1
+            self.changed.set()
+
+    async def _exchange(self, failed: Agent, error: BootstrapError) -> Agent:
+        """Return an agent on another machine for a node that can't be made ready.
+
+        Raises
+        ------
+        BootstrapError
+            There is none, or another machine would fail too: then the start of the pool has failed.
+        """
+        if self._new_agents is None:
+            raise error
+        await self._failures.judge(error)
+        self._used += [failed.instance_id(node) for node in failed.nodes]
+        async with self._growing:
+            used = self._used + [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
+            # The scheduler may still have workers of one that had joined, and takes none with the same names.
+            has_joined = error.step in (LOST, WORKERS)
+            nodes = self._free_numbers(len(failed.nodes)) if has_joined else sorted(failed.nodes)
+            try:
+                (agent,) = await self._ask_cloud(self._new_agents, nodes, used)
+            except SkywardError as exc:
+                error.args = (f"{error}\nNo other machine could be had in its place: {exc}",)
+                raise self._failures.told(error) from exc
+            self._nodes = self._nodes - failed.nodes | agent.nodes
+            self._agents[self._agents.index(failed)] = agent
+        logger.warning("%s is replaced by %s: %s", failed.machine, agent.machine, error, extra=_TOLD)
+        self.on_start_error(error)
+        for node, old in zip(nodes, failed.nodes, strict=True):
+            if self._discard is None:
+                self.on_node_left(old, failed.instance_id(old))
+                self.on_node_added(node, agent.instance_id(node), agent.facts)
+            self.on_node_replaced(node, agent.instance_id(node), failed.instance_id(old))
+        self._spawn(self._remove_agent(failed))
+        return agent
 
     async def _connect(self, address: str) -> None:
         host, port = await self._agents[0].reach_scheduler(address)
@@ -238,16 +299,10 @@ class AgentCluster(SkyCluster):
 
     async def _start_agent(self, agent: Agent) -> None:
         await agent.start(lambda event: self._heard(agent, event))
+        self._failures.passed()
         if agent is not self._agents[0]:
             assert self._address is not None
             agent.send({"do": "join", "address": await asyncio.shield(self._address)})
-
-    async def _all_there(self) -> None:
-        while len(self.slots()) < self.expected:
-            if self._failed is not None:
-                raise self._failed
-            self.changed.clear()
-            await self.changed.wait()
 
     def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -265,16 +320,18 @@ class AgentCluster(SkyCluster):
             case "failed":
                 lines, log = tuple(event.get("last_lines", ())), event.get("log")
                 text = "\n  ".join([f"pool {self.name} could not start on {agent.machine}: {event['error']}", *lines])
-                self._fail(
-                    BootstrapError(
-                        f"{text}\nIts log is {log}" if log else text,
-                        machine=agent.machine,
-                        step="workers",
-                        last_lines=lines,
-                        instance_id=agent.instance_id(min(agent.nodes)) if agent.nodes else None,
-                        log=log,
-                    )
+                error = BootstrapError(
+                    f"{text}\nIts log is {log}" if log else text,
+                    machine=agent.machine,
+                    step=WORKERS,
+                    last_lines=lines,
+                    instance_id=agent.instance_id(min(agent.nodes)) if agent.nodes else None,
+                    log=log,
                 )
+                if agent is self._agents[0] or self._is_up:
+                    self._fail(error)
+                elif agent in self._agents:
+                    self._begin(agent, error)
             case "notice" if agent is not self._agents[0]:
                 self._spawn(self._evacuate(agent, event["seconds"]))
             case "notice":
@@ -299,10 +356,14 @@ class AgentCluster(SkyCluster):
                     f"unexpectedly ({why}); calls that had not finished are lost. Enter the pool again."
                 )
             )
-        elif self.status != Status.running:
-            self._fail(PoolError(f"the agent of pool {self.name} on {agent.machine} ended while starting ({why})"))
-        else:
+        elif self._is_up:
             self._spawn(self._drop(agent, why, gone=gone))
+        elif agent in self._agents:
+            said = f"the agent of pool {self.name} on {agent.machine} ended while the pool started ({why})"
+            (node,) = agent.nodes
+            self._begin(
+                agent, BootstrapError(said, machine=agent.machine, step=LOST, instance_id=agent.instance_id(node))
+            )
 
     async def _drop(self, agent: Agent, why: str, *, gone: bool = False) -> None:
         """Go on without a node that is lost: its calls are run again elsewhere, on its replacement if there is one.
@@ -396,7 +457,7 @@ class AgentCluster(SkyCluster):
 
     def _replace(self, agent: Agent) -> None:
         if self._discard is not None and not self._stopping:
-            self._spawn(self._find_replacement(agent))
+            self._spawn_growth(self._find_replacement(agent))
 
     async def _find_replacement(self, lost: Agent) -> None:
         """Find another machine for a node that is lost; the pool goes on meanwhile with what it has."""
@@ -419,7 +480,7 @@ class AgentCluster(SkyCluster):
             except Exception as exc:  # it may be lost too, before it is ready
                 logger.warning("%s, a replacement for %s, can't be made ready: %s", agent.machine, lost.machine, exc)
                 self._agents.remove(agent)
-                await self._remove_agent(agent)
+                self._spawn(self._remove_agent(agent))
                 continue
             self._nodes.add(node)
             self.on_node_replaced(node, agent.instance_id(node), lost_id)
@@ -447,6 +508,9 @@ class AgentCluster(SkyCluster):
         with contextlib.suppress(Exception):  # the scheduler may be dead
             await asyncio.wait_for(super()._close(), 2)
         self.status = Status.closed
+        for task in self._growth:
+            task.cancel()
+        await asyncio.gather(*self._growth, return_exceptions=True)
         stopping = map(self._stop_agent, {*self._agents, *self._leaving})
         await asyncio.gather(self._end_tasks(), *stopping, return_exceptions=True)
         self._cloud_threads.shutdown(wait=False)
@@ -487,6 +551,12 @@ class AgentCluster(SkyCluster):
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _spawn_growth(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run what gets nodes and makes them ready: the end of the pool cancels it, and stops their agents itself."""
+        task = asyncio.ensure_future(coroutine)
+        self._growth.add(task)
+        task.add_done_callback(self._growth.discard)
 
     # --- looking in -----------------------------------------------------------------------------------------
 
@@ -538,6 +608,8 @@ class AgentCluster(SkyCluster):
         self.loop.add_callback(self._scale, n)
 
     def _scale(self, n: int) -> None:
+        if self._stopping:
+            return
         have = sorted(self._nodes)
         if n < len(have):
             self.scale_down(have[n:])
@@ -547,7 +619,7 @@ class AgentCluster(SkyCluster):
             return
         self._nodes.update(new)
         if self._new_agents is not None:
-            self._spawn(self._grow(new))
+            self._spawn_growth(self._grow(new))
             return
         specs = [self._node_spec(node) for node in new]
         self._agents[0].nodes.update(new)
@@ -564,7 +636,7 @@ class AgentCluster(SkyCluster):
     async def _grow(self, new: list[int]) -> None:
         assert self._new_agents is not None
         async with self._growing:
-            taken = [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
+            taken = self._used + [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
             try:
                 agents = await self._ask_cloud(self._new_agents, new, taken)
             except Exception as exc:  # whatever a provider says: the pool goes on with what it has
@@ -576,14 +648,14 @@ class AgentCluster(SkyCluster):
             if self._discard is None:  # otherwise whoever launched it has told
                 for node in agent.nodes:
                     self.on_node_added(node, agent.instance_id(node), agent.facts)
-            self._spawn(self._grow_by(agent))
+            self._spawn_growth(self._grow_by(agent))
 
     async def _grow_by(self, agent: Agent) -> None:
         try:
             await self._start_agent(agent)
         except Exception as exc:  # as in _grow
             logger.warning("%s can't be made ready: %s", agent.machine, exc)
-            await self._drop(agent, str(exc))
+            self._spawn(self._drop(agent, str(exc)))
 
     def scale_down(self, workers: Sequence[int]) -> None:
         """Remove nodes, by number. Dask's name for the argument; the work on them is run again elsewhere."""

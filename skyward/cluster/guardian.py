@@ -32,7 +32,7 @@ _LOOK_S = 30.0  # `select` does not count the time that a computer sleeps
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _PAUSE_S = 60.0
 _SETTLE_S = 60.0
-"""Seconds after which a launch that was under way when the owner died has made its machines. By feel."""
+"""Seconds after which what was launched last is listed, and between looks while a launch may be under way."""
 _DISMISSED_WITHIN_S = 2.0
 _DONE = b"done\n"
 
@@ -140,7 +140,11 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # they are for the owner, and its end is when we are needed
     (pool_id,) = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {pool_id} %(message)s")
-    entry = journal.read(pool_id)
+    try:
+        entry = journal.read(pool_id)
+    except (OSError, ValueError):
+        logger.exception("the journal can't be read: nothing is guarded; `skyward ps` finds the pool by its tags")
+        return 1
     if entry is None:
         logger.error("not in the journal: nothing to guard")
         return 1
@@ -159,26 +163,34 @@ def main() -> int:
 def _end(entry: Entry, owner: _Owner) -> int:
     from skyward.cluster.release import release
 
-    looked_again = False
+    ended_at = 0.0
     for pause in _pauses():
         latest = _latest(entry)
         if latest is None:
             logger.info("somebody else has ended it")
             return 0
         entry = latest
+        if not (entry.machines or entry.places):
+            journal.close(entry.pool_id)
+            logger.info("nothing was started")
+            return 0
         try:
             left = release(entry)
         except Exception:  # whatever it is, network or code, the next try may do better; there is nobody to tell
             logger.exception("failed")
             left = ["see above"]
-        # Unless the owner has waited for it, a cloud may still be at work on what it was asked for last.
-        if not left and (looked_again or not entry.places or entry.state == "stopping"):
-            journal.close(entry.pool_id)
-            logger.info("ended")
-            return 0
         if not left:
-            logger.info("ended; looking again in %g s", _SETTLE_S)
-            looked_again, pause = True, _SETTLE_S
+            now = time.time()
+            ended_at = ended_at or now
+            until = entry.launching_until
+            if entry.places and entry.state != "stopping":  # what was launched last may not be listed yet
+                until = max(until, ended_at + _SETTLE_S)
+            if now >= until:
+                journal.close(entry.pool_id)
+                logger.info("ended")
+                return 0
+            pause = min(_SETTLE_S, until - now)
+            logger.info("ended; a cloud may still make machines: looking again in %.0f s", pause)
         else:
             logger.info("may still run on %s", "; ".join(left))
         if time.time() > entry.expires + GIVE_UP_S:

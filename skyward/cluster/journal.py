@@ -66,6 +66,9 @@ class Entry:
         All that are known. Private keys are paths here, never the keys themselves.
     places
         Where clouds were asked for machines: there may be some that are not known.
+    launching_until
+        Until when clouds may still make machines that they were asked for, in seconds since the epoch; 0: no launch is
+        under way.
     nodes
         Which node a machine is, by its id; machines that are lost are left out.
     dashboard_port
@@ -87,6 +90,7 @@ class Entry:
     state: State = "launching"
     machines: tuple[Machine, ...] = ()
     places: tuple[Place, ...] = ()
+    launching_until: float = 0.0
     nodes: Mapping[str, int] = field(default_factory=dict, hash=False)
     dashboard_port: int | None = None
     folder: str = ""
@@ -139,7 +143,7 @@ def open_entry(
         pid_started=_start_of(pid) or 0.0, host=socket.gethostname(), owner=this_owner(), machines=tuple(machines),
         **facts,
     )  # fmt: skip
-    return update(entry)
+    return _put(entry)
 
 
 def update(
@@ -148,6 +152,7 @@ def update(
     state: State | None = None,
     machines: Sequence[Machine] | None = None,
     places: Sequence[Place] | None = None,
+    launching_until: float | None = None,
     nodes: Mapping[str, int] | None = None,
     dashboard_port: int | None = None,
 ) -> Entry:
@@ -156,18 +161,25 @@ def update(
     Raises
     ------
     PoolError
-        The journal can't be written.
+        The journal can't be written, or has no entry of the pool any more: another process has ended it.
     """
     entry = replace(
         entry,
         state=state or entry.state,
         machines=entry.machines if machines is None else tuple(machines),
         places=entry.places if places is None else tuple(places),
+        launching_until=entry.launching_until if launching_until is None else launching_until,
         nodes=entry.nodes if nodes is None else dict(nodes),
         dashboard_port=entry.dashboard_port if dashboard_port is None else dashboard_port,
     )
+    return _put(entry, must_exist=True)
+
+
+def _put(entry: Entry, *, must_exist: bool = False) -> Entry:
     path = _path(entry.pool_id)
     with _writing:
+        if must_exist and not path.exists():
+            raise PoolError(f"pool {entry.pool_id} was ended by another process, such as `skyward down`")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.parent.chmod(0o700)

@@ -26,6 +26,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._closed = threading.Event()
+        self._error: BaseException | None = None
         self._left = threading.Condition()
         self._inside = 0
 
@@ -45,16 +46,17 @@ class Gate:
     def check(self) -> None:
         """Return if the pool has not ended."""
         if self._closed.is_set():
-            raise PoolError("the pool has ended: no more machines are launched for it")
+            raise self._error or PoolError("the pool has ended: no more machines are launched for it")
 
     def pause(self, seconds: float) -> None:
         """Sleep, at most until the pool ends."""
         self._closed.wait(seconds)
         self.check()
 
-    def close(self) -> None:
-        """Let nothing through any more. May be called twice."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Let nothing through any more: `check` raises `error`, or a PoolError. May be called twice."""
         with self._left:
+            self._error = self._error or error
             self._closed.set()
 
     def wait(self, timeout_s: float) -> bool:

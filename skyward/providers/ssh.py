@@ -27,7 +27,7 @@ class SSH:
     ----------
     hosts
         ``"host"``, ``"user@host"``, ``"user@host:port"``, or names from ``~/.ssh/config``, whose jump hosts and keys
-        are used. A pool takes the first `nodes` of them.
+        are used. A pool takes the first `nodes` of them; the others take the place of those that fail while it starts.
     user
         Who logs in where a host does not say; None: what ``~/.ssh/config`` says, else the local user.
     key

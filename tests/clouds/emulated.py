@@ -56,6 +56,10 @@ class Emulated:
         """Return the machines that cost."""
         return [line for line in self.left() if line.startswith(("instance", "droplet"))]
 
+    def calls(self) -> int:
+        """Return how many requests there have been so far."""
+        return sum(self.cloud.calls.values()) if self.name == "aws" else len(self.cloud.calls)
+
     def bill(self) -> float:
         """Return USD so far, for machines alone."""
         cost: float = self.cloud.bill(volumes=False) if self.name == "verda" else self.cloud.bill()
@@ -126,6 +130,16 @@ class Emulated:
                 self.cloud.delete_tag(f"skyward:pool:{pool_id}")
             case _:
                 self.cloud.rename(pool_id)
+
+    def take_long_to_start(self) -> None:
+        """Have the next machines take an hour until they have an address."""
+        match self.name:
+            case "aws":
+                self.cloud.pending_s = 3600.0
+            case "digitalocean":
+                self.cloud.new_s = 3600.0
+            case _:
+                self.cloud.ordered_s = 3600.0
 
     def break_end(self, broken: bool) -> None:
         """Have no machine destroyed, until that is taken back."""

@@ -227,6 +227,32 @@ def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None
     assert_nothing_left(cloud)
 
 
+def test_one_bad_machine(emulate: Callable[..., Emulated], baked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One machine of two never lets anybody in: another one takes its place."""
+    cloud = emulate("digitalocean", baked=baked)
+    monkeypatch.setattr(remote, "BOOT_S", 10.0)
+    boot, names = cloud.yard.boot, []
+
+    def boot_first_badly(name: str, user_data: str, *args: Any) -> str:
+        names.append(name)
+        return boot(name, user_data if len(names) > 1 else "#cloud-config\n{}", *args)
+
+    monkeypatch.setattr(cloud.yard, "boot", boot_first_badly)
+    told: list[Any] = []
+
+    with open_pool(cloud, nodes=2, on_event=told.append) as pool:
+        assert len(set(host() @ pool)) == 2
+        assert len(cloud.machines()) == 2
+        cost = pool.cost
+
+    assert [e.node for e in told if isinstance(e, sky.InstanceReplaced)] == [0]
+    assert any("no login within 10 s" in e.message for e in told if isinstance(e, sky.Error))
+    (final,) = [e for e in told if isinstance(e, sky.CostFinal)]
+    assert final.total_cost >= cost > 0
+    assert final.ondemand_count == 3
+    assert_nothing_left(cloud)
+
+
 def test_api_down_at_terminate(cloud: Emulated) -> None:
     told: list[sky.Error] = []
     with open_pool(cloud) as pool:

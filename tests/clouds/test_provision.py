@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,13 +13,14 @@ import pytest
 
 import skyward as sky
 import skyward.provision
-from skyward.cluster import journal
+from skyward.cluster import journal, remote
 from skyward.cluster.record import Record
 from skyward.plan import make_plan
 from skyward.providers import listing
 from skyward.provision import Provisioner
 from skyward.spec import PoolSpec
 from tests.clouds.emulated import NAMES, Emulated
+from tests.fake_agent import FakeAgent, FakeCluster
 from tests.waiting import wait_until
 
 
@@ -275,3 +278,240 @@ def test_a_start_that_costs_too_much_ends(name: str, emulate: Callable[..., Emul
     assert cloud.left() == []
     assert journal.entries() == []
     assert pool.cost >= 1e-5
+
+
+# --- the end, while machines are launched -------------------------------------------------------------------
+
+
+class Stops:
+    """Makes a launch wait at a step, until the pool has begun to end."""
+
+    def __init__(self, cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.heard: list[Any] = []
+        self._cloud = cloud
+        self._patch = monkeypatch
+        self._reached, self._ending = threading.Event(), threading.Event()
+
+    def at(self, step: str) -> None:
+        """Make launches wait from now on."""
+        boot = self._cloud.yard.boot
+        match step:
+            case "before the create call":
+                self._wait_at = sky.InstanceLaunching
+            case "during the create call":
+
+                def wait_and_boot(*args: Any, **options: Any) -> str:
+                    self._wait()
+                    return boot(*args, **options)
+
+                self._patch.setattr(self._cloud.yard, "boot", wait_and_boot)
+            case "before it has an address":
+                self._cloud.take_long_to_start()
+
+                def boot_and_tell(*args: Any, **options: Any) -> str:
+                    self._reached.set()
+                    return boot(*args, **options)
+
+                self._patch.setattr(self._cloud.yard, "boot", boot_and_tell)
+            case "while it is made ready":
+                self._wait_at = None
+
+    _wait_at: Any = None
+
+    def emit(self, event: Any) -> None:
+        self.heard.append(event)
+        if self._wait_at is not None and isinstance(event, self._wait_at):
+            self._wait()
+
+    def _wait(self) -> None:
+        self._reached.set()
+        assert self._ending.wait(60)
+
+    def wait_until_reached(self) -> None:
+        assert self._reached.wait(60)
+
+    def go_on(self) -> None:
+        self._ending.set()
+
+
+STEPS = ("before the create call", "during the create call", "before it has an address", "while it is made ready")
+# Each cloud's own code has a part in all steps but the last; that it is a replacement makes no difference to it.
+OVERTAKEN = [("scale", step, name) for name in NAMES for step in STEPS[:3]]
+OVERTAKEN += [("scale", STEPS[3], "digitalocean"), *(("replacement", step, "digitalocean") for step in STEPS)]
+
+
+@pytest.mark.parametrize(("why", "step", "name"), OVERTAKEN)
+def test_a_launch_that_the_end_overtakes_leaves_nothing(
+    why: str, step: str, name: str, emulate: Callable[..., Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = emulate(name, boots=False)
+    stops = Stops(cloud, monkeypatch)
+    provisioner, record = make_provisioner(cloud, stops.emit)
+    agents: list[FakeAgent] = []
+
+    def new_agents(nodes: Sequence[int], used: Sequence[str]) -> list[FakeAgent]:
+        machines = provisioner.more(nodes, used)
+        new = [FakeAgent(n, m.id, ready=threading.Event()) for n, m in zip(nodes, machines, strict=True)]
+        agents.extend(new)
+        return new
+
+    first = [FakeAgent(n, m.id) for n, m in enumerate(provisioner.launch())]
+    cluster = FakeCluster(first, new_agents=new_agents, discard=provisioner.discard)
+    cluster.start()
+    stops.at(step)
+    if why == "scale":
+        cluster.scale(3)
+    else:
+        cluster.loop.add_callback(first[1].heard, {"event": "ended", "why": "lost", "gone": True})
+    if step == "while it is made ready":
+        wait_until(lambda: agents and agents[0].started.is_set())
+    else:
+        stops.wait_until_reached()
+
+    provisioner.close()
+    stops.go_on()
+    cluster.stop()
+    left = provisioner.end()
+    record.left = left
+    record.close()
+
+    assert left == []
+    assert cloud.left() == []
+    assert journal.entries() == []
+    assert record._guardian._process.returncode is not None
+    asked = cloud.calls()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("skyward-launch")])
+    assert cloud.calls() == asked  # of the cloud, nothing more
+
+
+def make_provisioner(cloud: Emulated, emit: Callable[[Any], None]) -> tuple[Provisioner, Record]:
+    spec = PoolSpec(machine=cloud.type, nodes=2, allocation="on-demand")
+    expires = time.time() + spec.timeout
+    record = Record("0123abcd", cloud.name, expires)
+    return Provisioner(make_plan((cloud.provider(),), spec), spec, "0123abcd", record, emit, expires), record
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pool_that_has_ended_asks_nothing_more_of_its_cloud(
+    name: str, emulate: Callable[..., Emulated]
+) -> None:
+    cloud = emulate(name, boots=False)
+    provisioner, record = make_provisioner(cloud, lambda _: None)
+    machine, _ = provisioner.launch()
+    assert provisioner.end() == []
+    record.close()
+    calls = cloud.calls()
+
+    with pytest.raises(sky.PoolError, match="the pool has ended"):
+        provisioner.more([2], [])
+    assert provisioner.gone([machine]) == set()
+    provisioner.discard(machine)
+
+    assert cloud.calls() == calls
+    assert journal.entries() == []
+
+
+def test_a_pool_that_another_process_has_ended_launches_no_more(emulate: Callable[..., Emulated]) -> None:
+    cloud = emulate("digitalocean", boots=False)
+    provisioner, record = make_provisioner(cloud, lambda _: None)
+    provisioner.launch()
+    cloud.provider().end("0123abcd", [cloud.region])
+    journal.close("0123abcd")  # as `skyward down` does, and the guardian when this computer was suspended
+
+    with pytest.raises(sky.PoolError, match="was ended by another process"):
+        provisioner.more([2], [])
+
+    assert cloud.left() == []
+    assert journal.entries() == []
+    assert provisioner.end() == []
+    record.close()
+
+
+def test_after_its_timeout_a_pool_launches_no_more(emulate: Callable[..., Emulated]) -> None:
+    cloud = emulate("digitalocean", boots=False)
+    provisioner, record = make_provisioner(cloud, lambda _: None)
+    provisioner._expires = time.time() - 1
+
+    with pytest.raises(sky.PoolTimeoutError):
+        provisioner.launch()
+
+    assert cloud.left() == []
+    assert provisioner.end() == []
+    record.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refused_credentials_leave_nothing_for_the_guardian(
+    name: str, emulate: Callable[..., Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cloud = emulate(name, boots=False)
+    told: list[Any] = []
+    provisioner, record = make_provisioner(cloud, told.append)
+    for variable in ("AWS_ACCESS_KEY_ID", "DIGITALOCEAN_TOKEN", "VERDA_CLIENT_SECRET"):
+        monkeypatch.setenv(variable, "wrong")
+
+    with pytest.raises(sky.CredentialsError):
+        provisioner.launch()
+    record.left = provisioner.end()
+    record.close()
+
+    assert record.left == []
+    assert journal.entries() == []
+    assert record._guardian._process.returncode is not None
+    assert not any("may still run" in event.message for event in told if isinstance(event, sky.Error))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_launch_that_nobody_waited_for_is_left_to_the_guardian(
+    name: str, emulate: Callable[..., Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C twice: the second one while the end waits for a launch."""
+    cloud = emulate(name, boots=False)
+    stops = Stops(cloud, monkeypatch)
+    provisioner, record = make_provisioner(cloud, stops.emit)
+    stops.at("during the create call")
+    with ThreadPoolExecutor(1) as threads:
+        launch = threads.submit(provisioner.launch)
+        stops.wait_until_reached()
+
+        provisioner.close()
+        record.left = ["not confirmed"]
+        record.close()
+        (entry,) = journal.entries()
+        stops.go_on()
+        with pytest.raises(sky.PoolError):
+            launch.result(60)
+
+    assert entry.state == "stopping"
+    assert entry.launching_until > time.time() + 60
+    assert record._guardian._process.poll() is None  # it looks again until then
+    wait_until(lambda: cloud.left() == [], 60)
+    record._guardian._process.kill()
+    record._guardian._process.wait()
+    journal.close("0123abcd")
+
+
+def test_ctrl_c_ends_the_start_of_several_pools_at_once(
+    emulate: Callable[..., Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main = threading.main_thread().ident
+    assert main is not None
+    cloud, waiting = emulate("digitalocean", boots=False), threading.Semaphore(0)
+    monkeypatch.setattr(remote, "BOOT_S", 3600.0)  # nobody answers at the address of such a machine
+    options: dict[str, Any] = {"machine": cloud.type, "display": "quiet", "timeout": 7200.0}
+    pools = [sky.ComputePool(provider=cloud.provider(), **options) for _ in range(2)]
+    for pool in pools:
+        pool.on(sky.BootstrapStarting, lambda _: waiting.release())
+
+    def interrupt() -> None:
+        assert waiting.acquire(timeout=60)
+        assert waiting.acquire(timeout=60)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt), sky.MultiPool(*pools):
+        pass
+
+    assert cloud.left() == []
+    assert journal.entries() == []

@@ -38,6 +38,19 @@ def test_a_broadcast_reaches_every_machine(pool: sky.ComputePool, machines: list
     assert len(sky.compute(socket.gethostname)() @ pool.slots) == 6
 
 
+def test_a_spare_host_takes_the_place_of_one_that_is_down(site: Site, machines: list[Machine]) -> None:
+    up = site.provider(*machines[:2])
+    provider = sky.SSH(["root@127.0.0.1:9", *up.hosts], key=site.key, known_hosts=site.known_hosts)
+    told: list[Any] = []
+
+    with sky.ComputePool(provider, nodes=2, image=IMAGE, display="quiet", on_event=told.append) as pool:
+        assert sky.compute(socket.gethostname)() @ pool == (machines[1].name, machines[0].name)
+
+    (replaced,) = [e for e in told if isinstance(e, sky.InstanceReplaced)]
+    assert (replaced.node, replaced.instance_id, replaced.replaced_id) == (0, up.hosts[1], "root@127.0.0.1:9")
+    assert any("127.0.0.1" in e.message for e in told if isinstance(e, sky.Error))
+
+
 class RememberingSVC(SVC):  # type: ignore[misc]
     """Notes on which machine it was fitted. Defined here, so it has to travel."""
 

@@ -1,0 +1,63 @@
+"""Machines that fail while a pool starts: which are replaced, and when the start itself has failed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from skyward.errors import BootstrapError
+
+LOST = "lost"
+"""The step of a machine that was ready and is lost before the pool has started."""
+WORKERS = "workers"
+"""The step of a machine whose agent runs, and whose worker processes don't start."""
+_CONNECTION = 255  # as ssh has it
+_MACHINE = ("boot", "ssh", "address", LOST)
+"""Steps that need nothing of the image."""
+
+
+class StartFailures:
+    """The failures of one start of a pool with so many nodes. For one event loop.
+
+    The start fails when more than half of the nodes have failed, where one may always fail. What fails at a step of
+    the image, such as ``packages``, may fail everywhere: such a node is replaced once another one has become ready, and
+    when a second one fails at the same step, the start fails at once. So does that of a pool of one node.
+    """
+
+    def __init__(self, nodes: int, *, costly: bool) -> None:
+        """`costly`: a replacement costs money and time, so that it is tried only where it may help."""
+        self._nodes = nodes
+        self._costly = costly
+        self._errors: list[BootstrapError] = []
+        self._passed = asyncio.Event()
+
+    def passed(self) -> None:
+        """Note that a node is ready."""
+        self._passed.set()
+
+    async def judge(self, error: BootstrapError) -> None:
+        """Return when the node that failed so is to be replaced.
+
+        Raises
+        ------
+        BootstrapError
+            `error`, with the failures before it in its message: the start has failed.
+        """
+        is_image = error.step not in _MACHINE and error.status != _CONNECTION
+        again = any(earlier.step == error.step for earlier in self._errors)
+        self._errors.append(error)
+        if len(self._errors) > max(1, self._nodes // 2):
+            raise self.told(error)
+        if is_image and (again or (self._costly and self._nodes == 1)):
+            raise self.told(error)
+        if is_image and self._costly:
+            await self._passed.wait()
+
+    def told(self, error: BootstrapError) -> BootstrapError:
+        """Return `error` with what has failed before it in its message."""
+        if earlier := self.lines(but=error):
+            error.args = ("\n  ".join([f"{error}\nBefore it failed:", *earlier]),)
+        return error
+
+    def lines(self, *, but: BootstrapError | None = None) -> list[str]:
+        """Return a line for each failure."""
+        return [str(error).partition("\n")[0] for error in self._errors if error is not but]

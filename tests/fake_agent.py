@@ -1,0 +1,93 @@
+"""Agents of nodes that don't exist, for fast tests of how a cluster starts, grows and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from skyward.cluster.agents import Heard
+from skyward.cluster.cluster import AgentCluster
+from skyward.cluster.config import NodeSpec
+from skyward.errors import BootstrapError
+from skyward.providers.base import Login, Machine
+
+
+def failure(step: str, machine: str = "m", status: int = 1) -> BootstrapError:
+    return BootstrapError(f"{machine} failed at {step}", machine=machine, step=step, status=status)
+
+
+class FakeAgent:
+    """Becomes ready at once, or fails at `fails_at`, or when `ready` is given only after that is set.
+
+    `started` and `stopped` are set when that is asked for.
+    """
+
+    has_unsent = False
+
+    def __init__(
+        self, node: int, name: str, *, fails_at: str | None = None, ready: threading.Event | None = None
+    ) -> None:
+        self.nodes = {node}
+        self.machine = name
+        self.facts = Machine(id=name, provider="fake", login=Login(host=name))
+        self.started, self.stopped = threading.Event(), threading.Event()
+        self.commands: list[dict[str, Any]] = []
+        self.heard: Heard
+        self._fails_at = fails_at
+        self._ready = ready
+
+    def instance_id(self, node: int) -> str:
+        return self.facts.id
+
+    async def start(self, heard: Heard) -> None:
+        self.heard = heard
+        self.started.set()
+        while self._ready is not None and not self._ready.is_set():
+            await asyncio.sleep(0.01)
+        if self._fails_at is not None:
+            raise failure(self._fails_at, self.machine)
+        if 0 in self.nodes:
+            heard({"event": "scheduler", "address": "tls://fake:1", "dashboard": None})
+
+    async def answers(self) -> bool:
+        return True
+
+    def send(self, command: dict[str, Any]) -> None:
+        self.commands.append(command)
+
+    async def reach(self, port: int) -> tuple[str, int]:
+        return "fake", port
+
+    async def reach_scheduler(self, address: str) -> tuple[str, int]:
+        raise NotImplementedError(address)  # there is none
+
+    async def stop(self) -> str | None:
+        self.stopped.set()
+        return None
+
+
+class FakeCluster(AgentCluster):
+    """A cluster of such agents, without scheduler and workers."""
+
+    def __init__(self, agents: Sequence[FakeAgent], **options: Any) -> None:
+        super().__init__(
+            "fake",
+            agents,
+            security=None,
+            slots_per_node=1,
+            node_spec=lambda node: NodeSpec(node, ({},), ({},)),
+            **{"timeout_s": 60.0, **options},
+        )
+
+    async def _connect(self, address: str) -> None:
+        assert address == "tls://fake:1"
+
+    def _is_complete(self) -> bool:
+        return True
+
+    @property
+    def machines(self) -> dict[int, str]:
+        """The names of the machines, by node."""
+        return {node: agent.instance_id(node) for agent in self._agents for node in agent.nodes}

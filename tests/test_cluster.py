@@ -1,0 +1,301 @@
+"""How a cluster of several machines starts, grows and ends when some of them fail: with agents that are not real."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from skyward.cluster import cluster as cluster_module
+from skyward.errors import BootstrapError, CapacityError, NoMatchingInstanceError, PoolError, PoolTimeoutError
+from tests.fake_agent import FakeAgent, FakeCluster
+from tests.waiting import wait_until
+
+Start = Callable[..., FakeCluster]
+
+
+class Cloud:
+    """Has further machines: those that are given, one after another; then it has none."""
+
+    def __init__(self, *spares: Callable[[int], FakeAgent], error: Exception | None = None) -> None:
+        self._spares = list(spares)
+        self._error = error or CapacityError("sold out")
+        self.asked: list[tuple[list[int], list[str]]] = []
+        self.discarded: list[str] = []
+
+    def more(self, nodes: Sequence[int], used: Sequence[str]) -> list[FakeAgent]:
+        self.asked.append((list(nodes), list(used)))
+        if not self._spares:
+            raise self._error
+        (node,) = nodes
+        return [self._spares.pop(0)(node)]
+
+    def discard(self, machine: Any) -> None:
+        self.discarded.append(machine.id)
+
+
+def spare(name: str, **options: Any) -> Callable[[int], FakeAgent]:
+    return lambda node: FakeAgent(node, name, **options)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., FakeCluster]]:
+    """Makes a cluster on machines of a cloud, or on hosts that stay; it ends with the test."""
+    made: list[FakeCluster] = []
+
+    def make(cloud: Cloud, agents: Sequence[FakeAgent], *, hosts: bool = False, **options: Any) -> FakeCluster:
+        discard = None if hosts else cloud.discard
+        made.append(FakeCluster(agents, new_agents=cloud.more, discard=discard, **options))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.stop()
+
+
+def machines(*fails_at: str | None) -> list[FakeAgent]:
+    return [FakeAgent(node, f"m{node}", fails_at=step) for node, step in enumerate(fails_at)]
+
+
+# --- the start ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_machine_that_does_not_boot_is_replaced(make: Start, bad: int) -> None:
+    cloud = Cloud(spare("spare"))
+    agents = machines(*("boot" if node == bad else None for node in range(3)))
+    cluster = make(cloud, agents)
+    replaced: list[tuple[int, str, str]] = []
+    errors: list[BaseException] = []
+    cluster.on_node_replaced = lambda *facts: replaced.append(facts)
+    cluster.on_start_error = errors.append
+
+    cluster.start()
+
+    assert cluster.machines == {0: "m0", 1: "m1", 2: "m2"} | {bad: "spare"}
+    assert replaced == [(bad, "spare", f"m{bad}")]
+    assert [str(error) for error in errors] == [f"m{bad} failed at boot"]
+    wait_until(lambda: cloud.discarded == [f"m{bad}"])
+    assert agents[bad].stopped.is_set()
+
+
+def test_a_replacement_that_fails_is_replaced_too(make: Start) -> None:
+    cloud = Cloud(spare("first", fails_at="boot"), spare("second"))
+    cluster = make(cloud, machines(None, "boot", None, None))
+
+    cluster.start()
+
+    assert cluster.machines == {0: "m0", 1: "second", 2: "m2", 3: "m3"}
+    wait_until(lambda: cloud.discarded == ["m1", "first"])
+
+
+def test_a_start_fails_when_more_than_half_of_the_machines_do(make: Start) -> None:
+    cloud = Cloud(*(spare(f"spare{n}", fails_at="boot") for n in range(9)))
+
+    with pytest.raises(BootstrapError) as info:
+        make(cloud, machines(None, None, None, "boot")).start()
+
+    assert str(info.value).splitlines() == [
+        "spare1 failed at boot", "Before it failed:", "  m3 failed at boot", "  spare0 failed at boot"
+    ]  # fmt: skip
+    assert len(cloud.asked) == 2
+
+
+def test_an_image_that_fails_twice_fails_the_start_at_once(make: Start) -> None:
+    cloud, never = Cloud(spare("spare")), threading.Event()
+    agents = [*machines("packages", "packages"), *(FakeAgent(n, f"m{n}", ready=never) for n in range(2, 9))]
+
+    with pytest.raises(BootstrapError, match=r"failed at packages\nBefore it failed:\n  m\d failed at packages"):
+        make(cloud, agents).start()
+
+    assert cloud.asked == []
+
+
+def test_an_image_that_fails_on_the_only_node_fails_the_start_at_once(make: Start) -> None:
+    cloud = Cloud(spare("spare"))
+
+    with pytest.raises(BootstrapError, match="m0 failed at packages"):
+        make(cloud, machines("packages")).start()
+
+    assert cloud.asked == []
+
+
+def test_the_only_machine_is_replaced_if_it_does_not_boot(make: Start) -> None:
+    cluster = make(Cloud(spare("spare")), machines("boot"))
+
+    cluster.start()
+
+    assert cluster.machines == {0: "spare"}
+
+
+def test_one_that_fails_at_the_image_waits_for_another_to_pass(make: Start) -> None:
+    cloud, ready = Cloud(spare("spare")), threading.Event()
+    agents = [*machines("packages"), FakeAgent(1, "m1", ready=ready)]
+    cluster = make(cloud, agents)
+    starting = threading.Thread(target=cluster.start)
+    starting.start()
+    for agent in agents:
+        assert agent.started.wait(30)
+
+    assert cloud.asked == []
+    ready.set()
+    starting.join(30)
+
+    assert cluster.machines == {0: "spare", 1: "m1"}
+
+
+def test_a_connection_that_breaks_is_not_blamed_on_the_image(make: Start) -> None:
+    class Dropped(FakeAgent):
+        async def start(self, heard: Any) -> None:
+            raise BootstrapError("m0 lost", machine="m0", step="packages", status=255)
+
+    cluster = make(Cloud(spare("spare")), [Dropped(0, "m0")])
+
+    cluster.start()
+
+    assert cluster.machines == {0: "spare"}
+
+
+def test_a_machine_that_is_lost_while_others_start_is_replaced(make: Start) -> None:
+    cloud, ready = Cloud(spare("spare")), threading.Event()
+    agents = [*machines(None, None), FakeAgent(2, "m2", ready=ready)]
+    cluster = make(cloud, agents)
+    starting = threading.Thread(target=cluster.start)
+    starting.start()
+    wait_until(lambda: agents[1].commands)  # it has joined
+
+    cluster.loop.add_callback(agents[1].heard, {"event": "ended", "why": "taken away"})
+    wait_until(lambda: cloud.asked)
+    ready.set()
+    starting.join(30)
+
+    # The scheduler may still have workers that are called after the lost node.
+    assert cluster.machines == {0: "m0", 3: "spare", 2: "m2"}
+    assert cluster.plan == {0, 2, 3}
+
+
+def test_workers_that_do_not_start_on_one_machine_are_started_on_another(make: Start) -> None:
+    cloud, ready = Cloud(spare("spare")), threading.Event()
+    agents = [*machines(None, None), FakeAgent(2, "m2", ready=ready)]
+    cluster = make(cloud, agents)
+    starting = threading.Thread(target=cluster.start)
+    starting.start()
+    wait_until(lambda: agents[1].commands)
+
+    cluster.loop.add_callback(agents[1].heard, {"event": "failed", "error": "no memory"})
+    wait_until(lambda: cloud.asked)
+    ready.set()
+    starting.join(30)
+
+    assert cluster.plan == {0, 2, 3}
+
+
+def test_where_no_replacement_can_be_had_both_reasons_are_told(make: Start) -> None:
+    with pytest.raises(BootstrapError) as info:
+        make(Cloud(), machines("boot", None, None)).start()
+
+    assert "m0 failed at boot" in str(info.value)
+    assert "No other machine could be had in its place: sold out" in str(info.value)
+
+
+def test_a_timeout_tells_which_machines_have_failed(make: Start) -> None:
+    cloud = Cloud(spare("spare", ready=threading.Event()))
+
+    with pytest.raises(PoolTimeoutError, match="These machines had failed:\n  m1 failed at boot"):
+        make(cloud, machines(None, "boot"), timeout_s=0.5).start()
+
+
+def test_a_host_that_fails_is_replaced_by_a_spare_one(make: Start) -> None:
+    hosts = Cloud(spare("spare", fails_at="packages"), spare("other"))
+    cluster = make(hosts, machines("ssh", None, None, None), hosts=True)
+    left: list[str] = []
+    added: list[str] = []
+    cluster.on_node_left = lambda _, name: left.append(name)
+    cluster.on_node_added = lambda _, name, __: added.append(name)
+
+    cluster.start()
+
+    assert cluster.machines[0] == "other"
+    assert (left, added) == (["m0", "spare"], ["spare", "other"])
+    # One that has failed is not taken again.
+    assert [used[:2] for _, used in hosts.asked] == [["m0", "m0"], ["m0", "spare"]]
+
+
+def test_without_a_spare_host_the_start_fails_at_once(make: Start) -> None:
+    hosts = Cloud(error=NoMatchingInstanceError("no more hosts"))
+    agents = [*machines("packages"), *(FakeAgent(n, f"m{n}", ready=threading.Event()) for n in (1, 2))]
+
+    with pytest.raises(BootstrapError, match="m0 failed at packages"):
+        make(hosts, agents, hosts=True).start()
+
+    assert all(agent.stopped.is_set() for agent in agents)
+
+
+# --- the end ------------------------------------------------------------------------------------------------
+
+
+def test_the_end_stops_a_node_that_is_being_made_ready(make: Start) -> None:
+    made: list[FakeAgent] = []
+
+    def new(node: int) -> FakeAgent:
+        made.append(FakeAgent(node, "new", ready=threading.Event()))
+        return made[-1]
+
+    cluster = make(Cloud(new), machines(None))
+    cluster.start()
+    cluster.scale(2)
+    wait_until(lambda: made and made[0].started.is_set())
+
+    cluster.stop()
+
+    assert made[0].stopped.is_set()
+
+
+def test_the_end_does_not_wait_for_the_next_try_to_replace_a_machine(
+    make: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "_REPLACEMENT_PAUSES_S", (0.0, 3600.0))
+    cloud, agents = Cloud(), machines(None, None)
+    cluster = make(cloud, agents)
+    cluster.start()
+    cluster.loop.add_callback(agents[1].heard, {"event": "ended", "why": "taken away", "gone": True})
+    wait_until(lambda: cloud.asked)
+
+    cluster.sync(cluster._close, callback_timeout=20)  # raises when it takes longer
+
+    assert agents[0].stopped.is_set()
+
+
+def test_a_cluster_that_has_ended_does_not_grow(make: Start) -> None:
+    cloud = Cloud(spare("spare"))
+    cluster = make(cloud, machines(None))
+    cluster.start()
+    cluster.sync(cluster._close)
+
+    cluster._scale(2)
+
+    assert cloud.asked == []
+
+
+def test_a_start_that_is_aborted_fails_at_once(make: Start) -> None:
+    agents = [FakeAgent(n, f"m{n}", ready=threading.Event()) for n in range(2)]
+    cluster = make(Cloud(), agents)
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            cluster.start()
+        except BaseException as exc:
+            failures.append(exc)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    assert agents[1].started.wait(30)
+
+    cluster.abort(PoolError("was closed while it started"))
+    starting.join(30)
+
+    assert "was closed while it started" in str(failures[0])
+    assert all(agent.stopped.is_set() for agent in agents)
