@@ -29,6 +29,7 @@ KEYS: Mapping[str, Any] = {
     "allocation": "spot-if-available",
     "timeout": 3600,
     "idle_timeout": None,
+    "boot_timeout": None,
     "heartbeat_timeout": 120,
     "max_price": None,
     "max_cost": None,
@@ -208,6 +209,7 @@ def _check(key: str) -> Callable[[Any], Any]:
         "allocation": _check_allocation,
         "timeout": check_positive("seconds"),
         "idle_timeout": check_positive("seconds"),
+        "boot_timeout": check_positive("seconds"),
         "heartbeat_timeout": check_seconds(spec.LEAST_HEARTBEAT_TIMEOUT_S),
         "max_price": check_positive("USD per hour"),
         "max_cost": check_positive("USD"),
@@ -250,8 +252,8 @@ def _check_allocation(value: Any) -> str | float:
 
 
 _NUMBERS: Mapping[str, Callable[[str], float]] = {
-    "timeout": float, "idle_timeout": float, "heartbeat_timeout": float, "max_price": float, "max_cost": float,
-    "allocation": float, "retries": int,
+    "timeout": float, "idle_timeout": float, "boot_timeout": float, "heartbeat_timeout": float, "max_price": float,
+    "max_cost": float, "allocation": float, "retries": int,
 }  # fmt: skip
 
 

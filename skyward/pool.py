@@ -63,6 +63,7 @@ class PoolOptions(TypedDict, total=False):
     max_price: float | None
     max_cost: float | None
     idle_timeout: float | None
+    boot_timeout: float | None
     heartbeat_timeout: float
     retries: int
 
@@ -101,6 +102,9 @@ class ComputePool:
         Seconds from entering until everything is destroyed, whatever happens.
     idle_timeout
         Seconds without a call until everything is destroyed; None: no limit.
+    boot_timeout
+        Seconds that a cloud's machine may take to get its address, and then to let us in; None: 300, or 1200 for bare
+        metal and for types with 8 accelerators or more. Verda's machines have at least 900 for their addresses.
     heartbeat_timeout
         Seconds without a heartbeat from this process after which each machine shuts itself down; at least 10, at most
         `timeout`. Raise it where this computer may sleep or this process may be suspended for longer. Machines are
@@ -149,6 +153,7 @@ class ComputePool:
         max_price: float | None = usual(None),
         max_cost: float | None = usual(None),
         idle_timeout: float | None = usual(None),
+        boot_timeout: float | None = usual(None),
         heartbeat_timeout: float = usual(120),
         retries: int = usual(3),
     ) -> None:
@@ -166,6 +171,7 @@ class ComputePool:
                 "max_price": max_price,
                 "max_cost": max_cost,
                 "idle_timeout": idle_timeout,
+                "boot_timeout": boot_timeout,
                 "heartbeat_timeout": heartbeat_timeout,
                 "retries": retries,
             }

@@ -32,7 +32,7 @@ from skyward.errors import (
 from skyward.events import CostFinal, CostUpdate
 from skyward.plan import Part, Plan, Step
 from skyward.providers import listing
-from skyward.providers.base import Birth, Cloud, LaunchOrder, Login, Machine
+from skyward.providers.base import Birth, Cloud, LaunchOrder, Login, Machine, boot_s
 from skyward.providers.launches import Gate
 from skyward.spec import PoolSpec, S3Volume
 
@@ -174,6 +174,7 @@ class Provisioner:
 
     def _launch(self, provider: Cloud, part: Part) -> Sequence[Machine]:
         offer = part.offer
+        limit_s = self._spec.boot_timeout or boot_s(offer.instance)
         place = Place(provider=provider.name, region=offer.region, settings=provider.settings())
         asked = 0
 
@@ -196,13 +197,14 @@ class Provisioner:
             max_price=self._spec.max_price,
             accelerator=self._spec.accelerator,
             volumes=tuple(v for v in self._spec.volume if isinstance(v, S3Volume)),
+            boot_s=limit_s,
             creating=creating,
             pause=self._gate.pause,
             prepared=functools.cache(lambda: self._prepared(provider, part)),  # a provider may ask again
         )
         with self._gate, self._record.launching(place):
             try:
-                return provider.launch(offer, order)
+                return [replace(machine, boot_s=limit_s) for machine in provider.launch(offer, order)]
             finally:
                 if asked:
                     self._places.add(place)

@@ -420,6 +420,7 @@ class PoolSpec:
     max_price: float | None = None
     max_cost: float | None = None
     idle_timeout: float | None = None
+    boot_timeout: float | None = None
     heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S
     retries: int = 3
 
@@ -452,6 +453,7 @@ class PoolSpec:
         settle("max_price", check_positive("USD per hour"), optional=True)
         settle("max_cost", check_positive("USD"), optional=True)
         settle("idle_timeout", check_positive("seconds"), optional=True)
+        settle("boot_timeout", check_positive("seconds"), optional=True)
         settle("heartbeat_timeout", check_seconds(LEAST_HEARTBEAT_TIMEOUT_S))
         settle("retries", check_count(0))
         problems.raise_if_any()

@@ -32,6 +32,7 @@ BAD = [
     ("timeout", float("nan"), "seconds greater than 0"),
     ("timeout", float("inf"), "seconds greater than 0"),
     ("idle_timeout", 0, "seconds greater than 0"),
+    ("boot_timeout", 0, "seconds greater than 0"),
     ("heartbeat_timeout", 9, "seconds from 10"),
     ("heartbeat_timeout", 3601, "at most timeout=3600"),
     ("retries", -1, "a whole number from 0"),

@@ -43,8 +43,6 @@ from skyward.volumes import Left, buckets, mount_script, size
 
 logger = logging.getLogger(__name__)
 
-BOOT_S = 300.0
-"""Seconds that a machine that was launched may take until it lets us in. By feel: slow ones take two minutes."""
 UNREACHABLE_S = 45.0
 """Seconds that a machine may be out of reach before the pool goes on without it. By feel: a router restarts in less."""
 _AGAIN_S = 0.2
@@ -240,7 +238,7 @@ class RemoteAgent:
 
     async def _log_in_when_booted(self) -> None:
         """Log in to a machine that may still boot: until then it may refuse, or not be what we expect."""
-        deadline = time.monotonic() + BOOT_S
+        deadline = time.monotonic() + self.facts.boot_s
         patience = _FIRST_LOGIN_S
         while True:
             try:
@@ -249,7 +247,8 @@ class RemoteAgent:
                 return
             except (TimeoutError, *_TROUBLE) as exc:
                 if time.monotonic() > deadline:
-                    said = (f"no login within {BOOT_S:g} s", str(exc), _admitted(self.facts.admitted))
+                    waited = f"no login within {self.facts.boot_s:g} s. If it takes longer to boot, raise boot_timeout="
+                    said = (waited, str(exc), _admitted(self.facts.admitted))
                     raise self._failed("boot", 255, said) from exc
             patience = min(1.5 * patience, CONNECT_TIMEOUT_S)  # a busy machine may need more
             await asyncio.sleep(_AGAIN_S)

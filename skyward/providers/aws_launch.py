@@ -31,7 +31,6 @@ _NVIDIA = "/aws/service/deeplearning/ami/{}/base-oss-nvidia-driver-gpu-ubuntu-24
 _NVIDIA_OLD = "/aws/service/deeplearning/ami/{}/base-proprietary-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id"
 _NEURON = "/aws/service/neuron/dlami/base/ubuntu-24.04/latest/image_id"
 
-_ADDRESS_S = 120.0  # until a launched machine has its address, which takes some seconds
 _PROFILE_S = 60.0  # until EC2 knows a new instance profile, which takes ten seconds or so
 _UNDO_S = 15.0  # for a failed launch: what is in use for longer is left to the pool's end
 
@@ -269,7 +268,7 @@ class Launch:
 
     def _arrived(self) -> list[dict[str, Any]]:
         """Return what is known of the machines, once all have their addresses."""
-        deadline, pause_s = time.monotonic() + _ADDRESS_S, 0.2
+        deadline, pause_s = time.monotonic() + self._order.boot_s, 0.2
         while True:
             found = {raw["InstanceId"]: raw for raw in of.find(self._ec2, of.of_order(self._order))}
             ours = [found[i] for i in self._ids if i in found]
@@ -278,7 +277,9 @@ class Launch:
             if len(ours) == len(self._ids) and all(self._access.host(r) and r.get("PrivateIpAddress") for r in ours):
                 return ours
             if time.monotonic() > deadline:
-                raise ProviderError(f"AWS: {self._doing}: machines have no address after {_ADDRESS_S:g} s")
+                raise ProviderError(
+                    f"AWS: {self._doing}: machines have no address after {self._order.boot_s:g} s. Raise boot_timeout="
+                )
             self._order.pause(pause_s)
             pause_s = min(1.5 * pause_s, 3.0)
 

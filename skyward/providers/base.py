@@ -51,6 +51,10 @@ class Login:
         return f"{user}{self.host}{port}"
 
 
+BOOT_S = 300.0
+"""Seconds that most machines may take from their launch until they let us in; slow ones take two minutes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """A machine that a provider lends to a pool.
@@ -69,6 +73,8 @@ class Machine:
         Ranges of addresses from which its firewall lets SSH in, as known at the launch.
     pool_id, owner, expires
         As its tags say, for machines that were found by them.
+    boot_s
+        Seconds that it may take from its launch until it lets us in.
     """
 
     id: str
@@ -88,6 +94,7 @@ class Machine:
     pool_id: str | None = None
     owner: str | None = None
     expires: float | None = None
+    boot_s: float = BOOT_S
 
 
 # --- what is asked for and offered --------------------------------------------------------------------------
@@ -183,6 +190,17 @@ class Birth:
         )
 
 
+BIG_BOOT_S = 1200.0
+"""The same for bare metal and for machines with 8 accelerators or more. Chosen, not measured."""
+_MANY = 8
+
+
+def boot_s(instance: InstanceSpec) -> float:
+    """Return how many seconds a machine of this type may take to boot, where the pool does not say."""
+    is_big = instance.accelerator_count >= _MANY or "metal" in instance.name
+    return BIG_BOOT_S if is_big else BOOT_S
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOrder:
     """What to launch of an offer.
@@ -209,6 +227,8 @@ class LaunchOrder:
         Sleeps for so many seconds, between requests. Raises `PoolError` when the pool ends.
     prepared
         Called when what the machines need (network, keys, groups) is there, right before they are asked for.
+    boot_s
+        Seconds that machines may take to get their addresses, and then to let us in.
     """
 
     pool_id: str
@@ -226,6 +246,7 @@ class LaunchOrder:
     creating: Callable[[], None] = lambda: None
     pause: Callable[[float], None] = time.sleep
     prepared: Callable[[], None] = lambda: None
+    boot_s: float = BOOT_S
 
 
 class Cloud(Protocol):

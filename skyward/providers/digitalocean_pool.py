@@ -38,7 +38,6 @@ _CREATES = 3
 """Times that droplets are asked for while answers are lost."""
 _THREADS = 8
 _PAUSES_S = (0.2, 3.0)  # between looks, from the one to the other
-_ADDRESS_S = 300.0  # until a droplet has its addresses, which takes half a minute
 _GONE_S = 120.0  # until a deleted droplet is gone, which takes seconds
 _BY_TAG_S = 30.0  # after which droplets that were deleted by tag are deleted one by one
 
@@ -377,9 +376,9 @@ def _await_addresses(
         missing = {raw["id"]: raw["name"] for raw in made if raw["id"] not in listed}
         asked = [i for i in missing if i in seen or waited_s > listing.LISTED_S]
         gone = [missing[i] for i in asked if unless_missing(do.droplets.get, i) is None]
-        if gone or waited_s > _ADDRESS_S:
+        if gone or waited_s > order.boot_s:
             there = len(names) - len(gone) if gone else sum(map(_is_reachable, found.values()))
-            within = "" if gone else f" within {_ADDRESS_S:.0f} s"
+            within = "" if gone else f" within {order.boot_s:g} s; boot_timeout= raises that"
             raise CapacityError(f"DigitalOcean brought up {there} of {len(names)} droplets{within}")
         next(pauses)
 

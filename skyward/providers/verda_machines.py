@@ -179,7 +179,8 @@ def _description(order: LaunchOrder) -> str:
 
 
 def _await_addresses(api: Api, order: LaunchOrder, label: str, ids: Sequence[str]) -> list[Any]:
-    for _ in _polls(_START_LIMIT_S, order.pause):
+    limit_s = max(_START_LIMIT_S, order.boot_s)
+    for _ in _polls(limit_s, order.pause):
         with explained("see whether machines start"):
             there = {i.id: i for i in api.instances.get() if i.hostname.startswith(f"{label}-")}
             mine = [there.get(one) or _by_id(api, one) for one in ids]
@@ -193,7 +194,7 @@ def _await_addresses(api: Api, order: LaunchOrder, label: str, ids: Sequence[str
             if doubled:
                 terminate(api, doubled)
             return mine
-    raise CapacityError(f"Verda has not given machines addresses within {_START_LIMIT_S:g} s")
+    raise CapacityError(f"Verda has not given machines addresses within {limit_s:g} s. Raise boot_timeout=")
 
 
 def _by_id(api: Api, one: str) -> Any:

@@ -26,7 +26,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 
 import skyward as sky
-from skyward.cluster import journal, remote
+from skyward.cluster import journal
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
 from tests.waiting import wait_until
@@ -215,11 +215,11 @@ def test_slow_boot(cloud: Emulated) -> None:
 
 def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine boots, and is not the one that is expected: it never got its keys."""
-    monkeypatch.setattr(remote, "BOOT_S", 4.0)
     monkeypatch.setattr("skyward.providers.base.Birth.cloud_config", lambda self: "#cloud-config\n{}")
     monkeypatch.setattr("skyward.providers.base.Birth.script", lambda self: "#!/bin/sh\nexit 1\n")
 
-    with pytest.raises(sky.BootstrapError, match=r"no login within 4 s") as info, open_pool(cloud, nodes=2):
+    pool = open_pool(cloud, nodes=2, boot_timeout=4)
+    with pytest.raises(sky.BootstrapError, match=r"no login within 4 s.*raise boot_timeout=") as info, pool:
         pass
 
     assert info.value.step == "boot"
@@ -230,7 +230,6 @@ def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_bad_machine(emulate: Callable[..., Emulated], baked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One machine of two never lets anybody in: another one takes its place."""
     cloud = emulate("digitalocean", baked=baked)
-    monkeypatch.setattr(remote, "BOOT_S", 10.0)
     boot, names = cloud.yard.boot, []
 
     def boot_first_badly(name: str, user_data: str, *args: Any) -> str:
@@ -240,7 +239,7 @@ def test_one_bad_machine(emulate: Callable[..., Emulated], baked: Path, monkeypa
     monkeypatch.setattr(cloud.yard, "boot", boot_first_badly)
     told: list[Any] = []
 
-    with open_pool(cloud, nodes=2, on_event=told.append) as pool:
+    with open_pool(cloud, nodes=2, boot_timeout=10, on_event=told.append) as pool:
         assert len(set(host() @ pool)) == 2
         assert len(cloud.machines()) == 2
         cost = pool.cost

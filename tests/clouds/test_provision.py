@@ -13,12 +13,13 @@ import pytest
 
 import skyward as sky
 import skyward.provision
-from skyward.cluster import journal, remote
+from skyward.cluster import journal
 from skyward.cluster.record import Record
 from skyward.plan import make_plan
 from skyward.providers import listing
+from skyward.providers.base import boot_s
 from skyward.provision import Provisioner
-from skyward.spec import PoolSpec
+from skyward.spec import InstanceSpec, PoolSpec
 from tests.clouds.emulated import NAMES, Emulated
 from tests.fake_agent import FakeAgent, FakeCluster
 from tests.waiting import wait_until
@@ -491,15 +492,13 @@ def test_a_launch_that_nobody_waited_for_is_left_to_the_guardian(
     journal.close("0123abcd")
 
 
-def test_ctrl_c_ends_the_start_of_several_pools_at_once(
-    emulate: Callable[..., Emulated], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_ends_the_start_of_several_pools_at_once(emulate: Callable[..., Emulated]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main = threading.main_thread().ident
     assert main is not None
     cloud, waiting = emulate("digitalocean", boots=False), threading.Semaphore(0)
-    monkeypatch.setattr(remote, "BOOT_S", 3600.0)  # nobody answers at the address of such a machine
-    options: dict[str, Any] = {"machine": cloud.type, "display": "quiet", "timeout": 7200.0}
+    # Nobody answers at the address of such a machine.
+    options: dict[str, Any] = {"machine": cloud.type, "display": "quiet", "timeout": 7200.0, "boot_timeout": 3600.0}
     pools = [sky.ComputePool(provider=cloud.provider(), **options) for _ in range(2)]
     for pool in pools:
         pool.on(sky.BootstrapStarting, lambda _: waiting.release())
@@ -515,3 +514,25 @@ def test_ctrl_c_ends_the_start_of_several_pools_at_once(
 
     assert cloud.left() == []
     assert journal.entries() == []
+
+
+# --- booting -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "boot_timeout", "limit_s"),
+    [("m6i.large", None, 300), ("p5.48xlarge", None, 1200), ("p5.48xlarge", 60, 60)],
+)
+def test_big_machines_may_boot_for_longer(
+    machine: str, boot_timeout: float | None, limit_s: float,
+    emulate: Callable[..., Emulated], provision: Callable[..., Provisioner],
+) -> None:  # fmt: skip
+    cloud = emulate("aws", boots=False)
+
+    (launched,) = provision(cloud.provider(), machine=machine, boot_timeout=boot_timeout).launch()
+
+    assert launched.boot_s == limit_s
+
+
+def test_bare_metal_may_boot_for_longer() -> None:
+    assert boot_s(InstanceSpec("m6i.metal", vcpu=128, memory_gb=512)) == 1200
