@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from skyward import uv
+
 if TYPE_CHECKING:
     from skyward.spec import Image
 
@@ -320,20 +322,19 @@ def _environment(recipe: Recipe) -> str:
     extra = f"export UV_INDEX={shlex.quote(recipe.extra_index_url)}" if recipe.extra_index_url else ""
     return f"""
 environment="$home/envs/{recipe.key}"
-
-# uv does not read pip's settings: the machine's own package index and certificates are handed on.
+{uv.SHELL}
 use_pip_settings() {{
     export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 UV_NO_PROGRESS=1 UV_CACHE_DIR="$home/uv-cache"
+    # A package that an extra index has comes from there, whatever newer version the default index offers: that may be
+    # another one's package of the same name. One that is asked for in a version which is not there comes from the next.
+    export UV_INDEX_STRATEGY="${{UV_INDEX_STRATEGY:-unsafe-first-match}}"
     {extra}
-    python3 -m pip config list > "$home/logs/pip" 2> /dev/null || return 0
-    setting() {{ sed -n "s/^[^=]*[.]$1='\\(.*\\)'\\$/\\1/p" "$home/logs/pip" | tail -n 1; }}
+    read_pip_settings || return 0
     value=$(setting index-url); [ -z "$value" ] || export UV_DEFAULT_INDEX="$value"
     value=$(setting extra-index-url); [ -z "$value" ] || export UV_INDEX="${{UV_INDEX:+$UV_INDEX }}$value"
     value=$(setting find-links); [ -z "$value" ] || export UV_FIND_LINKS="$value"
     value=$(setting cert); [ -z "$value" ] || export SSL_CERT_FILE="$value"
     value=$(setting proxy); [ -z "$value" ] || export HTTP_PROXY="$value" HTTPS_PROXY="$value"
-    # pip takes the best version of all indexes.
-    [ -z "${{UV_INDEX:-}}" ] || export UV_INDEX_STRATEGY=unsafe-best-match
 }}
 
 may_execute() {{
@@ -351,31 +352,6 @@ reach_index() {{
     [ -z "${{UV_NO_INDEX:-}}${{UV_FIND_LINKS:-}}" ] || return 0
     python3 -IS -c '{_REACH}' "${{UV_DEFAULT_INDEX:-${{UV_INDEX_URL:-https://pypi.org/simple}}}}" 2> /dev/null
     [ "$?" != {_UNREACHABLE} ] || return {_UNREACHABLE}
-}}
-
-find_uv() {{
-    for uv in "$(command -v uv)" "$home/uv/bin/uv"; do
-        [ -n "$uv" ] && "$uv" --version > /dev/null 2>&1 && return 0
-    done
-    return 1
-}}
-
-get_uv() {{
-    rm -rf "$home/uv"
-    if python3 -m pip --version > /dev/null 2>&1; then
-        export PIP_ROOT_USER_ACTION=ignore PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0  # it goes into a folder of ours
-        python3 -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --target "$home/uv" uv
-        find_uv && return 0
-    fi
-    export UV_INSTALL_DIR="$home/uv/bin" UV_NO_MODIFY_PATH=1
-    if command -v curl > /dev/null; then
-        curl -LsSf --connect-timeout 20 https://astral.sh/uv/install.sh | sh
-    elif command -v wget > /dev/null; then
-        wget -q -T 20 -t 2 -O - https://astral.sh/uv/install.sh | sh
-    fi
-    find_uv || {{
-        echo "uv could not be fetched, neither with pip nor with curl or wget: install it on this machine"; return 79
-    }}
 }}
 
 find_python() {{

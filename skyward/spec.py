@@ -56,7 +56,9 @@ class Image:
     pip
         Requirements, as pip takes them: ``["numpy", "torch>=2.2"]``.
     pip_extra_index_url
-        One more package index.
+        One more package index. It wins: a package comes from there if it has a version that fits, and from the default
+        index otherwise. With ``UV_INDEX_STRATEGY=first-index`` in the environment of the machine's user, a package that
+        it has in any version comes from there only.
     apt
         Debian packages.
     env

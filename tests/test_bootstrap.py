@@ -176,6 +176,17 @@ def test_the_password_of_an_index_is_no_argument_of_a_command() -> None:
     ]
 
 
+def test_an_extra_index_wins_over_newer_versions_elsewhere(tmp_path: Path) -> None:
+    text = Image(pip_extra_index_url="https://example.org/simple").bootstrap()
+    show = 'use_pip_settings; echo "$UV_INDEX_STRATEGY ${UV_INDEX%% *}"'
+
+    def settings(function: str) -> str:
+        return run_function(text, function, tmp_path).stdout.strip()
+
+    assert settings(show) == "unsafe-first-match https://example.org/simple"
+    assert settings(f"UV_INDEX_STRATEGY=first-index; {show}") == "first-index https://example.org/simple"
+
+
 def test_an_environment_is_named_by_what_is_in_it_in_whatever_order() -> None:
     one = Recipe(python="3.11", requirements=("a", "b"), constraints=("c==1",))
 

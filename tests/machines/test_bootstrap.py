@@ -18,6 +18,7 @@ from skyward.bootstrap import debian_packages, opening
 from skyward.cluster import remote
 from skyward.cluster.remote import RemoteAgent
 from skyward.spec import Image
+from skyward.uv import WHEELS
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 from tests.waiting import wait_until
@@ -257,6 +258,27 @@ def test_an_images_own_script_works_alone_and_ends_the_machine_in_time(
     while machine.is_running:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("pip", [True, False], ids=["pip", "no-pip"])
+def test_uv_is_taken_from_the_index_with_the_hash_that_is_known(pip: bool, fresh: Callable[..., Machine]) -> None:
+    machine = fresh()
+    if not pip:
+        machine.run("rm -rf /usr/lib/python3/dist-packages/pip*")
+    text = Image().bootstrap()
+    known = WHEELS["x86_64 glibc"][1]
+    get = "use_pip_settings; find_uv || step uv get_uv; find_uv; echo $uv; exit\n"
+
+    def run(text: str) -> list[str]:
+        definitions = text.rpartition("\n# What is there but not complete")[0]
+        (Path(f"/proc/{machine.pid}/root/root/script.sh")).write_text(f"{definitions}\n{get}")
+        return machine.run("HOME=/root sh /root/script.sh", check=False).splitlines()
+
+    refused, taken = run(text.replace(known, "0" * 64)), run(text)
+
+    assert "::skyward failed uv 79" in refused
+    assert [line for line in refused if known in line]
+    assert taken[-1] == f"{CACHE}/uv/bin/uv"
 
 
 # --- apt at first boot --------------------------------------------------------------------------------------
