@@ -14,7 +14,7 @@ import pytest
 import skyward as sky
 from skyward import spec, volumes
 from skyward.cluster import cluster as cluster_module
-from skyward.cluster import journal, release, remote
+from skyward.cluster import flush, journal, release, remote
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
 from tests.slow_proxy import SlowProxy, slow_proxy
@@ -203,7 +203,8 @@ def test_a_machine_without_its_caller_sends_before_it_ends(
     cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spec, "LEAST_HEARTBEAT_TIMEOUT_S", 4.0)
-    with pool_on(cloud, bucket, heartbeat_timeout=4) as pool:
+    told: list[sky.SkywardEvent] = []
+    with pool_on(cloud, bucket, heartbeat_timeout=4, on_event=told.append) as pool:
         bucket.proxy.rate = 1e6
         save("result") >> pool
         (agent,) = pool.cluster._agents
@@ -214,15 +215,25 @@ def test_a_machine_without_its_caller_sends_before_it_ends(
         wait_until(lambda: not cloud.yard.machines, 60)
 
         assert bucket.sizes() == {"run/result": SIZE}
+        wait_until(lambda: any(isinstance(e, sky.Error) and "/out" in e.message for e in told), 60)
 
 
-def test_a_pool_that_is_ended_from_outside_sends_its_data(cloud: Emulated, bucket: Bucket) -> None:
-    with pool_on(cloud, bucket) as pool:
-        bucket.proxy.rate = 1e6
-        save("result") >> pool
-        (entry,) = journal.entries()
+def test_a_pool_that_is_ended_from_outside_sends_its_data(
+    cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flush, "SILENT_S", 6.0)
+    monkeypatch.setattr(remote, "_STOP_S", 2.0)
 
-        assert release.release(entry) == []
+    def run() -> None:
+        with pool_on(cloud, bucket) as pool:
+            bucket.proxy.rate = 1e6
+            save("result") >> pool
+            (entry,) = journal.entries()
 
-        assert bucket.sizes() == {"run/result": SIZE}
+            assert release.release(entry) == []
+
+            assert bucket.sizes() == {"run/result": SIZE}
+
+    with pytest.raises(sky.VolumeError, match="may not have sent all"):  # its owner does not know
+        run()
     assert cloud.left() == []
