@@ -51,6 +51,9 @@ class FakeAgent:
         if 0 in self.nodes:
             heard({"event": "scheduler", "address": "tls://fake:1", "dashboard": None})
 
+    async def keep_log(self, step: str, error: str) -> None:
+        return None
+
     async def answers(self) -> bool:
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -233,6 +234,45 @@ def test_how_busy_the_machine_is_arrives_as_events(pool: sky.ComputePool) -> Non
     assert heard[0].instance_id == pool.instances[0].id
     assert 0 <= heard[0].cpu_percent <= 100
     assert 0 < heard[0].memory_used_mb < heard[0].memory_total_mb
+
+
+_NO_LUCK = """
+import asyncio, os, sys
+
+if "skyward.cluster.node" in sys.orig_argv:
+    import distributed
+
+    async def start(nanny):
+        print("no luck", file=sys.stderr, flush=True)
+        {}
+
+    distributed.Nanny.start_unsafe = start
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("raise RuntimeError('never')", "worker 0-0 did not start: RuntimeError: "),
+        ("await asyncio.Event().wait()", "0 of 1 workers are up"),
+        ("os._exit(3)", "ended unexpectedly (status 3; its log is "),
+    ],
+    ids=["fails", "hangs", "dies"],
+)
+def test_a_failed_start_names_a_log_with_what_workers_wrote(
+    does: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_NO_LUCK.format(does))
+    monkeypatch.syspath_prepend(tmp_path)
+    if "wait" in does:
+        monkeypatch.setattr("skyward.cluster.cluster.START_TIMEOUT_S", 4)
+
+    with pytest.raises(sky.PoolError) as caught, sky.ComputePool(display="quiet"):
+        pass
+
+    assert told in str(caught.value)
+    (log,) = re.findall(r"log is ([^\s;)]+)", str(caught.value))
+    assert "no luck" in Path(log).read_text()
 
 
 def test_a_pool_leaves_no_files_behind(monkeypatch: pytest.MonkeyPatch) -> None:

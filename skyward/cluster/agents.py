@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+from skyward.cluster import bootlogs
 from skyward.cluster.config import AgentConfig
 from skyward.providers.base import Machine
 
@@ -47,6 +49,9 @@ class Agent(Protocol):
     @property
     def has_unsent(self) -> bool:
         """Whether data may be on its machine that has not arrived in a bucket, and that `stop` sends."""
+
+    async def keep_log(self, step: str, error: str) -> Path | None:
+        """Keep on this computer what its machine has logged, which ends with the pool; return the path, if any."""
 
     async def answers(self) -> bool:
         """Tell whether its machine is there now, and answers."""
@@ -112,12 +117,34 @@ class LocalAgent:
         assert self._process is not None
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            event = json.loads(line)
+            if event["event"] == "failed":
+                path = self._keep([event["error"], "", *event["last_lines"]])
+                event["log"] = path and str(path)
             with contextlib.suppress(RuntimeError):  # the loop has ended before the agent
-                loop.call_soon_threadsafe(heard, json.loads(line))
+                loop.call_soon_threadsafe(heard, event)
         status = self._process.wait()
         if not self._stopping:
+            why = f"status {status}"
+            if path := self._keep_file("agent", why):
+                why += f"; its log is {path}"
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(heard, {"event": "ended", "why": f"status {status}"})
+                loop.call_soon_threadsafe(heard, {"event": "ended", "why": why})
+
+    async def keep_log(self, step: str, error: str) -> Path | None:
+        return await asyncio.to_thread(self._keep_file, step, error)
+
+    def _keep_file(self, step: str, error: str) -> Path | None:
+        """Keep the log that agent, scheduler and workers write; None if it is gone, or empty."""
+        from skyward.cluster.node import LOG
+
+        text = ""
+        with contextlib.suppress(OSError):
+            text = (Path(self._config.folder) / LOG).read_text(errors="replace")
+        return self._keep([f"failed at {step}: {error}", "", text]) if text else None
+
+    def _keep(self, lines: Sequence[str]) -> Path | None:
+        return bootlogs.keep(self._config.pool_id, self.machine, "\n".join([*lines, ""]))
 
     async def answers(self) -> bool:
         return True  # this host does

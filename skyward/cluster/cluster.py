@@ -16,6 +16,7 @@ from distributed.core import Status, rpc
 from distributed.deploy import Cluster
 from distributed.deploy.adaptive import Adaptive
 
+from skyward.bootstrap import LAST_LINES
 from skyward.cluster.agents import Agent
 from skyward.cluster.config import NodeSpec
 from skyward.cluster.failures import LOST, WORKERS, StartFailures
@@ -191,7 +192,7 @@ class AgentCluster(SkyCluster):
         await self._all_ready(deadline)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._connect(await self._address)
+                await self._unless_failed(self._connect(await self._address))
             while not self._is_complete():
                 async with asyncio.timeout(START_TIMEOUT_S):
                     await self._until(lambda: self._starting > 0 or self._is_complete())
@@ -199,14 +200,33 @@ class AgentCluster(SkyCluster):
         except TimeoutError as exc:
             if isinstance(exc, PoolTimeoutError):
                 raise
-            raise BootstrapError(
-                f"scheduler and workers of pool {self.name} did not start within {START_TIMEOUT_S:g} s; "
-                f"{len(self.scheduler_info['workers'])} of {self.expected} workers are up",
-                machine=self._agents[0].machine,
-                step=WORKERS,
-                last_lines=(),
-            ) from None
+            raise await self._late() from None
         self._is_up = True
+
+    async def _unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for `work`, or raise when the pool fails: Dask keeps trying to reach a scheduler that has died."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self.changed.set())
+        try:
+            await self._until(task.done)
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _late(self) -> BootstrapError:
+        """Return the error for scheduler and workers that did not start in time."""
+        up = f"{len(self.scheduler_info['workers'])} of {self.expected} workers are up"
+        logs = await asyncio.gather(*(agent.keep_log(WORKERS, up) for agent in self._agents))
+        kept = [str(log) for log in logs if log is not None]
+        named = "".join(f"\nA log is {log}" for log in kept)
+        return BootstrapError(
+            f"scheduler and workers of pool {self.name} did not start within {START_TIMEOUT_S:g} s; {up}{named}",
+            machine=self._agents[0].machine,
+            step=WORKERS,
+            last_lines=(),
+            log=kept[0] if kept else None,
+        )
 
     async def _all_ready(self, deadline: float) -> None:
         """Wait until all nodes are ready."""
@@ -318,7 +338,7 @@ class AgentCluster(SkyCluster):
             case "dashboard":
                 self.has_dashboard.set()
             case "failed":
-                lines, log = tuple(event.get("last_lines", ())), event.get("log")
+                lines, log = tuple(event.get("last_lines", ()))[-LAST_LINES:], event.get("log")
                 text = "\n  ".join([f"pool {self.name} could not start on {agent.machine}: {event['error']}", *lines])
                 error = BootstrapError(
                     f"{text}\nIts log is {log}" if log else text,

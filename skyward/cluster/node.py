@@ -44,6 +44,8 @@ LOG = "agent.log"
 _ATTEMPTS = 3
 """How often a worker process may fail to come up at first. By feel: more than one is a rare race, not a fault."""
 _AGAIN_S = 1.0
+_TOLD_LINES = 500
+"""Lines of its log that an agent sends with a failure: its folder may be gone when they are asked for."""
 _SHORT = 80
 """Length of a folder's path from which on a socket in it would have too long a name: unix(7) allows 108, macOS 104."""
 
@@ -200,9 +202,10 @@ class _Agent:
             writer.write(line.encode())
 
     def _fail(self, error: str) -> None:
+        lines = []
         with contextlib.suppress(OSError):
             lines = (Path(self.config.folder) / LOG).read_text(errors="replace").splitlines()
-            self._tell("failed", error=error, last_lines=lines[-20:])
+        self._tell("failed", error=error, last_lines=lines[-_TOLD_LINES:])
 
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:

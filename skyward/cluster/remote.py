@@ -197,7 +197,7 @@ class RemoteAgent:
             await self._prepare()
         except BootstrapError as exc:
             exc.instance_id = self.facts.id
-            path = await self._keep_log(exc.step, str(exc))
+            path = await self.keep_log(exc.step, str(exc))
             if path is not None:
                 exc.log = str(path)
                 exc.args = (f"{exc}\nIts log is {path}",)
@@ -223,8 +223,8 @@ class RemoteAgent:
         except (OSError, asyncssh.Error) as exc:
             raise self._failed(self._step, 255, (str(exc) or type(exc).__name__,)) from exc
 
-    async def _keep_log(self, step: str, error: str) -> Path | None:
-        """Keep here what was heard of the machine, and its own logs where it still answers; return the path."""
+    async def keep_log(self, step: str, error: str) -> Path | None:
+        # What was heard of the machine, and its own logs where it still answers.
         heard = [f"{self.machine}, machine {self.facts.id} of pool {self._config.pool_id}: failed at {step}", "", error]
         heard += ["", "== heard", *self._heard]
         if self._link.noise:
@@ -429,7 +429,10 @@ class RemoteAgent:
             except NotListening:
                 silence_s = heartbeat.silence_s
                 gone = not await self._is_there()  # one that is shut down ends agents first
-                heard(self._ended("the agent is not running any more", silence_s, gone=gone))
+                why = "the agent is not running any more"
+                if not gone and not self._stopped and (path := await self.keep_log("agent", why)):
+                    why += f"; its log is {path}"
+                heard(self._ended(why, silence_s, gone=gone))
                 return
             except _TROUBLE as exc:
                 why = f"out of reach for {UNREACHABLE_S:g} s: {str(exc) or 'no answer'}"
@@ -494,7 +497,7 @@ class RemoteAgent:
             while line := await reader.readline():
                 event = json.loads(line)
                 self._seen += event["event"] != "metrics"  # which the agent does not keep
-                if event["event"] == "failed" and (path := await self._keep_log("workers", _words(event))):
+                if event["event"] == "failed" and (path := await self.keep_log("workers", _words(event))):
                     event |= {"log": str(path)}
                 heard(event)
         except (*_TROUBLE, ValueError) as exc:  # a ForceCommand may print at the end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -571,6 +572,34 @@ def test_a_machine_without_setsid_and_pgrep_will_do(site: Site, fresh: Callable[
 
     assert machine.processes() == []
     assert machine.run("ls -d /tmp/skyward-* 2> /dev/null || true") == ""
+
+
+_NO_LUCK = """
+import os, sys
+
+if "--serve" in sys.orig_argv:
+    import distributed
+
+    async def start(nanny):
+        print("no luck", file=sys.stderr, flush=True)
+        os._exit(3)
+
+    distributed.Nanny.start_unsafe = start
+"""
+
+
+def test_an_agent_that_dies_while_workers_start_is_told_with_its_log(site: Site, odd: Machine) -> None:
+    packages = f"{CACHE}/envs/*/lib/python3*/site-packages"
+    odd.run(f"cd {packages} && echo {shlex.quote(_NO_LUCK)} > no_luck.py && echo import no_luck > no_luck.pth")
+    try:
+        with pytest.raises(sky.PoolError) as caught, open_pool(site, odd):
+            pass
+    finally:
+        odd.run(f"cd {packages} && rm no_luck.py no_luck.pth")
+
+    (log,) = re.findall(r"the agent is not running any more; its log is ([^\s;)]+)", str(caught.value))
+    assert "no luck" in Path(log).read_text()
+    assert odd.processes() == []
 
 
 def test_a_home_where_no_program_may_run_is_named(site: Site, odd: Machine) -> None:
