@@ -306,6 +306,7 @@ await_cloud_init() {{
 }}
 install_apt() {{
     command -v apt-get > /dev/null || {{ echo "{asked_by} needs apt-get, which this machine lacks"; return 78; }}
+    as_root true || return
     left={_LOCK_S}
     await_cloud_init
     update_apt && apt install -y --no-install-recommends -- {asked}
