@@ -64,8 +64,8 @@ _READ_DEVICES = shlex.quote(
     "import sys; sys.path.insert(0, sys.argv[1]); from skyward.devices import read; print(read(sys.argv[2]).to_json())"
 )
 _TOOLS = (
-    "awk", "cat", "date", "df", "dirname", "env", "grep", "head", "mkdir", "mv", "rm", "sed", "sh", "sleep", "tail",
-    "touch", "tr",
+    "awk", "cat", "date", "df", "dirname", "env", "grep", "head", "ln", "ls", "mkdir", "mv", "readlink", "rm", "sed",
+    "sh", "sleep", "tail", "touch", "tr",
 )  # fmt: skip
 """Programs that the commands and scripts for machines use, all of POSIX."""
 _DETACHED = "$(command -v setsid || echo nohup)"
@@ -295,18 +295,26 @@ class RemoteAgent:
     async def _begin(self, wheel: str) -> bool:
         """Check what every later step needs, start the watch, and return whether the machine has our wheel."""
         watch = watch_command(self._config.pool_id, self._heartbeats.limit_s, power_off=self._config.power_off)
+        claim = _claim_command(self._config.folder, f"node {min(self.nodes)} ({self.machine})")
         asked = time.time()
         done = await self._link.run(
             f"lacks=0; lack() {{ echo lacks $1; lacks=1; }}; "
             f"for tool in {' '.join(_TOOLS)}; do command -v $tool > /dev/null || lack $tool; done; "
             f"[ -r /proc/$$/environ ] || lack /proc; [ $lacks = 0 ] || exit 1; "
-            f"date +clock=%s; {watch} || exit; test ! -e {wheel} || echo wheel"
+            f"date +clock=%s; {claim}; {watch} || exit; test ! -e {wheel} || echo wheel"
         )
         lines = done.output.splitlines()
         if lacks := [line.removeprefix("lacks ") for line in lines if line.startswith("lacks ")]:
             raise self._failed("upload", 1, (f"it lacks {', '.join(lacks)}, which skyward needs: install it there",))
         if off := _clock_error(lines, asked, time.time()):
             raise self._failed("upload", 1, (off,))
+        if claimed := [line.removeprefix("claimed ") for line in lines if line.startswith("claimed ")]:
+            self._started = False  # the folder is another node's: not ours to clean
+            said = (
+                f"{claimed[0]} uses {self._config.folder} there: this is the same host under another name, "
+                "or one that shares its /tmp. Give sky.SSH each host once"
+            )
+            raise self._failed("upload", 1, (said,))
         if done.status:
             advice = f"{self._config.folder} can't be made: check permissions, `df -h /tmp` and `df -i /tmp`"
             raise self._failed("upload", done.status, (*done.error.splitlines(), advice))
@@ -614,6 +622,20 @@ class RemoteAgent:
     @property
     def _name(self) -> str:
         return ", ".join(f"node {node}" for node in sorted(self.nodes)) + f" ({self.facts.id})"
+
+
+def _claim_command(folder: str, mine: str) -> str:
+    """Return the shell command that takes the pool's folder for one node, or names the node that has it and exits.
+
+    The claim is a symbolic link: it gets its name and its text at once, and when two nodes try only one succeeds. Host
+    keys and machine ids would not do: cloned hosts have the same.
+    """
+    claim = f"{folder}/node"
+    return (
+        f"mkdir -m 700 -p {folder} && {{ ln -s {shlex.quote(mine)} {claim} 2> /dev/null || "
+        f'[ "$(readlink {claim})" = {shlex.quote(mine)} ] || {{ [ -x {folder} ] && [ ! -L {claim} ]; }} || '
+        f'{{ echo "claimed $(readlink {claim} || ls -ld {folder})"; exit 1; }}; }}'
+    )
 
 
 def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:

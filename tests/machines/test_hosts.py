@@ -22,6 +22,7 @@ from skyward.providers.base import Login
 from skyward.spec import Image
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
+from tests.waiting import wait_until
 
 CONNECT_S = 1.5
 
@@ -338,6 +339,34 @@ def test_the_error_survives_pickling_with_its_facts(site: Site, pair: list[Machi
     again = pickle.loads(pickle.dumps(error))
     assert json.dumps(vars(again)) == json.dumps(vars(error))
     assert str(again) == str(error)
+
+
+# --- one host under two names -------------------------------------------------------------------------------
+
+
+def test_a_host_under_two_names_is_refused_with_both(site: Site, pair: list[Machine], sshds: dict[str, str]) -> None:
+    names = [f"root@{pair[0].address}", sshds["tcp"]]
+
+    with pytest.raises(sky.BootstrapError, match="this is the same host under another name") as caught:
+        open_pool(sky.SSH(names, key=site.key, known_hosts=site.known_hosts)).__enter__()
+
+    assert all(name in str(caught.value) for name in names)
+    assert pair[0].processes() == []
+    assert pair[0].run("ls -d /tmp/skyward-* 2> /dev/null || true") == ""
+
+
+def test_a_second_name_of_a_host_does_not_end_what_runs_on_it(
+    site: Site, pair: list[Machine], sshds: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"root@{pair[0].address}", sshds["tcp"]]
+    provider = sky.SSH(names, key=site.key, known_hosts=site.known_hosts)
+
+    with sky.ComputePool(provider, nodes=1, image=IMAGE, display="quiet") as pool:
+        pool.scale(2)
+        wait_until(lambda: "this is the same host under another name" in caplog.text)
+        found = caller_address() >> pool
+
+    assert found == site.network.gateway
 
 
 # --- what sshd forbids --------------------------------------------------------------------------------------
