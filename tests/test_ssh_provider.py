@@ -31,6 +31,19 @@ def test_a_host_may_name_its_user_and_port() -> None:
     assert [m.id for m in machines] == ["a", "b@c", "d@e.example:2222", "[fe80::1]:22"]
 
 
+def test_addresses_are_networks_or_single_addresses() -> None:
+    assert sky.SSH("a", addresses="10.0.0.0/8").addresses == ("10.0.0.0/8",)
+    assert sky.SSH("a", addresses=["10.1.2.3/24", "fd00::1"]).addresses == ("10.1.2.0/24", "fd00::1/128")
+
+
+@pytest.mark.parametrize("addresses", ["eth0", ["10.0.0.0/33"], [None], 10])
+def test_what_is_no_network_is_refused(addresses: Any) -> None:
+    with pytest.raises(sky.SpecError, match=r"addresses=.*networks or addresses such as '10\.0\.0\.0/8'") as caught:
+        sky.SSH("a", addresses=addresses)
+
+    assert caught.value.option == "addresses"
+
+
 def test_one_host_needs_no_list() -> None:
     assert sky.SSH("gpu-box") == sky.SSH(["gpu-box"])
 

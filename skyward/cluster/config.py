@@ -34,6 +34,8 @@ class AgentConfig:
         Address to join. None: run the scheduler here. Empty: wait for the command ``join``.
     host
         Own address, as the other nodes reach it.
+    networks
+        Networks in one of which that address is looked for instead, in this order; empty: it is `host`.
     environment
         Variables of the agent and all its workers.
     heartbeat_s
@@ -55,6 +57,7 @@ class AgentConfig:
     nodes: tuple[NodeSpec, ...] = ()
     scheduler: str | None = None
     host: str = "127.0.0.1"
+    networks: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict, repr=False)
     heartbeat_s: float = 0.0
     power_off: bool = False
@@ -69,5 +72,5 @@ class AgentConfig:
     def from_json(text: str) -> AgentConfig:
         raw = json.loads(text)
         nodes = tuple(NodeSpec.from_dict(n) for n in raw.pop("nodes"))
-        raw["remove"] = tuple(raw["remove"])
+        raw |= {name: tuple(raw[name]) for name in ("networks", "remove")}
         return AgentConfig(nodes=nodes, **raw)

@@ -24,12 +24,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from skyward import shelf
 from skyward.bootstrap import POWER_OFF
-from skyward.cluster import metrics, notice
+from skyward.cluster import metrics, notice, reach
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.relay import INTERPRETER, Switchboard
 from skyward.cluster.watch import Watch
@@ -185,6 +186,7 @@ class _Agent:
         self._nannies: dict[tuple[int, int], Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._security: Any = None
+        self._door: asyncio.Server | None = None  # for other nodes, which try whether they reach this one
         self._show_dashboard: Callable[[], Coroutine[Any, Any, None]] | None = None
 
     # --- to and from the caller -----------------------------------------------------------------------------
@@ -221,9 +223,11 @@ class _Agent:
                 self._spawn(self._read_standard_input())
             try:
                 await self._start(stack)
-            except Exception as exc:
-                self._fail(f"{type(exc).__name__}: {exc}")
-                raise
+            except reach.UnreachableError as exc:
+                self._fail(str(exc))
+            except Exception as exc:  # whatever keeps a scheduler from starting; the caller is told, and says stop
+                logging.getLogger(__name__).exception("agent failed")
+                self._fail(reach.reason(exc))
             await self._stopped.wait()
 
     def _spawn(self, coroutine: Any) -> None:
@@ -268,8 +272,7 @@ class _Agent:
             case "beat":
                 pass
             case "join":
-                if not self._scheduler.done():
-                    self._scheduler.set_result(command["address"])
+                self._spawn(self._join(command["address"]))
             case "add":
                 for raw in command["nodes"]:
                     self._add(NodeSpec.from_dict(raw))
@@ -289,7 +292,8 @@ class _Agent:
 
         from skyward.cluster.security import Credentials
 
-        config = self.config
+        host = reach.own_address(self.config.networks, self.config.host)
+        config = self.config = replace(self.config, host=host)
         dask.config.set(
             {
                 "temporary-directory": config.folder,
@@ -332,6 +336,16 @@ class _Agent:
         for node in config.nodes:
             self._add(node)
 
+    async def _join(self, scheduler: str) -> None:
+        if self._scheduler.done():
+            return
+        try:
+            self._door = await reach.meet(scheduler, self.config.nodes[0].node, self.config.host, self._security)
+        except reach.UnreachableError as exc:
+            self._fail(str(exc))
+        else:
+            self._scheduler.set_result(scheduler)
+
     async def _tell_metrics(self) -> None:
         with contextlib.closing(metrics.Sampler()) as sampler:
             await sampler.sample()
@@ -358,7 +372,7 @@ class _Agent:
             security=self._security,
             dashboard=False,  # for now: see `_add_dashboard`
             dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
-            plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin(), FiguresPlugin()],
+            plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin(), FiguresPlugin(), reach.meeting_plugin()],
         )
         await stack.enter_async_context(scheduler)
         self._scheduler.set_result(scheduler.address)
@@ -390,7 +404,7 @@ class _Agent:
             except Exception as exc:  # whatever keeps a process from starting, its own death at once included
                 failures += 1
                 if failures >= _ATTEMPTS and not came_up:
-                    self._fail(f"worker {name} did not start: {type(exc).__name__}: {exc}")
+                    self._fail(f"worker {name} did not start: {reach.reason(exc)}")
                     return
                 await asyncio.sleep(0 if failures < _ATTEMPTS else _AGAIN_S)
                 continue
@@ -436,8 +450,6 @@ class _Agent:
 
 async def _close(server: asyncio.Server) -> None:
     server.close()
-
-
 
 
 def _http_port(scheduler: Any) -> int | None:

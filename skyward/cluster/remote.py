@@ -142,6 +142,7 @@ class RemoteAgent:
         self._config = replace(
             config, nodes=(node,), folder=pool_folder(config.pool_id), heartbeat_s=heartbeats.limit_s,
             power_off=not machine.lives_on, notice="aws" if machine.spot and machine.provider == "aws" else "",
+            networks=machine.networks,
         )  # fmt: skip
         self._listing = listing
         self._shipment = shipment

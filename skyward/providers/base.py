@@ -63,6 +63,8 @@ class Machine:
     ----------
     private_ip
         Address under which the pool's other machines reach it; None: the one that it is logged in to by.
+    networks
+        Networks in one of which its address for the pool's other machines is looked for, instead of `private_ip`.
     lives_on
         Whether it was there before the pool and stays after it: then it is cleaned rather than destroyed.
     price, price_on_demand
@@ -81,6 +83,7 @@ class Machine:
     provider: str
     login: Login
     private_ip: str | None = None
+    networks: tuple[str, ...] = ()
     public_ip: str | None = None
     instance_type: str | None = None
     region: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Sequence
@@ -34,6 +35,10 @@ class SSH:
         Path of a private key; None: the SSH agent's, and those that ssh would try.
     known_hosts
         Path of a file of known hosts; None: ``~/.ssh/known_hosts``. A host that is not in it is refused.
+    addresses
+        Network in which the hosts reach each other, such as ``"10.0.0.0/8"``, or several of them; a single address is a
+        network too. Each host uses its first address in the first of these networks that it is in. Empty: the address
+        at which SSH reaches it.
 
     Raises
     ------
@@ -45,6 +50,7 @@ class SSH:
     user: str | None
     key: str | None
     known_hosts: str | None
+    addresses: tuple[str, ...]
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class SSH:
         user: str | None = None,
         key: str | Path | None = None,
         known_hosts: str | Path | None = None,
+        addresses: str | Sequence[str] = (),
     ) -> None:
         problems = Problems("SSH")
         given = (hosts,) if isinstance(hosts, str) else tuple(hosts)
@@ -60,8 +67,10 @@ class SSH:
         problems.check("user", user, _check_user, optional=True)
         key = problems.check("key", key, _check_file, optional=True)
         known_hosts = problems.check("known_hosts", known_hosts, _check_file, optional=True)
+        networks = problems.check("addresses", addresses, _check_addresses)
         problems.raise_if_any()
-        for name, value in (("hosts", given), ("user", user), ("key", key), ("known_hosts", known_hosts)):
+        values = {"hosts": given, "user": user, "key": key, "known_hosts": known_hosts, "addresses": networks}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -99,7 +108,10 @@ class SSH:
             raise NoMatchingInstanceError(
                 f"sky.SSH has {len(free)} more hosts and {count} are asked for: give it more hosts"
             )
-        return [Machine(id=host, provider=self.name, login=self._login(host), lives_on=True) for host in free[:count]]
+        return [
+            Machine(id=host, provider=self.name, login=self._login(host), networks=self.addresses, lives_on=True)
+            for host in free[:count]
+        ]
 
     def _login(self, text: str) -> Login:
         user, host, port = _split(text)
@@ -124,6 +136,15 @@ def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f"each host once, and {host} is there twice")
         seen.add(place)
     return hosts
+
+
+def _check_addresses(addresses: str | Sequence[str]) -> tuple[str, ...]:
+    given = (addresses,) if isinstance(addresses, str) else addresses
+    try:
+        # "10.0.0.5/24", the form that `ip address` prints, means the network of that address.
+        return tuple(str(ipaddress.ip_network(network, strict=False)) for network in map(str, given))
+    except (TypeError, ValueError) as exc:
+        raise ValueError(f"networks or addresses such as '10.0.0.0/8' ({exc})") from None
 
 
 def _check_user(user: str) -> str:
