@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, Type
 
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
 from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError, VolumeError
+from skyward.task import host_of
 from skyward.usual import usual
 
 if TYPE_CHECKING:
@@ -416,7 +417,7 @@ class ComputePool:
                 id=cluster.instance_id(node),
                 provider=machine.provider if machine else self.provider.name,  # type: ignore[union-attr]  # no cloud
                 spot=machine.spot if machine else False,
-                private_ip=hosts[node].rpartition("://")[2].rpartition(":")[0],
+                private_ip=host_of(hosts[node]),
                 public_ip=machine.public_ip if machine else None,
                 node=node,
                 metadata={f: v for f in facts if (v := getattr(machine, f, None)) is not None},

@@ -68,6 +68,10 @@ class Peer(NamedTuple):
     host: str
     port: int
 
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 class Job(NamedTuple):
     """What a part in a process of its own is told: its worker's address, and who else takes part, by rank."""

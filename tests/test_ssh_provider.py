@@ -31,6 +31,14 @@ def test_a_host_may_name_its_user_and_port() -> None:
     assert [m.id for m in machines] == ["a", "b@c", "d@e.example:2222", "[fe80::1]:22"]
 
 
+def test_an_ipv6_address_needs_brackets_only_before_a_port() -> None:
+    machines = sky.SSH(["::1", "me@fe80::1%eth0", "me@[fd00::2]:2222"]).machines(3)
+
+    found = [(m.login.user, m.login.host, m.login.port) for m in machines]
+    assert found == [(None, "::1", None), ("me", "fe80::1%eth0", None), ("me", "fd00::2", 2222)]
+    assert [str(m.login) for m in machines] == [m.id for m in machines]
+
+
 def test_addresses_are_networks_or_single_addresses() -> None:
     assert sky.SSH("a", addresses="10.0.0.0/8").addresses == ("10.0.0.0/8",)
     assert sky.SSH("a", addresses=["10.1.2.3/24", "fd00::1"]).addresses == ("10.1.2.0/24", "fd00::1/128")
@@ -61,8 +69,11 @@ def test_key_and_known_hosts_are_found_from_wherever_the_pool_is_entered(
 
 @pytest.mark.parametrize(
     "hosts",
-    [[], "", "two words", "a:0", "a:65536", "a:ssh", "-oProxyCommand=reboot", "a@-b", "a@", "a:22:22", [1], "a\nb"],
-)
+    [
+        [], "", "two words", "a:0", "a:65536", "a:ssh", "-oProxyCommand=reboot", "a@-b", "a@", "a:22:22", "a b@::1",
+        [1], "a\nb",
+    ],
+)  # fmt: skip
 def test_what_is_no_host_is_refused(hosts: Any) -> None:
     with pytest.raises(sky.SpecError, match=r"user@host:port"):
         sky.SSH(hosts)
@@ -159,6 +170,6 @@ def test_a_host_is_refused_or_read_without_loss(text: str) -> None:
     login = machine.login
     host = f"[{login.host}]" if ":" in login.host else login.host
     again = (f"{login.user}@" if login.user else "") + host + (f":{text.rpartition(':')[2]}" if login.port else "")
-    assert text in (again, again.replace(host, f"[{host}]"))
+    assert text in (again, again.replace(host, f"[{host}]"), again.replace(host, login.host))
     assert not any(c.isspace() for c in login.host)
     assert not login.host.startswith("-")

@@ -366,7 +366,7 @@ class _Agent:
         from skyward.cluster.reports import ReportsPlugin
 
         scheduler = Scheduler(
-            host=self.config.host,
+            host=_dask_host(self.config.host),
             port=0,
             protocol="tls",
             security=self._security,
@@ -422,7 +422,7 @@ class _Agent:
             await self._scheduler,
             nthreads=1,
             name=name,
-            host=self.config.host,
+            host=_dask_host(self.config.host),
             security=self._security,
             protocol="tls",
             env={
@@ -450,6 +450,10 @@ class _Agent:
 
 async def _close(server: asyncio.Server) -> None:
     server.close()
+
+
+def _dask_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _http_port(scheduler: Any) -> int | None:

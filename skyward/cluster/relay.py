@@ -178,7 +178,7 @@ class Switchboard:
                 return
             host, _, port = hello["target"].rpartition(":")
             try:
-                relay = Relay(*await asyncio.open_connection(host, int(port)))
+                relay = Relay(*await asyncio.open_connection(host.strip("[]"), int(port)))
             except OSError as exc:
                 writer.write(json.dumps({"error": f"{hello['target']} can't be reached: {exc}"}).encode() + b"\n")
                 return

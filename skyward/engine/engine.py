@@ -30,6 +30,7 @@ from skyward.engine.progress import Progress, Single
 from skyward.engine.store import Store
 from skyward.engine.transport import SETTLE_S, Transport, WorkerGoneError
 from skyward.errors import PoolError
+from skyward.task import host_of
 from skyward.wire import Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
 
 logger = logging.getLogger(__name__)
@@ -323,7 +324,7 @@ class Engine:
         layout = Layout(
             pool_id,
             placed,
-            placed[0][0].rpartition("://")[2].rpartition(":")[0] if placed else "127.0.0.1",
+            host_of(placed[0][0]) if placed else "127.0.0.1",
             head_port,
             accelerator,
             per_node,

@@ -48,7 +48,8 @@ class Login:
     def __str__(self) -> str:
         user = f"{self.user}@" if self.user else ""
         port = f":{self.port}" if self.port else ""
-        return f"{user}{self.host}{port}"
+        host = f"[{self.host}]" if port and ":" in self.host else self.host
+        return f"{user}{host}{port}"
 
 
 BOOT_S = 300.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -28,7 +29,8 @@ class SSH:
     ----------
     hosts
         ``"host"``, ``"user@host"``, ``"user@host:port"``, or names from ``~/.ssh/config``, whose jump hosts and keys
-        are used. A pool takes the first `nodes` of them; the others take the place of those that fail while it starts.
+        are used. An IPv6 address before a port is in brackets. A pool takes the first `nodes` of them; the others take
+        the place of those that fail while it starts.
     user
         Who logs in where a host does not say; None: what ``~/.ssh/config`` says, else the local user.
     key
@@ -119,7 +121,11 @@ class SSH:
 
 
 def _split(text: str) -> tuple[str | None, str, int | None]:
-    match = _HOST.fullmatch(text)
+    user, at, host = text.rpartition("@")
+    with contextlib.suppress(ValueError):  # all but bare IPv6 addresses
+        ipaddress.IPv6Address(host)
+        host = f"[{host}]"
+    match = _HOST.fullmatch(f"{user}{at}{host}")
     if match is None or not 0 < int(match["port"] or 22) < 65536 or match["host"].startswith("-"):
         raise ValueError(f"hosts as 'host', 'user@host' or 'user@host:port', which {text!r} is not")
     return match["user"], match["host"].strip("[]"), int(match["port"]) if match["port"] else None

@@ -11,6 +11,7 @@ import pytest
 
 import skyward as sky
 from tests.cloudbox import Machine
+from tests.cloudbox.network import run
 from tests.machines.conftest import IMAGE, Site
 
 
@@ -148,3 +149,21 @@ def test_a_host_that_has_no_such_address_is_told_with_those_it_has(site: Site, m
 
     assert re.search(rf"none of the host's addresses \(.*{machines[0].address}.*\) is in", str(caught.value))
     assert "sky.SSH(addresses=['192.0.2.0/24'])" in str(caught.value)
+
+
+def test_hosts_are_reached_at_ipv6_addresses(site: Site, machines: list[Machine]) -> None:
+    prefix = f"fd77:{site.network.subnet.network_address.packed[2]:x}::"
+    run("ip", "address", "add", f"{prefix}1/64", "dev", site.network.name, "nodad")
+    addresses = [f"{prefix}{number}" for number in (2, 3)]
+    for machine, address in zip(machines, addresses, strict=False):
+        machine.run(f"ip address add {address}/64 dev eth0 nodad")
+        with site.known_hosts.open("a") as known:
+            known.write(f"{address} {machine.host_key()}\n")
+    hosts = [f"root@{addresses[0]}", f"root@[{addresses[1]}]:22"]
+
+    with open_pool(sky.SSH(hosts, key=site.key, known_hosts=site.known_hosts)) as pool:
+        found = own_address() @ pool
+        told = [instance.private_ip for instance in pool.instances]
+
+    assert found == tuple(f"[{address}]" for address in addresses)
+    assert told == addresses

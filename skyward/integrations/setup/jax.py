@@ -20,7 +20,7 @@ def session(world: World) -> Iterator[None]:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
             first = world.peers[0]
             jax.distributed.initialize(
-                coordinator_address=f"{first.host}:{first.port}",
+                coordinator_address=first.address,
                 num_processes=world.size,
                 process_id=world.rank,
             )

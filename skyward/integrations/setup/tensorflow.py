@@ -21,5 +21,5 @@ def session(world: World) -> Iterator[None]:
 def _config(world: World) -> dict[str, str]:
     if world.size == 1:
         return {}
-    workers = [f"{peer.host}:{peer.port}" for peer in world.peers]
+    workers = [peer.address for peer in world.peers]
     return {"TF_CONFIG": json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": world.rank}})}
