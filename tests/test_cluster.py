@@ -233,6 +233,29 @@ def test_without_a_spare_host_the_start_fails_at_once(make: Start) -> None:
     assert all(agent.stopped.is_set() for agent in agents)
 
 
+def test_a_further_node_whose_workers_do_not_start_is_left_out(make: Start) -> None:
+    made: list[FakeAgent] = []
+    told: list[BaseException] = []
+
+    def new(node: int) -> FakeAgent:
+        made.append(FakeAgent(node, "new"))
+        return made[-1]
+
+    cloud = Cloud(new, spare("another"))
+    cluster = make(cloud, machines(None))
+    cluster.on_start_error = told.append
+    cluster.start()
+    cluster.scale(2)
+    wait_until(lambda: made and made[0].commands)  # it has joined
+
+    cluster.loop.add_callback(made[0].heard, {"event": "failed", "error": "can't reach node 0"})
+    wait_until(lambda: cloud.discarded)
+
+    assert cluster.machines == {0: "m0"}
+    assert cloud.asked == [([1], ["m0"])]
+    assert ["can't reach node 0" in str(error) for error in told] == [True]
+
+
 # --- the end ------------------------------------------------------------------------------------------------
 
 

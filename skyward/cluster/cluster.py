@@ -149,7 +149,7 @@ class AgentCluster(SkyCluster):
         self.on_node_added: Callable[[int, str, Machine | None], None] = lambda *_: None
         self.on_node_left: Callable[[int, str], None] = lambda *_: None  # it was not wanted any more
         self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
-        self.on_start_error: Callable[[BaseException], None] = lambda _: None  # of a machine that is replaced
+        self.on_start_error: Callable[[BaseException], None] = lambda _: None  # of a machine that is not used
         self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self.losses: list[VolumeError] = []  # data that could not be sent
@@ -348,8 +348,12 @@ class AgentCluster(SkyCluster):
                     instance_id=agent.instance_id(min(agent.nodes)) if agent.nodes else None,
                     log=log,
                 )
-                if agent is self._agents[0] or self._is_up:
+                if agent is self._agents[0]:
                     self._fail(error)
+                elif self._is_up:
+                    self.on_start_error(error)
+                    # Not replaced: what keeps workers from starting there may do so everywhere, and machines cost.
+                    self._spawn(self._drop(agent, event["error"], replace=False))
                 elif agent in self._agents:
                     self._begin(agent, error)
             case "notice" if agent is not self._agents[0]:
@@ -385,7 +389,7 @@ class AgentCluster(SkyCluster):
                 agent, BootstrapError(said, machine=agent.machine, step=LOST, instance_id=agent.instance_id(node))
             )
 
-    async def _drop(self, agent: Agent, why: str, *, gone: bool = False) -> None:
+    async def _drop(self, agent: Agent, why: str, *, gone: bool = False, replace: bool = True) -> None:
         """Go on without a node that is lost: its calls are run again elsewhere, on its replacement if there is one.
 
         `gone`: its provider has taken it away, which does not count against a call's `retries`.
@@ -409,7 +413,7 @@ class AgentCluster(SkyCluster):
             self.on_node_lost(node, agent.instance_id(node), why)
         self.changed.set()
         self.on_change()
-        if was_counted:
+        if was_counted and replace:
             self._replace(agent)
         await self._remove_agent(agent)
 
