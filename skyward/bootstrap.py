@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from skyward import uv
+from skyward import lock, uv
 
 if TYPE_CHECKING:
     from skyward.spec import Image
@@ -221,13 +221,10 @@ as_root() {{
     else echo "this needs root: user $(id -un) is not root and has no sudo without a password"; return 77
     fi
 }}
-# Two pools that start on one machine at once: the second finds what the first has made. What this script starts holds
-# the lock too, so that nothing is made twice when the script alone is killed.
-if command -v flock > /dev/null; then
-    exec 9> "$home/lock"
-    flock -n 9 || {{ say step wait; until flock -w 5 9; do say waiting; done; }}
-fi
-: > "$log"
+# Of two pools that start on one machine at once, or on hosts that share the folder, the second finds what the first has
+# made.
+{lock.shell()}
+printf '%s\n' "$no_flock" > "$log"
 """
 
 
@@ -256,8 +253,9 @@ def debian_packages(packages: Sequence[str], *, asked_by: str) -> str:
     """Return the step that installs packages, where they are not installed; `asked_by` is named where it can't."""
     names = sorted(set(packages))
     asked = " ".join(shlex.quote(n) for n in names)
-    stamp = f"apt-{_digest(*names)}"
     return f"""
+# Each host has its own: they may share the folder.
+stamp="$home/stamps/apt-{_digest(*names)}-$(uname -n)-$(cat /etc/machine-id 2> /dev/null)"
 has_packages() {{
     for name in {asked}; do
         dpkg-query -W -f '${{Status}} ' "$name" 2> /dev/null | grep -q ' installed ' || return 1
@@ -311,9 +309,9 @@ install_apt() {{
     await_cloud_init
     update_apt && apt install -y --no-install-recommends -- {asked}
 }}
-if ! [ -e "$home/stamps/{stamp}" ]; then
+if ! [ -e "$stamp" ]; then
     has_packages || step apt install_apt 8>&1  # for what a step says while it runs
-    touch "$home/stamps/{stamp}"
+    touch "$stamp"
 fi
 """
 

@@ -229,7 +229,7 @@ exec 8>&1
 # The other end takes silence for a machine that is gone.
 ( while sleep 5 > /dev/null 2>&1 8>&- 9>&-; do say alive; done ) 9>&- &
 ticker=$!
-trap 'kill "$ticker"' EXIT
+trap 'kill "$ticker"; unlock' EXIT
 
 unmount_volume() {
     own="$home/volumes/$key"

@@ -64,8 +64,8 @@ _READ_DEVICES = shlex.quote(
     "import sys; sys.path.insert(0, sys.argv[1]); from skyward.devices import read; print(read(sys.argv[2]).to_json())"
 )
 _TOOLS = (
-    "awk", "cat", "date", "df", "dirname", "env", "grep", "head", "ln", "ls", "mkdir", "mv", "readlink", "rm", "sed",
-    "sh", "sleep", "tail", "touch", "tr",
+    "awk", "cat", "date", "df", "dirname", "env", "grep", "head", "ln", "ls", "mkdir", "mv", "readlink", "rm", "rmdir",
+    "sed", "sh", "sleep", "tail", "touch", "tr", "uname",
 )  # fmt: skip
 """Programs that the commands and scripts for machines use, all of POSIX."""
 _DETACHED = "$(command -v setsid || echo nohup)"

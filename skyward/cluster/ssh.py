@@ -296,7 +296,7 @@ class Link:
 
     async def write(self, path: str, data: bytes) -> None:
         """Write a file, readable by its owner only, whole or not at all. `path` is as the shell sees it."""
-        part = f'{path}".$$"'
+        part = f'{path}".{secrets.token_hex(8)}"'  # other hosts may write the same file in a home that they share
         command = f'mkdir -p "$(dirname {path})" && cat > {part} && mv {part} {path}'
         done = await self.run(f"{command} || {{ rm -f {part}; exit 1; }}", input=data)
         if done.status:

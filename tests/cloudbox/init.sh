@@ -29,6 +29,7 @@ mount -t tmpfs -o mode=1777 tmpfs dev/shm
 for node in null zero full random urandom tty fuse; do [ -e "/dev/$node" ] || continue; touch "dev/$node"; mount --bind "/dev/$node" "dev/$node"; done
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
+[ -z "$shared" ] || mount --bind "$shared" root
 if [ -n "$baked" ]; then
     mkdir -p root/.cache/skyward "$box/disk/baked" "$box/disk/baking"
     mount -t overlay overlay -o "lowerdir=$baked,upperdir=$box/disk/baked,workdir=$box/disk/baking" root/.cache/skyward

@@ -35,6 +35,8 @@ class Machine:
     baked
         A folder with environments that root's ``~/.cache/skyward`` shows, as a baked image would have them. It is not
         changed.
+    shared
+        A folder that is root's home, also that of other machines; None: each has its own.
     place
         An address that was taken on the network for it before; None: the next one.
     """
@@ -48,6 +50,7 @@ class Machine:
         user: str = "root",
         disk: str = "4g",
         baked: Path | None = None,
+        shared: Path | None = None,
         place: tuple[str, int] | None = None,
     ) -> None:
         self.name, self.user = name, user
@@ -66,6 +69,7 @@ class Machine:
             "user": user,
             "disk": disk,
             "baked": str(baked or ""),
+            "shared": str(shared or ""),
         }
         (seed / "facts").write_text("".join(f"{k}={shlex.quote(v)}\n" for k, v in facts.items()))
         _write_seed(seed, user_data)

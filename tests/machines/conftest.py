@@ -40,13 +40,13 @@ class Site:
     def known_hosts(self) -> Path:
         return self.folder / "known_hosts"
 
-    def boot(self, count: int = 1, *, user: str = "root", disk: str = "4g", baked: Path | None = None) -> list[Machine]:
+    def boot(self, count: int = 1, **options: Any) -> list[Machine]:
         """Boot machines that let the site's key in; their host keys become known."""
         user_data = cloud_config(ssh_authorized_keys=[self.key.with_suffix(".pub").read_text()])
         booted = []
         for _ in range(count):
             name = f"box-{len(self.machines)}"
-            machine = Machine(self.network, name, user_data, user=user, disk=disk, baked=baked)
+            machine = Machine(self.network, name, user_data, **options)
             self.machines.append(machine)
             booted.append(machine)
             with self.known_hosts.open("a") as known:
