@@ -141,11 +141,14 @@ class Session:
         self.client = client = _connect(cluster, direct)
         stack.callback(_disconnect, client)
         self.emit(events.ClusterSetupCompleted())
-        see_share = direct
+        see_share, wait_for_worker = direct, None
         if isinstance(cluster, joined.JoinedCluster):
             stack.callback(joined.forget, client, cluster)
             assert share is not None
-            see_share = joined.prepare(client, cluster, share, spec.image.pip)
+            see_share = joined.prepare(
+                client, cluster, share, spec.image.pip, timeout=spec.timeout, is_abandoned=self._over.is_set
+            )
+            wait_for_worker = functools.partial(cluster.wait_for_worker, client)
         accelerator = spec.accelerator
         self.engine = engine = Engine(
             client,
@@ -158,6 +161,7 @@ class Session:
             was_taken=own.was_taken if own is not None else None,
             share=share if see_share else None,
             direct=direct,
+            wait_for_worker=wait_for_worker,
             on_output=self.output.receive,
             cores_per_slot=own.cores_per_slot if own is not None else 1,
             accelerator=accelerator.name if accelerator else None,

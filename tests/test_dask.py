@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -14,6 +16,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 import skyward as sky
+from skyward.cluster import joined as joining
 from tests.waiting import wait_until
 
 
@@ -26,6 +29,12 @@ def cluster() -> Iterator[LocalCluster]:
 @sky.compute
 def double(x: int) -> int:
     return 2 * x
+
+
+@sky.compute
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.02)
 
 
 def joined(target: Any, **options: Any) -> sky.ComputePool:
@@ -186,3 +195,138 @@ def test_packages_that_the_workers_lack_are_told_in_a_table(cluster: LocalCluste
         pass
 
     assert info.value.table == (("no-such-package", ">=3", "missing"),)
+
+
+@pytest.fixture
+def empty() -> Iterator[LocalCluster]:
+    """A cluster without workers, which has none until it is scaled or told to adapt. Its workers are threads."""
+    with LocalCluster(n_workers=0, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster:
+        yield cluster
+
+
+def adapt(cluster: LocalCluster, maximum: int = 1, *, wait_count: int = 100) -> None:
+    """Scale by demand from 0 workers. An idle worker is ended after 20 ms times `wait_count`."""
+    cluster.adapt(minimum=0, maximum=maximum, interval="20ms", wait_count=wait_count)
+
+
+def scaled_to_zero(cluster: LocalCluster, pool: sky.ComputePool) -> None:
+    adapt(cluster, wait_count=1)
+    wait_until(lambda: pool.total_slots == 0)
+    adapt(cluster)
+
+
+def tasks(client: Client) -> int:
+    """Return how many tasks the scheduler knows of."""
+    return int(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+
+
+def test_a_cluster_that_scales_by_demand_is_joined_without_workers(empty: LocalCluster) -> None:
+    adapt(empty)
+
+    with joined(empty, timeout=60) as pool:
+        assert double(21) >> pool == 42
+
+
+def test_calls_start_a_worker_after_a_cluster_scaled_back_to_zero(empty: LocalCluster) -> None:
+    import numpy as np
+
+    adapt(empty)
+    with joined(empty) as pool:
+        scaled_to_zero(empty, pool)
+        assert double(21) >> pool == 42
+
+        scaled_to_zero(empty, pool)
+        assert sky.compute(np.sum)(np.ones(1 << 19)) >> pool == 1 << 19
+
+
+def test_a_broadcast_starts_a_worker_of_a_cluster_without_any(empty: LocalCluster) -> None:
+    adapt(empty)
+    with joined(empty) as pool:
+        scaled_to_zero(empty, pool)
+
+        assert list(double(21) @ pool) == [42]
+
+
+def test_a_cluster_gets_its_second_worker_when_long_calls_wait(empty: LocalCluster, tmp_path: Path) -> None:
+    adapt(empty, maximum=2)
+
+    with joined(empty) as pool:
+        futures = [pool.submit(wait_for(tmp_path / "go")) for _ in range(4)]
+        try:
+            wait_until(lambda: pool.total_slots == 2)
+        finally:
+            (tmp_path / "go").touch()
+        for future in futures:
+            future.result(60)
+
+
+def test_a_cluster_gets_its_second_worker_when_short_calls_wait(empty: LocalCluster) -> None:
+    empty.adapt(minimum=0, maximum=2, interval="20ms", wait_count=100, target_duration="500ms")
+
+    with joined(empty) as pool:
+        sky.compute(time.sleep)(0.1) >> pool  # one worker is enough for this
+        assert pool.total_slots == 1
+
+        sky.gather(*(sky.compute(time.sleep)(0.1) for _ in range(20))) >> pool
+
+        assert pool.total_slots == 2
+
+
+def test_cancelled_calls_do_not_ask_for_workers_any_more(empty: LocalCluster) -> None:
+    empty.scale(1)
+    with joined(empty) as pool, Client(empty, set_as_default=False) as client:
+        empty.scale(0)
+        wait_until(lambda: pool.total_slots == 0)
+        future = pool.submit(double(21))
+        wait_until(lambda: tasks(client) == 2)  # the call, and the wait for a worker
+
+        future.cancel()
+
+        wait_until(lambda: tasks(client) == 0)
+
+
+def test_a_wait_for_the_first_worker_says_what_it_waits_for(
+    empty: LocalCluster, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "TELL_S", 0.05)
+
+    def told() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.name == joining.__name__]
+
+    pool = joined(empty)
+    with ThreadPoolExecutor(1) as thread:
+        entering = thread.submit(pool.__enter__)
+        wait_until(lambda: len(told()) == 1)
+        empty.scale(1)
+        entering.result(60)
+    try:
+        empty.scale(0)
+        wait_until(lambda: pool.total_slots == 0)
+        future = pool.submit(double(21))
+        wait_until(lambda: len(told()) == 2)
+        empty.scale(1)
+        assert future.result(60) == 42
+    finally:
+        pool.__exit__(None, None, None)
+
+    assert all(f"waiting for the first worker of the Dask cluster at {empty.scheduler_address}" in t for t in told())
+
+
+def test_a_pool_whose_timeout_passes_without_a_worker_is_an_error(empty: LocalCluster) -> None:
+    with pytest.raises(sky.PoolTimeoutError, match=r"had no worker within the pool's timeout of 0\.2 s"):
+        joined(empty, timeout=0.2).__enter__()
+
+
+def test_a_cluster_that_ends_while_its_first_worker_is_waited_for(empty: LocalCluster) -> None:
+    pool = joined(empty)
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        ThreadPoolExecutor(1) as thread,
+        Client(empty, set_as_default=False) as client,
+    ):
+        entering = thread.submit(pool.__enter__)
+        wait_until(lambda: tasks(client) == 1)
+        empty.close()
+
+        with pytest.raises(sky.PoolError, match="ended before it had a worker"):
+            entering.result(60)

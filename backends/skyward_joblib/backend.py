@@ -240,8 +240,11 @@ class BatchSizes:
 
 
 def _count(n_jobs: int, engine: Engine) -> int:
-    """Return how many jobs `n_jobs` means: below zero it is counted back from all slots, as joblib does."""
-    return n_jobs if n_jobs > 0 else max(1, engine.slots + 1 + n_jobs)
+    """Return how many jobs `n_jobs` means: below zero it is counted back from all slots, as joblib does.
+
+    On a joined cluster, which may grow, that is at least 2: joblib runs a single job in the caller.
+    """
+    return n_jobs if n_jobs > 0 else max(2 if engine.is_joined else 1, engine.slots + 1 + n_jobs)
 
 
 def _call(func: Any, threads: int | None, *, alone: bool) -> Call:

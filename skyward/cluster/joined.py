@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import platform
 import secrets
-import time
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from packaging.requirements import Requirement
 
 from skyward.cluster.barrier import barrier_plugin, remove_barrier
 from skyward.cluster.cluster import SkyCluster
-from skyward.errors import PoolError, VersionMismatchError
+from skyward.errors import PoolError, PoolTimeoutError, VersionMismatchError
 from skyward.providers.dask import Dask
 from skyward.version import __version__
 from skyward.wire import Slot
 
-WAIT_S = 30.0
-"""Seconds that a cluster without workers has to get one, e.g. because it scales up from zero."""
+logger = logging.getLogger(__name__)
+
+TELL_S = 5.0
+"""Seconds without a worker after which the user is told. A cluster on this machine scales up within 2."""
 
 
 class JoinedCluster(SkyCluster):
@@ -35,6 +39,7 @@ class JoinedCluster(SkyCluster):
     def __init__(self, name: str, address: str, security: Any) -> None:
         super().__init__(name, security)
         self._address = address
+        self.hears = threading.Event()  # set by the first entry of the scheduler's event log
         self.has_dashboard.set()  # or it never will have one
 
     def start(self) -> None:
@@ -61,6 +66,7 @@ class JoinedCluster(SkyCluster):
 
     async def heard(self, event: tuple[float, Any]) -> None:
         """Take an entry of the scheduler's event log."""
+        self.hears.set()
         message = event[1]
         if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
             await self.refresh()
@@ -76,6 +82,26 @@ class JoinedCluster(SkyCluster):
             counts[host] += 1
         return sorted(found, key=lambda s: (s.node, s.number))
 
+    async def wait_for_worker(self, client: Any, is_over: Callable[[], bool]) -> Any:
+        """Wait until `is_over`, with a task that needs a worker: a cluster that scales by demand starts one for it.
+
+        Returns the task's future. While it is held, Dask's `adapt` does not end the last worker.
+        """
+        probe = client.submit(int, key=f"skyward-wait-{secrets.token_hex(8)}", pure=False)
+        tell = asyncio.get_running_loop().call_later(
+            TELL_S,
+            logger.warning,
+            "waiting for the first worker of the Dask cluster at %s; if it does not scale by demand, start one where "
+            "it was made, e.g. with cluster.scale(1)",
+            self.scheduler_address,
+        )
+        try:
+            while not is_over() and not probe.cancelled():  # it is when the cluster has ended
+                await asyncio.sleep(0.05)
+        finally:
+            tell.cancel()
+        return probe
+
     def scale(self, n: int) -> None:
         raise PoolError(f"can't scale to {n} nodes: this cluster was only joined; scale it where it was made")
 
@@ -87,28 +113,34 @@ def joined_cluster(provider: Dask, pool_id: str) -> JoinedCluster:
     return JoinedCluster(pool_id, provider.address(), provider.credentials())
 
 
-def prepare(client: Any, cluster: JoinedCluster, share: Path, requirements: Sequence[str] = ()) -> bool:
+def prepare(
+    client: Any,
+    cluster: JoinedCluster,
+    share: Path,
+    requirements: Sequence[str] = (),
+    *,
+    timeout: float,
+    is_abandoned: Callable[[], bool],
+) -> bool:
     """Check versions, add the barrier, and tell whether all workers see the folder `share`.
 
-    `requirements` are the packages that the workers must have, as pip takes them.
+    `requirements` are the packages that the workers must have, as pip takes them. If there is no worker, wait up to
+    `timeout` seconds for one, or until `is_abandoned` returns true.
 
     Raises
     ------
+    PoolTimeoutError
+        The cluster has no worker after `timeout` seconds.
     PoolError
-        The cluster has no workers.
+        The cluster ended, or the pool was closed, during that wait.
     VersionMismatchError
         A worker lacks skyward or a requirement, or has another Python; the message is a table.
     """
     client.subscribe_topic("all", cluster.heard)  # Dask tells there which workers come and go
-    cluster.sync(cluster.refresh)  # those that came before the subscription
-    deadline = time.monotonic() + WAIT_S
-    while not cluster.slots():
-        if time.monotonic() > deadline:
-            raise PoolError(
-                f"the Dask cluster at {cluster.scheduler_address} has no workers after {WAIT_S:g} s; "
-                "start some, e.g. with cluster.scale(...) where it was made"
-            )
-        time.sleep(0.05)
+    while not cluster.hears.wait(0.01):  # the subscription is sent by another way than requests, which may be faster
+        client.log_event("all", {"action": "skyward-join"})
+    cluster.sync(cluster.refresh)  # what changed before the subscription
+    kept = None if cluster.slots() else _wait_for_worker(client, cluster, timeout, is_abandoned)
     token = secrets.token_hex(8)
     (share / token).touch()
     # A function made here travels by value, so it runs on a worker that has no skyward.
@@ -136,7 +168,28 @@ def prepare(client: Any, cluster: JoinedCluster, share: Path, requirements: Sequ
             table=tuple(dict.fromkeys(rows)),
         )
     client.register_plugin(barrier_plugin(cluster.name))
+    del kept  # until here, so that the worker stays
     return all(there["share"] for there in answers.values())
+
+
+def _wait_for_worker(
+    client: Any, cluster: JoinedCluster, timeout: float, is_abandoned: Callable[[], bool]
+) -> Any:
+    def is_over() -> bool:
+        return bool(cluster.slots()) or is_abandoned()
+
+    try:
+        probe = client.sync(cluster.wait_for_worker, client, is_over, callback_timeout=timeout)
+    except TimeoutError:
+        raise PoolTimeoutError(
+            f"the Dask cluster at {cluster.scheduler_address} had no worker within the pool's timeout of {timeout:g} "
+            "s. Start one where it was made, or raise timeout="
+        ) from None
+    if is_abandoned():
+        raise PoolError("the pool was closed while it started")
+    if not cluster.slots():
+        raise PoolError(f"the Dask cluster at {cluster.scheduler_address} ended before it had a worker")
+    return probe
 
 
 def forget(client: Any, cluster: JoinedCluster) -> None:

@@ -130,6 +130,7 @@ class Broadcaster:
 
     async def _complete(self) -> None:
         """Wait until every slot is there and rid of interrupted calls: a worker may be on its way out or in."""
+        await self._engine._has_slots()
         try:
             async with asyncio.timeout(_RESTART_S):
                 ending = [key for until, key in self._ending if until > now()]

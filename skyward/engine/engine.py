@@ -44,6 +44,11 @@ _VERDICT_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
 _CANCEL_CALLS = 5_000
 """Most cancelled calls that are dropped at once, a few milliseconds of work: then the loop has other turns."""
+_SHOWN_S = 10.0
+"""Seconds of work in flight per slot of a joined cluster. Dask's `adapt` wants a worker for each 5 s of work that its
+scheduler knows of (`distributed.adaptive.target-duration`): this lets it double its workers."""
+_SHOWN_BYTES = 64 << 20
+"""Most bytes of arguments per slot that are sent to a joined cluster to show the demand. Chosen, not measured."""
 _AHEAD = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
 
@@ -77,6 +82,9 @@ class Engine:
         Folder that caller and workers both see, for large buffers; None when there is no such folder.
     direct
         Whether the client may fetch results from workers directly rather than through the scheduler.
+    wait_for_worker
+        Called in the loop while a joined cluster has no worker. It makes the demand known to the cluster, and returns
+        when the function that it is given returns true.
     on_output
         Hears, in the loop, what tasks have printed, before their outcomes are delivered.
     cores_per_slot
@@ -97,6 +105,7 @@ class Engine:
         was_taken: Callable[[str], Awaitable[bool]] | None = None,
         share: Path | None = None,
         direct: bool = True,
+        wait_for_worker: Callable[[Callable[[], bool]], Awaitable[Any]] | None = None,
         on_output: Callable[[Any], None] = lambda _: None,
         cores_per_slot: int = 1,
         head_port: int = 29500,
@@ -113,7 +122,7 @@ class Engine:
         self._slots = slots
         self._expected = expected
         self._alive = alive
-        self._transport = Transport(client, self.store, direct=direct, on_output=on_output)
+        self._transport = Transport(client, self.store, self._has_slots, direct=direct, on_output=on_output)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
         self._thread: int | None = None
         self._facts = (pool_id, head_port, accelerator, accelerators_per_node, parts_per_node)
@@ -126,6 +135,8 @@ class Engine:
         self._cancelled: deque[tuple[Group, Item]] = deque()  # calls whose futures other threads have cancelled
         self._dirty_lock = threading.Lock()
         self._chunks: dict[str, Flight] = {}
+        self._wait_for_worker = wait_for_worker
+        self._watch: asyncio.Task[None] | None = None  # while there are no slots and something needs one
         self._suspects = 0  # queued or running calls that were on a worker when it died
         self._ending: dict[str, float] = {}  # workers that may end at our own request, and until when
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,6 +172,11 @@ class Engine:
     def slots(self) -> int:
         """How many calls can run at once, now."""
         return self._placement.count
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the cluster is not the pool's own, so that its workers come and go as others decide."""
+        return self._alive is None
 
     def group(self, *, limit: int | None = None) -> Group:
         """Return a group for `submit`: at most `limit` of its calls run at once, and they are cancelled together.
@@ -365,7 +381,7 @@ class Engine:
             ahead = self._ahead(group.first())
             if self._alive is None:
                 address = None
-                if len(self._chunks) >= max(1, self._placement.count) * ahead:
+                if len(self._chunks) >= max(1, self.slots) * ahead:
                     continue
             elif (address := self._placement.pick(ahead)) is None:
                 continue
@@ -375,13 +391,47 @@ class Engine:
         if self._alive is not None:
             for request in self._flights.recall():
                 self._start(request)
+        elif self._chunks and not self.slots and self.client.status == "running":
+            self._watch_for_slots()
+
+    def _watch_for_slots(self) -> asyncio.Task[None]:
+        """Wait for a worker of a joined cluster, until nothing needs one any more."""
+        wait = self._wait_for_worker
+        assert wait is not None
+
+        def is_over() -> bool:
+            return self.slots > 0 or not (self._chunks or self._broadcaster.is_busy)
+
+        async def watch() -> None:
+            await wait(is_over)  # its result is let go, or the cluster could not scale back to nothing
+
+        if self._watch is None or self._watch.done():
+            self._watch = self._start(watch())
+        return self._watch
+
+    async def _has_slots(self) -> bool:
+        """Wait until a joined cluster has a worker. Return False if the calls that needed one were cancelled."""
+        if self._wait_for_worker is not None and not self.slots:
+            await asyncio.shield(self._watch_for_slots())
+        return self.slots > 0
 
     def _ahead(self, item: Item) -> int:
         """Return how many chunks a slot may have when one that begins with `item` is sent there."""
-        # While a suspect is about, one: if it kills its worker, it takes no others with it. And what may take long does
-        # not wait behind what may take long: the next free slot is soon enough.
-        is_sure = not self._suspects and (self._alive is None or self.estimates.is_short(item.function.digest))
-        return _AHEAD if is_sure else 1
+        if self._suspects:
+            return 1  # if it kills its worker, it takes no others with it
+        if self._alive is None:
+            return self._shown(item)
+        # A long call does not wait behind another long one: the next free slot is soon enough.
+        return _AHEAD if self.estimates.is_short(item.function.digest) else 1
+
+    def _shown(self, item: Item) -> int:
+        """Return how many chunks per slot a joined cluster gets, so that it sees the demand and can scale."""
+        digest = item.function.digest
+        seconds = self.estimates.mean(digest)
+        if seconds is None:  # unknown: chunks may be much too small, and if calls are long, two are demand enough
+            return _AHEAD
+        size = item.size * self.estimates.chunk_calls(digest)
+        return max(_AHEAD, min(int(_SHOWN_S / max(seconds, Estimates.TARGET_S)), _SHOWN_BYTES // max(1, size)))
 
     def _take(self, group: Group) -> list[Item]:
         """Take the calls of the next chunk from the front of the group's queue."""
@@ -413,10 +463,11 @@ class Engine:
         self._flights.take_off(flight)
         self._start(self._run_chunk(flight))
 
-    def _start(self, coroutine: Any) -> None:
-        task = self._loop.create_task(coroutine)
+    def _start(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _chunk(self, key: str, items: list[Item], part: Participant | None = None) -> Chunk:
         functions = {item.function.digest: item.function for item in items}

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from distributed.comm import CommClosedError
@@ -45,15 +45,23 @@ class UnreachableError(Exception):
 class Transport:
     """Sends chunks through one Dask client. `direct`: the caller reaches workers without the scheduler's help.
 
+    `has_slots` waits for a worker; False: none is needed any more.
     `on_output` hears, in the loop, what tasks have printed, before their outcomes are returned.
     """
 
     def __init__(
-        self, client: Any, store: Store, *, direct: bool, on_output: Callable[[Any], None] = lambda _: None
+        self,
+        client: Any,
+        store: Store,
+        has_slots: Callable[[], Awaitable[bool]],
+        *,
+        direct: bool,
+        on_output: Callable[[Any], None] = lambda _: None,
     ) -> None:
         self.client = client
         self._on_output = on_output
         self._store = store
+        self._has_slots = has_slots
         self._direct = direct
         self._scattered: dict[str, asyncio.Task[Any]] = {}
         self._connecting: set[asyncio.Future[Any]] = set()
@@ -80,12 +88,14 @@ class Transport:
             self._scattered.pop(digest, None)
         self._store.dropped.clear()
         for digest in digests:
-            if digest not in self._scattered:
+            if digest not in self._scattered or self._scattered[digest].cancelled():
                 # Stored before the wait, so that the next chunk waits for the same transfer.
                 self._scattered[digest] = asyncio.ensure_future(self._scatter(digest))
         return [chunk, *[await self._scattered[d] for d in digests]]
 
     async def _scatter(self, digest: str) -> Any:
+        if not await self._has_slots():  # Dask's scatter fails when there is no worker
+            raise asyncio.CancelledError
         (future,) = await self.client._scatter([self._store.data(digest)], hash=False)
         return future
 

@@ -404,3 +404,29 @@ def test_the_name_takes_the_current_dask_client(tmp_path: Path) -> None:
     )
 
     assert out == "2 [0, 2, 4]\n"
+
+
+def test_all_jobs_of_a_cluster_without_workers_start_some(tmp_path: Path) -> None:
+    out = _run(
+        """
+        import os
+        import time
+        from distributed import LocalCluster
+        from joblib import Parallel, delayed
+        import skyward as sky
+
+        if __name__ == "__main__":
+            with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=":0") as cluster:
+                cluster.adapt(minimum=0, maximum=1, interval="20ms")
+                with sky.ComputePool(sky.Dask(cluster), display="quiet") as pool:
+                    while pool.total_slots:  # the cluster scales back to 0
+                        time.sleep(0.02)
+                    cluster.adapt(minimum=0, maximum=1, interval="20ms", wait_count=100)
+                    with sky.integrations.joblib_backend(pool):
+                        pids = Parallel(n_jobs=-1)(delayed(os.getpid)() for _ in range(3))
+            print(len(set(pids)), os.getpid() in pids)
+        """,
+        tmp_path,
+    )
+
+    assert out == "1 False\n"
