@@ -224,7 +224,8 @@ as_root() {{
 # Of two pools that start on one machine at once, or on hosts that share the folder, the second finds what the first has
 # made.
 {lock.shell()}
-printf '%s\n' "$no_flock" > "$log"
+: > "$log"
+[ -z "$no_flock" ] || echo "$no_flock" >> "$log"
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,11 +121,10 @@ def test_a_look_comes_at_once_and_one_when_the_time_is_over(monkeypatch: pytest.
         slept.append(seconds)
         now += seconds
 
-    monkeypatch.setattr(listing.time, "monotonic", lambda: now)
-    monkeypatch.setattr(listing.time, "sleep", sleep)
+    monkeypatch.setattr(listing, "time", SimpleNamespace(monotonic=lambda: now))
 
-    assert len(list(listing.looks(0.0))) == 1
+    assert len(list(listing.looks(0.0, sleep))) == 1
     assert slept == []
-    looks = len(list(listing.looks(10.0)))
+    looks = len(list(listing.looks(10.0, sleep)))
     assert sum(slept) == pytest.approx(10.0)
     assert looks == len(slept) + 1
