@@ -11,6 +11,7 @@ from typing import Any
 
 import skyward as sky
 from tests.clouds.yard import Yard
+from tests.waiting import wait_until
 
 NAMES = ("aws", "digitalocean", "verda")
 TYPES = {"aws": "m6i.large", "digitalocean": "s-4vcpu-8gb", "verda": "CPU.4V.16G"}
@@ -139,6 +140,7 @@ class Emulated:
             case "digitalocean":
                 self.cloud.new_s = 3600.0
             case _:
+                wait_until(self.cloud.is_settled)  # or those that are being provisioned would take long too
                 self.cloud.ordered_s = 3600.0
 
     def break_end(self, broken: bool) -> None:

@@ -336,6 +336,11 @@ class VerdaCloud:
 
     # --- instances ------------------------------------------------------------------------------------------
 
+    def is_settled(self) -> bool:
+        """Tell whether no instance is on its way up."""
+        self._settle()
+        return not any(instance.status in ("ordered", "provisioning") for instance in self._instances.values())
+
     def _settle(self) -> None:
         """Bring every instance to the state that it has by now."""
         now = self.clock()
