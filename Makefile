@@ -1,7 +1,8 @@
 # Needs make and Python 3.11 or newer; everything else goes into .venv.
 
 PYTHON ?= python3
-PYTEST_WORKERS ?= 2
+# More than two cores: tests wait for machines and clouds more than they compute.
+PYTEST_WORKERS ?= 4
 # System packages to install first, where make runs as root and apt is there: for tests on machines in a box, some of
 # which have other login shells, and for those in a browser, which need some font.
 APT_PACKAGES ?= fuse3 iproute2 nftables openssh-client openssh-server procps rclone fish tcsh zsh \
@@ -36,7 +37,7 @@ demo: $(VENV)/.demo ## Search a grid with scikit-learn on a pool of local worker
 
 test: $(VENV)/.test ## Run the tests; their fast part again on Python 3.13 where there is one
 	@$(BIN)/python --version
-	@tools/run-tests $(VENV) -m "$(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile $(PLAIN)
+	@tools/run-tests $(VENV) -m "$(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PLAIN)
 	@$(MAKE) --no-print-directory test-frameworks
 	@$(MAKE) --no-print-directory test-313
 	@for venv in $(VENV) $(FRAMEWORKS) $(VENV313); do \
@@ -45,13 +46,13 @@ test: $(VENV)/.test ## Run the tests; their fast part again on Python 3.13 where
 
 test-fast: $(VENV)/.test ## Run the fast part of the tests
 	@$(BIN)/python --version
-	@tools/run-tests $(VENV) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile $(PLAIN)
+	@tools/run-tests $(VENV) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PLAIN)
 
 test-frameworks: ## Test distributed training, with those of torch, JAX, Keras, TensorFlow, Transformers that are to be had
 	@$(MAKE) --no-print-directory $(FRAMEWORKS)/.frameworks VENV=$(FRAMEWORKS)
 	@$(FRAMEWORKS)/bin/python --version
 	@cat $(FRAMEWORKS)/.frameworks
-	@tools/run-tests $(FRAMEWORKS) tests/frameworks -m "$(EVERYDAY)"
+	@tools/run-tests $(FRAMEWORKS) tests/frameworks -m "$(EVERYDAY)" -n 2 --dist loadfile
 
 test-313: $(VENV)/.test
 	@rm -f $(VENV313)/.closing-line
@@ -60,7 +61,7 @@ test-313: $(VENV)/.test
 	elif python=$$(tools/find-python 3.13); then \
 	    $(MAKE) --no-print-directory $(VENV313)/.test VENV=$(VENV313) PYTHON="$$python" && \
 	    $(VENV313)/bin/python --version && \
-	    tools/run-tests $(VENV313) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile $(PLAIN); \
+	    tools/run-tests $(VENV313) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PLAIN); \
 	else \
 	    echo "Not tested on Python 3.13: none found that runs and can make virtual environments."; \
 	fi
@@ -129,7 +130,7 @@ $(VENV)/.gpu: $(VENV)/.test
 
 $(VENV)/.frameworks: pyproject.toml tools/install-frameworks $(VENV)/.made-for
 	@echo "Installing skyward and frameworks for training into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sklearn]' pytest pytest-timeout hypothesis
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sklearn]' pytest pytest-timeout pytest-xdist hypothesis
 	@tools/install-frameworks $(VENV) > $@
 	@touch $@
 
