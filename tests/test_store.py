@@ -56,9 +56,10 @@ def test_a_large_array_that_has_not_changed_is_not_hashed_again(monkeypatch: pyt
     assert len(hashed) == 1
 
 
-def test_each_changed_region_of_a_2048th_of_an_array_is_noticed() -> None:
-    array = np.zeros(LARGE * 8 + 1234, np.uint8)  # not a multiple of anything
-    length = array.nbytes // 2048
+@pytest.mark.parametrize("size", [5_000_000, LARGE * 8 + 1234])  # not multiples of anything
+def test_each_changed_region_of_8_kib_or_a_2048th_is_noticed(size: int) -> None:
+    array = np.zeros(size, np.uint8)
+    length = max(8192, array.nbytes // 2048)
     picks = random.Random(1)
     starts = [0, array.nbytes - length, *(picks.randrange(array.nbytes - length) for _ in range(60))]
     keeper = Keeper(Store(None), unchanged=False)
