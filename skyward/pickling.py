@@ -38,16 +38,18 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self) -> None:
         self._file = io.BytesIO()
         self._buffers: list[pickle.PickleBuffer] = []
+        self._out_of_band = OUT_OF_BAND
         super().__init__(self._file, protocol=5, buffer_callback=self._keep_in_band)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         with buffer.raw() as view:
-            if view.nbytes < OUT_OF_BAND:
+            if view.nbytes < self._out_of_band:
                 return True
         self._buffers.append(buffer)
         return False
 
-    def dumps(self, obj: object) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+    def dumps(self, obj: object, out_of_band: int) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+        self._out_of_band = out_of_band
         self._file.seek(0)
         self._file.truncate()
         self._buffers = []
@@ -172,15 +174,15 @@ def is_project_module(name: str) -> bool:
 _local = threading.local()
 
 
-def dumps(obj: object) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
-    """Return `obj` as (pickle, large buffers)."""
+def dumps(obj: object, *, out_of_band: int = OUT_OF_BAND) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+    """Return `obj` as (pickle, buffers of `out_of_band` bytes and more)."""
     pickler = getattr(_local, "pickler", None)
     if pickler is None:
         pickler = _local.pickler = Pickler()
     try:
         # While a dump runs, the pickler is taken: an object's __reduce__ may itself call into skyward.
         _local.pickler = None
-        result: tuple[bytes, Sequence[pickle.PickleBuffer]] = pickler.dumps(obj)
+        result: tuple[bytes, Sequence[pickle.PickleBuffer]] = pickler.dumps(obj, out_of_band)
     except BaseException:
         pickler = None  # its memo may hold half of what failed
         raise

@@ -27,6 +27,7 @@ from skyward import interrupts, isolation, pickling, shelf, task
 from skyward.errors import SerializationError, SpecError, VersionMismatchError, WorkerDiedError
 from skyward.variables import variables
 from skyward.wire import (
+    Access,
     BlobRef,
     Chunk,
     FunctionRef,
@@ -294,7 +295,7 @@ def _machine_name(layout: Layout, address: str) -> str:
 
 # --- functions and buffers ----------------------------------------------------------------------------------
 
-_functions: OrderedDict[str, Any] = OrderedDict()
+_functions: OrderedDict[tuple[str, Access | None], Any] = OrderedDict()
 _FUNCTIONS_KEPT = 128  # by feel: a run seldom has more than a few
 _maps: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
 
@@ -303,6 +304,7 @@ class _Shipped:
     """Unpickles functions and arguments of one chunk, with their large buffers."""
 
     def __init__(self, chunk: Chunk, blobs: tuple[Any, ...]) -> None:
+        self._access = chunk.access
         self._blobs: Mapping[str, Any] = {}
         if blobs:
             digests: dict[str, None] = {}
@@ -314,26 +316,35 @@ class _Shipped:
         return pickling.loads(data, [self._buffer(r) for r in refs]) if refs else pickling.loads(data)
 
     def function(self, ref: FunctionRef) -> Any:
-        fn = _functions.get(ref.digest)
+        key = (ref.digest, self._access if ref.buffers else None)
+        fn = _functions.get(key)
         if fn is None:
-            fn = _functions[ref.digest] = self.load(ref.data, ref.buffers)
+            fn = _functions[key] = self.load(ref.data, ref.buffers)
             while len(_functions) > _FUNCTIONS_KEPT:
                 _functions.popitem(last=False)
         return fn
 
     def _buffer(self, ref: BlobRef) -> Any:
+        access = self._access
+        mode = "r" if access is None else access.mode if ref.nbytes > access.over else "c"
         if ref.digest in self._blobs:
-            return memoryview(self._blobs[ref.digest]).toreadonly()
+            blob = self._blobs[ref.digest]
+            return bytearray(blob) if mode == "c" else memoryview(blob).toreadonly()
         path = ref.path or str(shelf.path_of(ref.digest))
+        if mode == "c":
+            return _map(path, ref.nbytes, mmap.ACCESS_COPY)
         found = _maps.get(path)
         if found is None:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                found = mmap.mmap(fd, ref.nbytes, access=mmap.ACCESS_READ)
-            finally:
-                os.close(fd)
-            _maps[path] = found
+            found = _maps[path] = _map(path, ref.nbytes, mmap.ACCESS_READ if mode == "r" else mmap.ACCESS_WRITE)
         return found
+
+
+def _map(path: str, nbytes: int, access: int) -> mmap.mmap:
+    fd = os.open(path, os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY)
+    try:
+        return mmap.mmap(fd, nbytes, access=access)
+    finally:
+        os.close(fd)
 
 
 # --- warnings -----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Slot(NamedTuple):
@@ -23,6 +23,17 @@ class BlobRef(NamedTuple):
     digest: str
     nbytes: int
     path: str | None  # None: the data comes with the task, under this digest, or lies on the node's shelf
+
+
+class Access(NamedTuple):
+    """How calls see their large buffers: those of more than `over` bytes in `mode`, smaller ones as in mode "c".
+
+    The modes are those of numpy's memory maps: "r" is read-only, "c" is copy-on-write, so that each call has its own
+    content, and with "r+" all workers of the machine write into one file.
+    """
+
+    mode: Literal["r", "c", "r+"]
+    over: int
 
 
 class FunctionRef(NamedTuple):
@@ -88,6 +99,7 @@ class Chunk:
     timeout_s: float | None = None  # for the single call of a chunk with a time limit
     participant: Participant | None = None
     isolation: Isolation | None = None
+    access: Access | None = None  # None: read-only
 
 
 @dataclass(frozen=True, slots=True)

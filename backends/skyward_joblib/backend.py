@@ -5,24 +5,21 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import logging
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend, ThreadingBackend
 from joblib.parallel import BatchedCalls, parallel_config
 
 import skyward as sky
 from skyward.engine import Call
+from skyward_joblib.arrays import access
 from skyward_joblib.resolve import engine_for
 
 if TYPE_CHECKING:
     from skyward.engine import Engine, Group
-
-logger = logging.getLogger(__name__)
 
 Task = tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]
 
@@ -55,8 +52,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         **backend_kwargs: Any,
     ) -> None:
         if backend_kwargs:
-            names = ", ".join(sorted(backend_kwargs))
-            raise TypeError(f"the skyward backend takes pool= or client=, not {names}")
+            _refuse(backend_kwargs)
         super().__init__(nesting_level=nesting_level or 0, inner_max_num_threads=inner_max_num_threads)
         self._pool = pool
         self._client = client
@@ -84,24 +80,37 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             n_jobs = self.default_n_jobs
         return _count(n_jobs, engine)
 
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **_memmapping_options: Any) -> int:
+    def configure(
+        self,
+        n_jobs: int = 1,
+        parallel: Any = None,
+        *,
+        max_nbytes: int | None = 1 << 20,
+        mmap_mode: str | None = "r",
+        pool: Any = None,
+        client: Any = None,
+        **options: Any,
+    ) -> int:
+        if unknown := options.keys() - _FOR_OTHERS:
+            _refuse(unknown)
+        if self.parallel is not parallel:
+            # Each `Parallel` has its own: one may be read as a generator, or be in another thread, while another runs.
+            if pool is None and client is None:
+                pool, client = self._pool, self._client
+            own = type(self)(self.nesting_level, self.inner_max_num_threads, pool=pool, client=client)
+            own.parallel = parallel
+            raise FallbackToBackend(own)
         effective = self.effective_n_jobs(n_jobs)
         if effective == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
-        if self._group is not None and self.parallel is not parallel:
-            # The default of several calls at once, e.g. of one that is read as a generator while another runs.
-            own = type(self)(
-                self.nesting_level, self.inner_max_num_threads, pool=self._pool, client=self._client
-            )
-            own.parallel = parallel
-            raise FallbackToBackend(own)
-        self.parallel = parallel
         self._asked = n_jobs
         self._started_with = effective
         self._in_flight = self._tasks_in_flight = 0
         self._engine = engine_for(self._pool, self._client)
         # A count below zero grows with the pool, so only a count that was named is a limit.
-        self._group = self._engine.group(limit=n_jobs if n_jobs > 0 else None)
+        self._group = self._engine.group(
+            limit=n_jobs if n_jobs > 0 else None, access=access(max_nbytes, mmap_mode, self._engine)
+        )
         self._group.may_grow = self._may_grow
         return effective
 
@@ -171,7 +180,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         if self._group is not None and self._engine is not None:
             self._group.cancel()
             self._group.close()
-            self._group = self._engine.group(limit=self._group.limit)
+            self._group = self._engine.group(limit=self._group.limit, access=self._group.access)
             self._group.may_grow = self._may_grow
         self._in_flight = self._tasks_in_flight = 0
 
@@ -183,19 +192,6 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         if level > 1:
             return SequentialBackend(nesting_level=level), None
         return SlotThreads(cores, nesting_level=level), None
-
-    @property
-    def supports_sharedmem(self) -> bool:
-        # joblib runs work that needs shared memory on threads of this process, without a word. It asks here first,
-        # and only its own variable tells what for.
-        if sys._getframe(1).f_locals.get("require") == "sharedmem":
-            _tell_of_threads()
-        return False
-
-
-@functools.cache
-def _tell_of_threads() -> None:
-    logger.warning("work with require='sharedmem' can't leave this process: it runs on local threads, not on the pool")
 
 
 class SlotThreads(ThreadingBackend):  # type: ignore[misc]
@@ -237,6 +233,14 @@ class BatchSizes:
     def is_short(self, tasks: float) -> bool:
         """Tell whether so many tasks are known to take less than `SHORT_S`."""
         return self._tasks > 0 and tasks * self._seconds < self.SHORT_S * self._tasks
+
+
+_FOR_OTHERS = {"prefer", "require", "verbose", "temp_folder", "context"}
+"""Options that joblib hands to each backend and sees to itself, or that mean nothing on a pool: see its docs."""
+
+
+def _refuse(names: Iterable[str]) -> NoReturn:
+    raise TypeError(f"the skyward backend takes pool= or client=, not {', '.join(sorted(names))}")
 
 
 def _count(n_jobs: int, engine: Engine) -> int:

@@ -3,5 +3,6 @@
 from skyward.engine.calls import Call
 from skyward.engine.engine import Engine
 from skyward.engine.group import Group
+from skyward.wire import Access
 
-__all__ = ["Call", "Engine", "Group"]
+__all__ = ["Access", "Call", "Engine", "Group"]

@@ -14,8 +14,9 @@ import xxhash
 from skyward import pickling
 from skyward.engine.captured import captured
 from skyward.engine.store import Keeper, Store
+from skyward.engine.writable import WritableArrays
 from skyward.errors import RemoteTraceback, SerializationError, TaskExitError
-from skyward.wire import BlobRef, FunctionRef, Kind, Outcome
+from skyward.wire import Access, BlobRef, FunctionRef, Kind, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,19 @@ class Packer:
     """Packs the calls of one group: each function once, each large buffer once per identity.
 
     With `unchanged`, the caller's code does not run between two calls, so functions and arrays stay as they were.
-    Otherwise both are looked at again for each call: see `Keeper` and `captured`.
+    Otherwise both are looked at again for each call: see `Keeper` and `captured`. `access` is how calls see the large
+    buffers; None: read-only.
     """
 
-    def __init__(self, store: Store, *, unchanged: bool = False) -> None:
+    def __init__(self, store: Store, *, unchanged: bool = False, access: Access | None = None) -> None:
         self._store = store
         self._unchanged = unchanged
-        self._keeper = Keeper(store, unchanged=unchanged)
+        self._keeper: Keeper | WritableArrays = Keeper(store, unchanged=unchanged)
+        if access is not None and access.mode == "r+":
+            self._keeper = WritableArrays(store, over=access.over)
+        self._out_of_band = pickling.OUT_OF_BAND
+        if access is not None and access.mode != "c":
+            self._out_of_band = min(self._out_of_band, access.over + 1)
         self._functions: dict[int, _Packed] = {}
 
     def pack(self, call: Call, index: int = 0, sink: Any = None) -> Item:
@@ -88,7 +95,7 @@ class Packer:
         before = self._store.written_bytes
         try:
             function = self._function(call.fn)
-            data, buffers = pickling.dumps((call.args, kwargs))
+            data, buffers = pickling.dumps((call.args, kwargs), out_of_band=self._out_of_band)
         except (SerializationError, MemoryError):
             raise
         except Exception as exc:  # whatever an object's own __reduce__ raises
@@ -96,6 +103,11 @@ class Packer:
         refs = tuple(self._keeper.put(b) for b in buffers)
         size = len(data) + self._store.written_bytes - before
         return Item(call, index, function, data, refs, size, sink)
+
+    def close(self) -> None:
+        """Let go of what is kept for the group. Nothing more is packed."""
+        if isinstance(self._keeper, WritableArrays):
+            self._keeper.close()
 
     def _function(self, fn: Callable[..., Any]) -> FunctionRef:
         known = self._functions.get(id(fn))
@@ -106,7 +118,7 @@ class Packer:
         ):
             return known.ref
         state = None if self._unchanged else captured(fn)
-        data, buffers = pickling.dumps(fn)
+        data, buffers = pickling.dumps(fn, out_of_band=self._out_of_band)
         refs = tuple(self._keeper.put(b) for b in buffers)
         hasher = xxhash.xxh3_128(data)
         for ref in refs:

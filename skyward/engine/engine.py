@@ -31,7 +31,7 @@ from skyward.engine.store import Store
 from skyward.engine.transport import SETTLE_S, Transport, WorkerGoneError
 from skyward.errors import PoolError
 from skyward.task import host_of
-from skyward.wire import Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
+from skyward.wire import Access, Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
 
 logger = logging.getLogger(__name__)
 
@@ -178,12 +178,14 @@ class Engine:
         """Whether the cluster is not the pool's own, so that its workers come and go as others decide."""
         return self._alive is None
 
-    def group(self, *, limit: int | None = None) -> Group:
+    def group(self, *, limit: int | None = None, access: Access | None = None) -> Group:
         """Return a group for `submit`: at most `limit` of its calls run at once, and they are cancelled together.
+
+        Its calls see large buffers as `access` says; None: read-only.
 
         Callbacks of its futures run in a thread of the group's own, which `Group.close` ends.
         """
-        return Group(self, None, limit)
+        return Group(self, None, limit, access=access)
 
     def submit(self, call: Call, *, group: Group | None = None) -> concurrent.futures.Future[Any]:
         """Start `call` and return its future at once.
@@ -469,18 +471,20 @@ class Engine:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _chunk(self, key: str, items: list[Item], part: Participant | None = None) -> Chunk:
+    def _chunk(
+        self, key: str, items: list[Item], part: Participant | None = None, access: Access | None = None
+    ) -> Chunk:
         functions = {item.function.digest: item.function for item in items}
         order = {digest: i for i, digest in enumerate(functions)}
         calls = [WireCall(order[i.function.digest], i.arguments, i.buffers) for i in items]
         timeout = items[0].call.timeout
         budget = None if len(items) == 1 else Estimates.BUDGET_S
-        return Chunk(key, tuple(functions.values()), calls, self._layout, budget, timeout, part)
+        return Chunk(key, tuple(functions.values()), calls, self._layout, budget, timeout, part, access=access)
 
     async def _run_chunk(self, flight: Flight) -> None:
         key, group, items = flight.key, flight.group, flight.items
         began = now()
-        result = await self._flights.land(flight, self._chunk(key, items))
+        result = await self._flights.land(flight, self._chunk(key, items, access=group.access))
         if not isinstance(result, Outcomes) and self.client.status != "running" and not flight.is_dropped:
             # The scheduler is out of reach. Whoever runs it will say what has become of it: that is the better answer.
             await asyncio.wait([self._over], timeout=_VERDICT_S)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skyward.engine.calls import Item, Packer
-from skyward.wire import Kind, Outcome
+from skyward.wire import Access, Kind, Outcome
 
 if TYPE_CHECKING:
     from skyward.engine.callbacks import Callbacks
@@ -60,7 +60,8 @@ class Group:
     """Calls that are limited and cancelled together. Made by `Engine.group`.
 
     `deliver` takes their outcomes; None: they are the results of futures, set in a thread of the group's own.
-    `unchanged` says that the caller's code does not run between two calls: see `Packer`.
+    `unchanged` says that the caller's code does not run between two calls: see `Packer`. `access` is how calls see
+    their large buffers; None: read-only.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Group:
         limit: int | None = None,
         *,
         unchanged: bool = False,
+        access: Access | None = None,
     ) -> None:
         self.engine = engine
         self.limit = limit
-        self.packer = Packer(engine.store, unchanged=unchanged)
+        self.access = access
+        self.packer = Packer(engine.store, unchanged=unchanged, access=access)
         self.pending: OrderedDict[Item, None] = OrderedDict()  # so that any of them can be dropped at once
         self._bytes_put = 0
         self._bytes_taken = 0  # two counters, each written by one thread only
@@ -157,6 +160,7 @@ class Group:
     def close(self) -> None:
         """End the thread of its callbacks, after those that are due. Nothing is put into the group any more."""
         self.may_grow = _never
+        self.packer.close()
         self.engine._call_soon(self.engine.progress.note, self)
         if self._callbacks is not None:
             self._callbacks.close(wait=False)

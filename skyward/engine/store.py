@@ -40,10 +40,13 @@ class Store:
         self.writes = 0  # buffers hashed to something new and stored
         self.written_bytes = 0
 
-    def put(self, buffer: pickle.PickleBuffer | memoryview) -> BlobRef:
-        """Store `buffer` unless it is known, and count one use of it; `release` ends the use."""
+    def put(self, buffer: pickle.PickleBuffer | memoryview, *, digest: str | None = None) -> BlobRef:
+        """Store `buffer` unless it is known, and count one use of it; `release` ends the use.
+
+        `digest`, 32 hexadecimal digits, names a buffer whose content changes.
+        """
         view = buffer.raw() if isinstance(buffer, pickle.PickleBuffer) else buffer
-        digest = xxhash.xxh3_128_hexdigest(view)
+        digest = digest or xxhash.xxh3_128_hexdigest(view)
         with self._lock:
             if digest not in self._sizes:
                 self._write(digest, view)
@@ -71,7 +74,8 @@ class Store:
     def release(self, refs: Sequence[BlobRef]) -> None:
         with self._lock:
             for ref in refs:
-                self._uses[ref.digest] -= 1
+                if ref.digest in self._uses:  # not after `close`
+                    self._uses[ref.digest] -= 1
             if self._total > self._keep_bytes:
                 self._drop_unused()
 

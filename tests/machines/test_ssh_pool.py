@@ -16,6 +16,7 @@ from sklearn.svm import SVC
 
 import skyward as sky
 from tests.cloudbox import Machine
+from tests.joblib.modes import MIB, SEEN, seen
 from tests.machines.conftest import IMAGE, Site
 
 
@@ -76,6 +77,13 @@ def test_a_grid_search_uses_all_machines_and_finds_what_a_serial_one_finds(
     fits = [int(m.run("wc -l < /tmp/fits")) for m in machines]
     assert sum(fits) == 36
     assert min(fits) > 0
+
+
+def test_tasks_of_joblib_see_arrays_as_on_one_machine(pool: sky.ComputePool) -> None:
+    with sky.integrations.joblib_backend(pool):
+        assert [seen(options, nbytes) for options, nbytes, _ in SEEN] == [how for *_, how in SEEN]
+        with pytest.raises(sky.SpecError, match=r"mmap_mode='r\+' is invalid: expected 'r', 'c' or None on a pool"):
+            seen({"mmap_mode": "r+"}, 2 * MIB)
 
 
 def test_every_connection_is_encrypted(pool: sky.ComputePool) -> None:
