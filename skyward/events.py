@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from skyward import guard
+
 logger = logging.getLogger(__name__)
 
 
@@ -250,11 +252,13 @@ class _Listener:
     def hear(self, event: SkywardEvent) -> list[SkywardEvent]:
         try:
             return _events_of(self._callback(event))
-        except Exception:  # whatever a user's callback raises: it must not end a run that it only watches
+        except BaseException as exc:  # whatever a user's callback raises: it must not end a run that it only watches
+            if guard.ends_program(exc):
+                raise
             if not self._failed:
                 self._failed = True
-                logger.exception(
-                    "callback %r failed at %r; further failures of it are not logged", self._callback, event
+                guard.log(
+                    logger, "callback %r failed at %r; further failures of it are not logged", self._callback, event
                 )
             return []
 

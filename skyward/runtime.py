@@ -20,10 +20,9 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
 from typing import Any
 
-from skyward import interrupts, isolation, pickling, shelf, task
+from skyward import interrupts, isolation, pickling, raised, shelf, task
 from skyward.errors import SerializationError, SpecError, VersionMismatchError, WorkerDiedError
 from skyward.variables import variables
 from skyward.wire import (
@@ -114,38 +113,57 @@ def _run_calls(
 
 def _run_call(chunk: Chunk, call: WireCall, shipped: _Shipped, me: interrupts.Running, machine: str) -> Outcome:
     started = time.perf_counter()
-    collected: dict[tuple[str, type[Warning], str, int], None] = {}
-
-    def outcome(kind: Kind, data: bytes, buffers: tuple[Any, ...] = (), text: str = "") -> Outcome:
+    collected: _Warnings = {}
+    try:
+        kind, data, buffers, text = _result(chunk, call, shipped, collected)
         seconds = time.perf_counter() - started
         return Outcome(kind, data, buffers, seconds, text, machine, _pack_warnings(collected))
+    except interrupts.Interrupted:
+        return Outcome(me.why or Kind.CANCELLED, seconds=time.perf_counter() - started, machine=machine)
+    except BaseException as exc:  # what the user's code raises even when it is asked for a name
+        error = SerializationError(
+            f"the call's outcome can't be sent back: {type(exc).__name__} was raised while it was packed",
+            where="outcome",
+        )
+        return Outcome(Kind.OPAQUE, pickling.dumps(error)[0], machine=machine)
 
+
+def _result(
+    chunk: Chunk, call: WireCall, shipped: _Shipped, collected: _Warnings
+) -> tuple[Kind, bytes, tuple[Any, ...], str]:
+    """Make a call and return its outcome's kind, data, large buffers and traceback."""
     fn: Any = None
     try:
         if prepare is not None:
             prepare()
         fn = shipped.function(chunk.functions[call.function])
         args, kwargs = shipped.load(call.arguments, call.buffers)
-        with _collect_warnings(collected):
+        _collect_warnings(collected)
+        try:  # no context manager: it would set the traceback of what is raised, which a frozen dataclass refuses
             value = fn(*args, **kwargs)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
+        finally:
+            _collect_warnings(None)
     except interrupts.Interrupted:
-        return outcome(me.why or Kind.CANCELLED, b"")
+        raise
     except SystemExit as exc:
-        return outcome(Kind.EXIT, pickling.dumps(exc.code if isinstance(exc.code, int) else str(exc.code))[0])
+        code = exc.code if isinstance(exc.code, int) else raised.text(exc.code)
+        return Kind.EXIT, pickling.dumps(code)[0], (), ""
     except BaseException as exc:  # whatever the user's function raises belongs to the caller
-        return outcome(*_pack_error(exc, fn))
+        return _pack_error(exc, fn)
     try:
         data, buffers = pickling.dumps(value)
-    except Exception as exc:  # whatever a value's own __reduce__ raises
+    except interrupts.Interrupted:
+        raise
+    except BaseException as exc:  # whatever a value's own __reduce__ raises
         error = SerializationError(
-            f"{_name(fn)}() returned a {_kind(value)}, which can't be sent back: {exc}. "
+            f"{_name(fn)}() returned a {_kind(value)}, which can't be sent back: {raised.text(exc)}. "
             "Return plain data, or what it can be made from again.",
             where=f"result of {_name(fn)}()",
         )
-        return outcome(Kind.OPAQUE, pickling.dumps(error)[0])
-    return outcome(Kind.VALUE, data, tuple(b.raw() for b in buffers))
+        return Kind.OPAQUE, pickling.dumps(error)[0], (), ""
+    return Kind.VALUE, data, tuple(b.raw() for b in buffers), ""
 
 
 def _run_isolated(
@@ -221,41 +239,15 @@ def _pack_error(exc: BaseException, fn: Any) -> tuple[Kind, bytes, tuple[Any, ..
     # The first frame is _run_call's; what the user wants to see begins below it.
     tb = exc.__traceback__.tb_next if exc.__traceback__ else None
     text = "".join(traceback.format_exception(type(exc), exc, tb))
-    problem: Exception | None = None
-    # One with its own __init__ often pickles and yet does not unpickle, for which it can be made without that.
-    for form in (exc, _WithoutInit(exc)):
-        try:
-            data, buffers = pickling.dumps(form)
-            pickling.loads(data, buffers)
-            return Kind.ERROR, data, tuple(b.raw() for b in buffers), text
-        except Exception as why:  # whatever the exception's own pickling raises
-            problem = problem or why
-    error = SerializationError(
-        f"{_name(fn)}() raised {_kind(exc)}: {exc}\n(this exception does not pickle ({problem}), "
-        "so it is shown as text; its traceback is the cause)",
-        where=f"exception of {_name(fn)}()",
-    )
-    return Kind.OPAQUE, pickling.dumps(error)[0], (), text
-
-
-class _WithoutInit:
-    """Pickles as an exception that is made from its class, arguments and attributes, without its `__init__`."""
-
-    def __init__(self, exc: BaseException) -> None:
-        self._exc = exc
-
-    def __reduce__(self) -> Any:
-        exc = self._exc
-        if not isinstance(type(exc).__init__, FunctionType):
-            raise TypeError(f"{type(exc).__name__} is made by code that is not Python")
-        return _make_without_init, (type(exc), exc.args, exc.__dict__)
-
-
-def _make_without_init(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
-    exc = kind.__new__(kind, *args)
-    exc.args = args
-    exc.__dict__.update(attributes)
-    return exc
+    try:
+        return Kind.ERROR, *raised.pack(exc), text
+    except raised.UnsendableError as problem:
+        error = SerializationError(
+            f"{_name(fn)}() raised {_kind(exc)}: {raised.text(exc)}\n(this exception does not pickle ({problem}), "
+            "so it is shown as text; its traceback is the cause)",
+            where=f"exception of {_name(fn)}()",
+        )
+        return Kind.OPAQUE, pickling.dumps(error)[0], (), text
 
 
 def _name(fn: Any) -> str:
@@ -349,19 +341,17 @@ def _map(path: str, nbytes: int, access: int) -> mmap.mmap:
 
 # --- warnings -----------------------------------------------------------------------------------------------
 
+_Warnings = dict[tuple[str, type[Warning], str, int], Warning]
+"""The warnings of a call, one for each text, category and place."""
 _collector = threading.local()
 _show_installed = False
 _WARNINGS_KEPT = 100  # distinct places per call; more would be a storm that nobody reads
 
 
-@contextlib.contextmanager
-def _collect_warnings(into: dict[tuple[str, type[Warning], str, int], None]) -> Iterator[None]:
+def _collect_warnings(into: _Warnings | None) -> None:
+    """Collect what this thread warns of from now on; None: show it as usual."""
     _install_show()
     _collector.into = into
-    try:
-        yield
-    finally:
-        _collector.into = None
 
 
 def _install_show() -> None:
@@ -376,17 +366,26 @@ def _install_show() -> None:
         if into is None:
             show(message, category, filename, lineno, *rest, **more)
         elif len(into) < _WARNINGS_KEPT:
-            into[str(message), category, filename, lineno] = None
+            # Some libraries call this themselves, with a text.
+            warning = message if isinstance(message, Warning) else category.__new__(category, message)
+            into.setdefault((str(message), category, filename, lineno), warning)
 
     warnings.showwarning = collect
 
 
-def _pack_warnings(
-    collected: dict[tuple[str, type[Warning], str, int], None],
-) -> tuple[tuple[str, bytes, str, int], ...]:
-    if not collected:
-        return ()
-    return tuple((text, pickling.dumps(category)[0], file, line) for text, category, file, line in collected)
+def _pack_warnings(collected: _Warnings) -> tuple[tuple[str, bytes, str, int], ...]:
+    return tuple(
+        (f"{_kind(warning)}: {text}", _pack_warning(warning), file, line)
+        for (text, _, file, line), warning in collected.items()
+    )
+
+
+def _pack_warning(warning: Warning) -> bytes:
+    try:
+        data, buffers = raised.pack(warning)
+    except raised.UnsendableError:
+        return b""
+    return b"" if buffers else data
 
 
 # --- time limits --------------------------------------------------------------------------------------------

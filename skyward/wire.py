@@ -152,7 +152,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     traceback: str = ""
     machine: str = ""
-    warnings: tuple[tuple[str, bytes, str, int], ...] = ()  # (text, pickled category, filename, line)
+    warnings: tuple[tuple[str, bytes, str, int], ...] = ()  # (category and text, pickled warning, filename, line)
 
 
 @dataclass(slots=True)

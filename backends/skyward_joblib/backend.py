@@ -7,13 +7,14 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend, ThreadingBackend
 from joblib.parallel import BatchedCalls, parallel_config
 
 import skyward as sky
+from skyward import guard
 from skyward.engine import Call
 from skyward_joblib.arrays import access
 from skyward_joblib.resolve import engine_for
@@ -135,7 +136,9 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         alone = not self._batches.is_short(tasks)
         try:
             future = engine.submit(_call(func, self.inner_max_num_threads, alone=alone), group=group)
-        except Exception as exc:
+        except BaseException as exc:
+            if guard.ends_program(exc):
+                raise
             # Unpicklable work, a pool that has ended: joblib may be in a thread where nobody would hear of it, so
             # it is told as it is told of tasks that fail.
             future = concurrent.futures.Future()
@@ -146,6 +149,8 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def retrieve_result_callback(self, out: concurrent.futures.Future[Any]) -> Any:
         self._in_flight -= 1
+        if (error := out.exception()) is not None:
+            raise _open(error)
         values, seconds = out.result()
         self._tasks_in_flight -= len(values)
         self._batches.observe(len(values), seconds)
@@ -264,6 +269,18 @@ def _call(func: Any, threads: int | None, *, alone: bool) -> Call:
     return Call(_run, (tasks, nested, threads), alone=alone, name=_name(first), tasks=len(tasks))
 
 
+def _open(error: BaseException) -> BaseException:
+    """Return an exception whose traceback can be set, as joblib does: that of a frozen dataclass can't."""
+    try:
+        error.__traceback__ = None
+    except Exception:  # whatever its __setattr__ raises
+        kind = type(error)
+        members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        opened = type(kind.__name__, (kind,), {**members, "__setattr__": BaseException.__setattr__})
+        BaseException.__setattr__(error, "__class__", opened)
+    return error
+
+
 def _name(fn: Any) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
@@ -306,20 +323,19 @@ def _run_other(func: Callable[[], Any], threads: int | None) -> tuple[Any, float
     return values, time.perf_counter() - began
 
 
-@contextlib.contextmanager
-def _inside(nested: tuple[Any, int | None], threads: int | None) -> Iterator[None]:
+def _inside(nested: tuple[Any, int | None], threads: int | None) -> contextlib.ExitStack:
     """Be in a task: nested work goes to `nested`, numeric libraries use so many threads."""
     backend, n_jobs = nested
-    with parallel_config(backend=backend, n_jobs=n_jobs), _limit_threads(threads):
-        yield
+    stack = _limit_threads(threads)
+    stack.enter_context(parallel_config(backend=backend, n_jobs=n_jobs))
+    return stack
 
 
-@contextlib.contextmanager
-def _limit_threads(threads: int | None) -> Iterator[None]:
-    if threads is None:
-        yield
-        return
-    import threadpoolctl
+def _limit_threads(threads: int | None) -> contextlib.ExitStack:
+    # No generator as a context manager: it would set the traceback of a task's exception, which a frozen one refuses.
+    stack = contextlib.ExitStack()
+    if threads is not None:
+        import threadpoolctl
 
-    with threadpoolctl.threadpool_limits(limits=threads):
-        yield
+        stack.enter_context(threadpoolctl.threadpool_limits(limits=threads))
+    return stack

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 
-from skyward.engine.calls import Decoder
+from skyward import guard
+from skyward.engine.calls import Decoder, Item
 from skyward.engine.group import CallFuture, Delivery
 from skyward.wire import Kind, Outcome
+
+logger = logging.getLogger(__name__)
 
 
 class Callbacks:
@@ -36,10 +40,20 @@ class Callbacks:
     def _run(self) -> None:
         while (delivery := self._queue.get()) is not None:
             for item, outcome in delivery:
-                future: CallFuture = item.sink
-                if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
-                    future.on_cancel = None
-                    future.cancel()
-                elif not future.cancelled():
-                    future.settle(*self._decoder.decode(item.call, outcome))
-            del delivery, item, outcome, future  # must not live on while this waits for the next
+                try:
+                    self._settle(item, outcome)
+                except BaseException:  # nobody's other calls may wait for ever
+                    guard.log(logger, "the outcome of %s() was not delivered", item.call.label)
+            del delivery, item, outcome  # must not live on while this waits for the next
+
+    def _settle(self, item: Item, outcome: Outcome | BaseException) -> None:
+        future: CallFuture = item.sink
+        if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
+            future.on_cancel = None
+            future.cancel()
+        elif not future.cancelled():
+            try:
+                ok, value = self._decoder.decode(item.call, outcome)
+            except BaseException as exc:  # KeyboardInterrupt or SystemExit, of user code that runs in it
+                ok, value = False, exc
+            future.settle(ok, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import time
 import warnings
@@ -11,12 +12,14 @@ from typing import Any
 
 import xxhash
 
-from skyward import pickling
+from skyward import guard, pickling, raised
 from skyward.engine.captured import captured
 from skyward.engine.store import Keeper, Store
 from skyward.engine.writable import WritableArrays
-from skyward.errors import RemoteTraceback, SerializationError, TaskExitError
+from skyward.errors import SerializationError, TaskExitError
 from skyward.wire import Access, BlobRef, FunctionRef, Kind, Outcome
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +173,19 @@ class Decoder:
         """Return (True, value) or (False, exception)."""
         if isinstance(outcome, BaseException):
             return False, outcome
-        for text, category, filename, line in outcome.warnings:
+        for text, data, filename, line in outcome.warnings:
             try:
-                self._warn(text, category, filename, line)
+                self._warn(text, data, filename, line)
             except Warning as warning:  # the caller's filters make an error of it, so it is the call's
                 return False, warning
+            except Exception:  # whatever the warning's __str__, or the caller's `warnings.showwarning`, raises
+                guard.log(logger, "a warning of %s() can't be shown: %s", call.label, text)
         if outcome.kind is Kind.VALUE:
             try:
                 return True, pickling.loads(outcome.data, outcome.buffers)
-            except Exception as exc:  # e.g. its class needs a package that only the worker has
+            except BaseException as exc:  # its class needs a package that only the worker has; or its __setstate__
+                if isinstance(exc, KeyboardInterrupt) and guard.ends_program(exc):
+                    raise
                 return False, _unreadable(f"the result of {call.label}()", exc)
         return False, self._error(call, outcome)
 
@@ -193,28 +200,28 @@ class Decoder:
                     "Return a value or raise an exception instead.",
                     code=code,
                 )
-        error: BaseException
         try:
-            error = pickling.loads(outcome.data, outcome.buffers)
-        except Exception as exc:  # as above
+            error: BaseException = pickling.loads(outcome.data, outcome.buffers)
+            raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")
+        except BaseException as exc:  # as above
+            if isinstance(exc, KeyboardInterrupt) and guard.ends_program(exc):
+                raise
             error = _unreadable(f"the exception of {call.label}()", exc)
-        error.__traceback__ = None  # some libraries make it travel; the text says it all, once
-        if outcome.traceback:
-            error.__cause__ = RemoteTraceback(outcome.traceback)
-        error.add_note(f"raised on {outcome.machine}")
+            raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")
         return error
 
-    def _warn(self, text: str, category: bytes, filename: str, line: int) -> None:
+    def _warn(self, text: str, data: bytes, filename: str, line: int) -> None:
         try:
-            kind = pickling.loads(category)
-        except Exception:  # a category that only the worker knows: the text matters more
-            kind = UserWarning
-        warnings.warn_explicit(text, kind, filename, line, registry=self._registry)
+            warning = pickling.loads(data)
+        except Exception:  # its category is one that only the worker knows: the text matters more
+            warning = UserWarning(text)
+        warnings.warn_explicit(warning, type(warning), filename, line, registry=self._registry)
 
 
-def _unreadable(what: str, cause: Exception) -> SerializationError:
+def _unreadable(what: str, cause: BaseException) -> SerializationError:
     error = SerializationError(
-        f"{what} arrived, but can't be unpickled here: {cause}. Is a package missing on this side?", where=what
+        f"{what} arrived, but can't be unpickled here: {raised.text(cause)}. Is a package missing on this side?",
+        where=what,
     )
     error.__cause__ = cause
     return error

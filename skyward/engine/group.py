@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from skyward import guard
 from skyward.engine.calls import Item, Packer
 from skyward.wire import Access, Kind, Outcome
 
 if TYPE_CHECKING:
     from skyward.engine.callbacks import Callbacks
     from skyward.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 _VALUE, _CANCELLED = Kind.VALUE, Kind.CANCELLED  # looked up once: this is done for every call
 Delivery = Sequence[tuple[Item, "Outcome | BaseException"]]
@@ -28,6 +33,9 @@ class CallFuture(concurrent.futures.Future[Any]):
         self.sent = False
         self.on_cancel: Callable[[], None] | None = None
         self._lock = threading.Lock()
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
+        super().add_done_callback(functools.partial(_call_back, fn))
 
     def running(self) -> bool:
         return self.sent and not self.done()
@@ -54,6 +62,16 @@ class CallFuture(concurrent.futures.Future[Any]):
             self.set_result(value)
         else:
             self.set_exception(value)
+
+
+def _call_back(fn: Callable[[concurrent.futures.Future[Any]], object], future: CallFuture) -> None:
+    """Call a callback of a future. The standard library logs an Exception; anything else would end the thread."""
+    try:
+        fn(future)
+    except BaseException as exc:
+        if isinstance(exc, Exception) or guard.ends_program(exc):
+            raise
+        guard.log(logger, "exception calling callback for %r", future)
 
 
 class Group:

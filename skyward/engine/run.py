@@ -27,7 +27,7 @@ Chosen, not measured."""
 
 def run_one(engine: Engine, call: Call) -> Any:
     """Run one call and return its value, or raise the user's exception."""
-    (value,) = stream(engine, [call])
+    (value,) = run_all(engine, [call])  # not `stream`: a generator can't raise StopIteration
     return value
 
 

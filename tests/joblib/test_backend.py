@@ -23,6 +23,7 @@ from skyward_joblib import SkywardBackend
 
 import skyward as sky
 from tests.dashboard import names_shown
+from tests.hostile import FrozenError, raise_one
 from tests.waiting import wait_until
 
 
@@ -420,3 +421,10 @@ def test_all_jobs_of_a_cluster_without_workers_start_some(tmp_path: Path) -> Non
     )
 
     assert out == "1 False\n"
+
+
+def test_a_frozen_dataclass_is_raised_as_any_other_exception() -> None:
+    with pytest.raises(FrozenError) as info:
+        Parallel(n_jobs=2)(delayed(raise_one)("frozen") for _ in range(4))
+
+    assert (info.value.code, info.value.text) == (3, "frozen")

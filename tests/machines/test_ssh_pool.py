@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 
 import skyward as sky
+from tests import hostile
 from tests.cloudbox import Machine
 from tests.joblib.modes import MIB, SEEN, seen
 from tests.machines.conftest import IMAGE, Site
@@ -134,6 +136,17 @@ def test_what_calls_print_comes_back_with_the_machines_name(
 
     said = {(line.node, line.instance_id, line.line) for line in lines}
     assert said == {(i, f"root@{m.address}", f"hello from {m.name}") for i, m in enumerate(machines)}
+
+
+def test_frozen_exceptions_and_warnings_with_arguments_arrive(pool: sky.ComputePool) -> None:
+    with pytest.raises(hostile.FrozenError) as info:
+        sky.compute(hostile.raise_one)("frozen") >> pool
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        sky.compute(hostile.warn)("warning") >> pool
+
+    assert info.value == hostile.FrozenError(3)
+    assert hostile.VersionWarning in [type(w.message) for w in shown]
 
 
 def test_an_exception_comes_back_with_the_machine_that_raised_it(
