@@ -133,13 +133,10 @@ def _settle(
 
 
 def user_file() -> Path:
-    """Return where the user's own file is, or would be: in SKYWARD_CONFIG_DIR, else where the platform keeps such."""
-    folder = os.environ.get("SKYWARD_CONFIG_DIR")
-    if not folder:
-        import platformdirs
+    """Return the path of the user's own file, whether or not it exists."""
+    from skyward import paths
 
-        folder = str(platformdirs.user_config_path("skyward"))
-    return Path(folder).expanduser().absolute() / USER_FILE
+    return paths.config_folder() / USER_FILE
 
 
 def project_file(folder: Path | None = None) -> Path | None:

@@ -250,7 +250,8 @@ class Session:
                 return self._launch_cluster(provider)
 
     def _launch_cluster(self, clouds: tuple[Cloud, ...]) -> AgentCluster:
-        from skyward.cluster import guardian, journal
+        from skyward import paths
+        from skyward.cluster import guardian
         from skyward.cluster.machines import machine_cluster
         from skyward.cluster.record import Record
         from skyward.plan import make_plan
@@ -275,7 +276,7 @@ class Session:
                             "interrupted while machines were sending what was written to "
                             f"{', '.join(written)}: the pool's guardian goes on, and destroys them afterwards. "
                             f"`skyward ps` shows pool {self.pool_id} until then; its log is "
-                            f"{journal.data_folder() / guardian.LOG}"
+                            f"{paths.data_folder() / guardian.LOG}"
                         )
                     )
                     return

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 import skyward as sky
+from skyward import paths
 from skyward.cli import main
 from skyward.cli.pools import machine_of
 from skyward.cli.ssh import ssh_arguments
@@ -288,7 +288,7 @@ def test_down_tells_programs_how_it_went() -> None:
 
 def test_a_record_that_cannot_be_read_is_told() -> None:
     add_pool()
-    (journal.data_folder() / "pools" / "ffffffff.json").write_text("{")
+    (paths.data_folder() / "pools" / "ffffffff.json").write_text("{")
 
     told = subprocess.run([sys.executable, "-m", "skyward.cli", "ps"], check=True, capture_output=True, text=True)
 
@@ -345,7 +345,7 @@ def test_the_dashboard_of_a_pool_on_this_computer_is_there(local: str) -> None:
 
 
 def _page(url: str) -> bytes:
-    with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url, timeout=5) as page:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as page:
         found: bytes = page.read()
         return found
     return b""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from skyward import config, providers
+from skyward import config, paths, providers
 from skyward.cluster import journal
 from skyward.errors import CredentialsError, ProviderError, SpecError
 from skyward.providers.base import Cloud
@@ -254,7 +254,7 @@ def _output(command: Sequence[str]) -> tuple[int, str]:
 def _record() -> Iterator[Check]:
     from skyward.cluster.guardian import LOG
 
-    folder = journal.data_folder()
+    folder = paths.data_folder()
     try:
         for place in (folder, folder / "pools"):
             place.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skyward import paths
 from skyward.bootstrap import HOME, POOL
 from skyward.cli.output import statuses
 from skyward.cli.pools import complete_node, machine_of, pool_argument, with_keys
@@ -81,7 +82,7 @@ class _Printer:
 
 def _kept(pool: str) -> list[Path]:
     """Return the logs of a pool's failed machines that were kept here, each named after its machine."""
-    folder = journal.data_folder() / "logs"
+    folder = paths.data_folder() / "logs"
     return sorted(folder.glob(f"{pool}/*.log")) if pool.isalnum() else []
 
 

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from skyward.cluster.journal import data_folder
+from skyward.paths import data_folder
 
 logger = logging.getLogger(__name__)
 

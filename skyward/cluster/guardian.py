@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from skyward import paths
 from skyward.cluster import journal
 from skyward.cluster.journal import Entry
 
@@ -56,7 +57,7 @@ class Guardian:
         """
         from skyward.cluster.agents import _forget_after_fork
 
-        folder = journal.data_folder()
+        folder = paths.data_folder()
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),  # noqa: PTH100 - '' is the cwd
@@ -104,7 +105,7 @@ class Guardian:
         try:
             pipe.write(word)
         except OSError:
-            logger.warning("the guardian has ended before its pool; its log is %s", journal.data_folder() / LOG)
+            logger.warning("the guardian has ended before its pool; its log is %s", paths.data_folder() / LOG)
         finally:
             with contextlib.suppress(OSError):
                 pipe.close()

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import platformdirs
 import psutil
 
 from skyward.errors import PoolError
+from skyward.paths import data_folder
 from skyward.providers.base import Login, Machine
 
 logger = logging.getLogger(__name__)
@@ -118,11 +118,6 @@ class Entry:
 def this_owner() -> str:
     """Return who starts machines here, as ``user@host``."""
     return f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-def data_folder() -> Path:
-    """Return the folder for what outlives a process: SKYWARD_DATA_DIR, else where the platform keeps such things."""
-    return Path(os.environ.get("SKYWARD_DATA_DIR") or platformdirs.user_data_path("skyward")).expanduser().absolute()
 
 
 def open_entry(

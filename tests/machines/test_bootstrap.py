@@ -243,6 +243,8 @@ def test_an_images_own_script_works_alone_and_ends_the_machine_in_time(
     machine = fresh(baked=baked)
     machine.run(f"cat > /root/script.sh <<'END'\n{Image(pip=['cowsay']).bootstrap(ttl=3)}\nEND")
     machine.run(NOTE_SYSTEMCTL)
+    wait = "[ $1 != 3 ] || until [ -e /root/over ]; do /bin/sleep 0.05; done; exec /bin/sleep $1"  # time passes later
+    machine.run(f"echo '{wait}' > /usr/local/bin/sleep; chmod +x /usr/local/bin/sleep")
 
     output = machine.run(f"HOME=/root {mark}sh /root/script.sh").splitlines()
     again = machine.run(f"HOME=/root {mark}sh /root/script.sh").splitlines()
@@ -255,7 +257,8 @@ def test_an_images_own_script_works_alone_and_ends_the_machine_in_time(
         f"::skyward step {s}" for s in ("python", "packages", "done")
     ]
     assert again == ["::skyward step done", output[-1]]
-    deadline = time.monotonic() + 20
+    machine.run("touch /root/over")
+    deadline = time.monotonic() + 60
     while machine.is_running:
         assert time.monotonic() < deadline
         time.sleep(0.05)
