@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import functools
 import threading
 import time
@@ -68,6 +69,11 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
     def __reduce__(self) -> Any:
         # On a worker there is no pool to reach: what arrives there runs its work in place.
         return SkywardBackend, (self.nesting_level, self.inner_max_num_threads)
+
+    @property
+    def target(self) -> Any:
+        """The pool or Dask client that was named."""
+        return self._client if self._pool is None else self._pool
 
     # --- how much at once -----------------------------------------------------------------------------------
 
@@ -144,7 +150,9 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             future = concurrent.futures.Future()
             future.set_exception(exc)
         if callback is not None:
-            future.add_done_callback(callback)
+            # It takes further tasks from the caller's iterable, which may itself use a pool: that of this context.
+            context = contextvars.copy_context()
+            future.add_done_callback(lambda done: context.run(callback, done))
         return future
 
     def retrieve_result_callback(self, out: concurrent.futures.Future[Any]) -> Any:

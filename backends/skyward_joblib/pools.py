@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from joblib import parallel_config
-
 import skyward as sky
 from skyward.errors import VersionMismatchError
 from skyward.pool import ComputePool, PoolOptions
 from skyward_joblib.backend import SkywardBackend
+from skyward_joblib.block import Block
 
 if TYPE_CHECKING:
     from skyward.providers import ProviderLike
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 class JoblibPool(ComputePool):
     """A pool that runs `joblib.Parallel` inside its block.
 
-    Takes the options of `ComputePool`. ``n_jobs=-1``, also where no `n_jobs` is given, means all slots; another
-    count limits how many tasks run at once; ``n_jobs=1`` runs in place.
+    All threads of the process use it there. Takes the options of `ComputePool`. ``n_jobs=-1``, also where no `n_jobs`
+    is given, means all slots; another count limits how many tasks run at once; ``n_jobs=1`` runs in place.
 
     Parameters
     ----------
@@ -47,7 +46,7 @@ class JoblibPool(ComputePool):
         self, provider: ProviderLike = None, *, joblib_version: str | None = None, **options: Unpack[PoolOptions]
     ) -> None:
         super().__init__(provider, **_with_package(options, "joblib", joblib_version, "joblib_version"))
-        self._config: Any = None
+        self._block: Block | None = None
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -68,12 +67,12 @@ class JoblibPool(ComputePool):
         await super().__aexit__(*exc_info)
 
     def _use(self) -> None:
-        self._config = parallel_config(backend=SkywardBackend(pool=self))
+        self._block = Block(SkywardBackend(pool=self))
 
     def _unuse(self) -> None:
-        config, self._config = self._config, None
-        if config is not None:
-            config.unregister()
+        block, self._block = self._block, None
+        if block is not None:
+            block.end()
 
 
 class ScikitLearnPool(JoblibPool):
@@ -130,6 +129,8 @@ def _require_sklearn() -> None:
 def joblib_backend(pool: Any, *, inner_max_num_threads: int | None = None) -> Iterator[ComputePool]:
     """Run `joblib.Parallel` inside the block on a pool that is active, or on the cluster of a Dask client.
 
+    Threads that are in no other pool's block use it too.
+
     Parameters
     ----------
     pool
@@ -142,9 +143,7 @@ def joblib_backend(pool: Any, *, inner_max_num_threads: int | None = None) -> It
         if not isinstance(pool, ComputePool):
             pool = stack.enter_context(ComputePool(sky.Dask(pool), display="quiet"))
         pool.engine  # noqa: B018 - raises the error that says why, when the pool is not active
-        stack.enter_context(
-            parallel_config(backend=SkywardBackend(pool=pool, inner_max_num_threads=inner_max_num_threads))
-        )
+        stack.callback(Block(SkywardBackend(pool=pool, inner_max_num_threads=inner_max_num_threads)).end)
         yield pool
 
 

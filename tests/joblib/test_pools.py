@@ -6,11 +6,13 @@ import asyncio
 import importlib.metadata
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import pytest
 from distributed import Client, LocalCluster
 from joblib import Parallel, delayed
+from skyward_joblib import SkywardBackend
 
 import skyward as sky
 from skyward.integrations import JoblibPool, ScikitLearnPool, joblib_backend, sklearn_backend
@@ -28,8 +30,10 @@ def test_joblib_uses_the_pool_inside_its_block_and_not_after() -> None:
     for _ in range(2):
         with pool as entered:
             assert entered is pool
-            assert default_backend() == "SkywardBackend"
+            assert isinstance(joblib.parallel.get_active_backend()[0], SkywardBackend)
             assert os.getpid() not in Parallel()(delayed(os.getpid)() for _ in range(4))
+            with ThreadPoolExecutor(1) as executor:
+                assert executor.submit(joblib.effective_n_jobs, -1).result() == 2
             assert sky.compute(pow)(2, 3) >> sky == 8
         assert default_backend() == before
         assert not pool.is_active
