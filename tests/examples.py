@@ -14,9 +14,9 @@ NEEDS = {
 }
 
 
-def run(path: Path, folder: Path) -> str:
-    """Run an example as it is, and return what it printed."""
-    ran = subprocess.run([sys.executable, path], cwd=folder, capture_output=True, text=True, timeout=170)
+def run(path: Path, folder: Path, *options: str) -> str:
+    """Run an example as it is, with options if given, and return what it printed."""
+    ran = subprocess.run([sys.executable, path, *options], cwd=folder, capture_output=True, text=True, timeout=170)
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Traceback" not in ran.stderr
