@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -309,9 +309,7 @@ class ComputeFunction(Generic[P, R_co]):
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        bound = functools.partial(self.fn, instance)
-        functools.update_wrapper(bound, self.fn)
-        return ComputeFunction(bound, retries=self.retries, timeout=self.timeout)
+        return ComputeFunction(MethodType(self.fn, instance), retries=self.retries, timeout=self.timeout)
 
     def __repr__(self) -> str:
         return f"<ComputeFunction {self.__name__}{_signature(self.fn)}>"

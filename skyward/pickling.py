@@ -39,6 +39,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._file = io.BytesIO()
         self._buffers: list[pickle.PickleBuffer] = []
         self._out_of_band = OUT_OF_BAND
+        self._apart: object = None
         super().__init__(self._file, protocol=5, buffer_callback=self._keep_in_band)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
@@ -48,8 +49,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._buffers.append(buffer)
         return False
 
-    def dumps(self, obj: object, out_of_band: int) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
-        self._out_of_band = out_of_band
+    def dumps(self, obj: object, out_of_band: int, apart: object) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+        self._out_of_band, self._apart = out_of_band, apart
         self._file.seek(0)
         self._file.truncate()
         self._buffers = []
@@ -58,9 +59,14 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._file.getvalue(), self._buffers
         finally:
             self._buffers = []
+            self._apart = None
             self.clear_memo()  # which keeps alive what was pickled
 
     def reducer_override(self, obj: Any) -> Any:
+        if obj is self._apart and obj is not None:
+            data, buffers = dumps(obj, out_of_band=self._out_of_band)
+            if len(data) >= OUT_OF_BAND:
+                return _load_apart, (pickle.PickleBuffer(data), list(buffers))
         if isinstance(obj, (FunctionType, type)):
             name = getattr(obj, "__module__", None)
         elif isinstance(obj, ModuleType) and is_project_module(obj.__name__):
@@ -97,6 +103,10 @@ def _find_warning(module: str, name: str) -> Any:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError):
         return type(name.rpartition(".")[2], (Warning,), {"__module__": module})
+
+
+def _load_apart(data: Any, buffers: list[Any]) -> Any:
+    return pickle.loads(data, buffers=buffers)
 
 
 def _carries_traceback(kind: type[BaseException]) -> bool:
@@ -174,15 +184,20 @@ def is_project_module(name: str) -> bool:
 _local = threading.local()
 
 
-def dumps(obj: object, *, out_of_band: int = OUT_OF_BAND) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
-    """Return `obj` as (pickle, buffers of `out_of_band` bytes and more)."""
+def dumps(
+    obj: object, *, out_of_band: int = OUT_OF_BAND, apart: object = None
+) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+    """Return `obj` as (pickle, buffers of `out_of_band` bytes and more).
+
+    `apart` is an instance that `obj` may refer to: its own pickle is one of the buffers if it is as large.
+    """
     pickler = getattr(_local, "pickler", None)
     if pickler is None:
         pickler = _local.pickler = Pickler()
     try:
         # While a dump runs, the pickler is taken: an object's __reduce__ may itself call into skyward.
         _local.pickler = None
-        result: tuple[bytes, Sequence[pickle.PickleBuffer]] = pickler.dumps(obj, out_of_band)
+        result: tuple[bytes, Sequence[pickle.PickleBuffer]] = pickler.dumps(obj, out_of_band, apart)
     except BaseException:
         pickler = None  # its memo may hold half of what failed
         raise

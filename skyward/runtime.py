@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from skyward import interrupts, isolation, pickling, raised, shelf, task
+from skyward import functions, interrupts, isolation, pickling, raised, shelf, task
 from skyward.errors import SerializationError, SpecError, VersionMismatchError, WorkerDiedError
 from skyward.variables import variables
 from skyward.wire import (
@@ -288,7 +288,8 @@ def _machine_name(layout: Layout, address: str) -> str:
 # --- functions and buffers ----------------------------------------------------------------------------------
 
 _functions: OrderedDict[tuple[str, Access | None], Any] = OrderedDict()
-_FUNCTIONS_KEPT = 128  # by feel: a run seldom has more than a few
+"""Functions that calls may share; None for one that is unpickled for each call, because calls could change it."""
+_FUNCTIONS_KEPT = 128  # chosen, not measured: a run seldom has more than a few
 _maps: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
 
 
@@ -311,9 +312,11 @@ class _Shipped:
         key = (ref.digest, self._access if ref.buffers else None)
         fn = _functions.get(key)
         if fn is None:
-            fn = _functions[key] = self.load(ref.data, ref.buffers)
-            while len(_functions) > _FUNCTIONS_KEPT:
-                _functions.popitem(last=False)
+            fn = self.load(ref.data, ref.buffers)
+            if key not in _functions:
+                _functions[key] = fn if functions.is_constant(fn) else None
+                while len(_functions) > _FUNCTIONS_KEPT:
+                    _functions.popitem(last=False)
         return fn
 
     def _buffer(self, ref: BlobRef) -> Any:

@@ -37,7 +37,7 @@ class Access(NamedTuple):
 
 
 class FunctionRef(NamedTuple):
-    """A pickled function; `digest` keys the worker's cache of unpickled ones."""
+    """A pickled function; `digest` keys the worker's cache of those that calls may share."""
 
     digest: str
     data: bytes

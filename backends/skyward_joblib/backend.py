@@ -9,6 +9,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend, ThreadingBackend
@@ -268,13 +269,25 @@ def _call(func: Any, threads: int | None, *, alone: bool) -> Call:
     if not isinstance(func, BatchedCalls):
         return Call(_run_other, (func, threads), alone=alone, name=_name(func))
     # The parts rather than the whole: it would carry joblib's cache of pickled functions along.
-    tasks, nested = func.items, (func._backend, func._n_jobs)
+    tasks, nested = [_unbound(*task) for task in func.items], (func._backend, func._n_jobs)
     first = tasks[0][0] if tasks else _run
+    facts = {"alone": alone, "name": _name(first), "tasks": len(tasks), "owner": _owner(func.items)}
     if all(task[0] is first for task in tasks):
         # One function for all: the engine pickles it once for all batches, and workers keep it.
         calls = [(args, kwargs) for _, args, kwargs in tasks]
-        return Call(_same(first), (calls, nested, threads), alone=alone, name=_name(first), tasks=len(tasks))
-    return Call(_run, (tasks, nested, threads), alone=alone, name=_name(first), tasks=len(tasks))
+        return Call(_same(first), (calls, nested, threads), **facts)
+    return Call(_run, (tasks, nested, threads), **facts)
+
+
+def _owner(tasks: Sequence[Task]) -> Any:
+    """Return the object of the first task's function, if that is a bound method."""
+    first = tasks[0][0] if tasks else None
+    return first.__self__ if isinstance(first, MethodType) else None
+
+
+def _unbound(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
+    """Return a task whose function is no bound method: each access makes a new one, and its object is an argument."""
+    return (fn.__func__, (fn.__self__, *args), kwargs) if isinstance(fn, MethodType) else (fn, args, kwargs)
 
 
 def _open(error: BaseException) -> BaseException:

@@ -9,6 +9,7 @@ from benchmarks.cases import (
     gather,
     latency,
     memory,
+    method,
     model,
     noops,
     results,
@@ -16,5 +17,7 @@ from benchmarks.cases import (
     stream,
 )
 
-_MODULES = (latency, gather, durations, noops, array, memory, model, results, broadcast, stream, estimators, start)
+_MODULES = (
+    latency, gather, durations, noops, array, memory, method, model, results, broadcast, stream, estimators, start,
+)  # fmt: skip
 CASES: dict[str, Case] = {module.CASE.name: module.CASE for module in _MODULES}

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import xxhash
@@ -21,13 +22,17 @@ from skyward.wire import Access, BlobRef, FunctionRef, Kind, Outcome
 
 logger = logging.getLogger(__name__)
 
+_FUNCTIONS_BYTES = 16 << 20
+"""Bytes of pickled functions after which a group forgets those that it knows. Chosen, not measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call to be made on a worker.
 
     `retries` counts reruns after an exception of its own; `timeout` is in seconds of run time; `alone` keeps it
-    out of chunks with others; `name` is what the Dask dashboard shows; `tasks` is how many it counts for.
+    out of chunks with others; `name` is what the Dask dashboard shows; `tasks` is how many it counts for. `owner` is
+    an object among the arguments whose method is called: a large one goes to each node once, as large buffers do.
     """
 
     fn: Callable[..., Any]
@@ -38,6 +43,7 @@ class Call:
     alone: bool = False
     name: str | None = None
     tasks: int = 1
+    owner: Any = None
 
     @property
     def label(self) -> str:
@@ -85,6 +91,8 @@ class Packer:
         if access is not None and access.mode != "c":
             self._out_of_band = min(self._out_of_band, access.over + 1)
         self._functions: dict[int, _Packed] = {}
+        self._functions_bytes = 0
+        self._large: Any = None  # the last object of a bound method that was large when pickled
 
     def pack(self, call: Call, index: int = 0, sink: Any = None) -> Item:
         """Pickle `call`.
@@ -94,21 +102,30 @@ class Packer:
         SerializationError
             The function or an argument can't be pickled; the message names it.
         """
-        kwargs = dict(call.kwargs)
+        fn: Any = call.fn
+        args, kwargs, owner = call.args, dict(call.kwargs), call.owner
+        if isinstance(fn, MethodType):  # its object is an argument as any other
+            fn, owner = fn.__func__, fn.__self__
+            args = (owner, *args)
         before = self._store.written_bytes
         try:
-            function = self._function(call.fn)
-            data, buffers = pickling.dumps((call.args, kwargs), out_of_band=self._out_of_band)
+            function = self._function(fn)
+            apart = owner if owner is self._large else None
+            data, buffers = pickling.dumps((args, kwargs), out_of_band=self._out_of_band, apart=apart)
+            if len(data) >= pickling.OUT_OF_BAND and owner is not None:
+                self._large = owner
+                data, buffers = pickling.dumps((args, kwargs), out_of_band=self._out_of_band, apart=owner)
         except (SerializationError, MemoryError):
             raise
         except Exception as exc:  # whatever an object's own __reduce__ raises
-            raise pickling.explain_call(call.fn, call.args, kwargs, exc) from exc
+            raise pickling.explain_call(fn, args, kwargs, exc) from exc
         refs = tuple(self._keeper.put(b) for b in buffers)
         size = len(data) + self._store.written_bytes - before
         return Item(call, index, function, data, refs, size, sink)
 
     def close(self) -> None:
         """Let go of what is kept for the group. Nothing more is packed."""
+        self._large = None
         if isinstance(self._keeper, WritableArrays):
             self._keeper.close()
 
@@ -132,8 +149,10 @@ class Packer:
                 _warn_of_large(fn, len(data))
             known = _Packed(fn, FunctionRef(digest, data, refs), None)
         known.state = state
-        if len(self._functions) >= 256:  # a stream of lambdas must not be kept for ever
+        self._functions_bytes += len(data)
+        if len(self._functions) >= 256 or self._functions_bytes > _FUNCTIONS_BYTES:  # a stream of lambdas, for example
             self._functions.clear()
+            self._functions_bytes = len(data)
         self._functions[id(fn)] = known
         return known.ref
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType, NoneType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from skyward.functions import CONSTANTS, parts_of
 from skyward.pickling import is_project_module
-
-_CONSTANTS = frozenset({int, float, complex, bool, str, bytes, NoneType, EllipsisType, CodeType})
 
 
 def captured(fn: Any) -> list[Any] | None:
@@ -26,11 +24,11 @@ def captured(fn: Any) -> list[Any] | None:
     seen: set[int] = set()
     for value in found:  # which grows
         kind = type(value)
-        if kind in _CONSTANTS or id(value) in seen:
+        if kind in CONSTANTS or id(value) in seen:
             continue
         seen.add(id(value))
         if kind is FunctionType:
-            found += _of_function(value)
+            found += parts_of(value, with_globals=_is_by_value(value.__module__))
         elif kind is tuple:
             found += value
         elif kind is functools.partial:
@@ -49,28 +47,6 @@ def captured(fn: Any) -> list[Any] | None:
         else:
             return None
     return found + attributes
-
-
-def _of_function(fn: FunctionType) -> Iterator[Any]:
-    yield fn.__code__
-    yield from fn.__defaults__ or ()
-    for pair in (fn.__kwdefaults__ or {}).items():
-        yield from pair
-    yield from fn.__dict__.values()
-    for cell in fn.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # nothing is assigned yet
-            yield None
-    if _is_by_value(fn.__module__):
-        yield from (fn.__globals__[name] for name in _names(fn.__code__) if name in fn.__globals__)
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: CodeType) -> tuple[str, ...]:
-    """Return the names that code looks up, and the functions inside it."""
-    inner = (name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const))
-    return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
 @functools.lru_cache(maxsize=1024)

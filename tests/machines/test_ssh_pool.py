@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -147,6 +148,15 @@ def test_frozen_exceptions_and_warnings_with_arguments_arrive(pool: sky.ComputeP
 
     assert info.value == hostile.FrozenError(3)
     assert hostile.VersionWarning in [type(w.message) for w in shown]
+
+
+def test_a_call_sees_nothing_that_earlier_calls_left(pool: sky.ComputePool) -> None:
+    generator = random.Random(0)
+    first = random.Random(0).random()
+    call = sky.compute(lambda i: generator.random())
+
+    assert sky.gather(*(sky.compute(generator.random)() for _ in range(12))) >> pool == (first,) * 12
+    assert sky.gather(*(call(i) for i in range(12))) >> pool == (first,) * 12
 
 
 def test_an_exception_comes_back_with_the_machine_that_raised_it(
