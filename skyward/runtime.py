@@ -434,11 +434,15 @@ _THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
     "NUMBA_NUM_THREADS",
+    "LOKY_MAX_CPU_COUNT",  # what joblib.cpu_count() goes by, and with it LightGBM and scikit-learn
 )
 
 
 def thread_environment(cores: int) -> dict[str, str]:
-    """Return the environment variables that limit numeric libraries to `cores` threads."""
+    """Return the environment variables that limit numeric libraries to `cores` threads.
+
+    ``PYTHON_CPU_COUNT`` is not one of them: `os.cpu_count` tells what the machine has.
+    """
     return dict.fromkeys(_THREAD_VARIABLES, str(cores))
 
 

@@ -301,6 +301,17 @@ def test_threads_of_slots_do_not_exceed_the_cores(pool: sky.ComputePool, name: s
     assert {int(v) for v in values if v} == {max(1, dask.system.CPU_COUNT // 4)}
 
 
+def test_joblib_counts_the_cores_of_the_slot(pool: sky.ComputePool) -> None:
+    import dask.system
+    import joblib
+
+    count = sky.compute(lambda: (joblib.cpu_count(), joblib.cpu_count(only_physical_cores=True), os.cpu_count()))
+    share, whole = max(1, dask.system.CPU_COUNT // 4), max(1, dask.system.CPU_COUNT // 2)
+
+    assert count() >> pool == (share, share, os.cpu_count())
+    assert count() @ pool == ((whole, whole, os.cpu_count()),) * 2
+
+
 def test_a_part_of_a_node_broadcast_may_use_the_whole_nodes_cores(pool: sky.ComputePool) -> None:
     import dask.system
 

@@ -106,6 +106,17 @@ def test_calls_see_where_they_are(pool: sky.ComputePool, machines: list[Machine]
     assert sky.compute(lambda: sky.shard(list(range(6))))() @ pool == ([0, 3], [1, 4], [2, 5])
 
 
+def test_joblib_counts_the_cores_of_the_slot(pool: sky.ComputePool) -> None:
+    def count() -> tuple[int, int]:
+        import joblib
+
+        return joblib.cpu_count(), max(1, int(os.environ["SKYWARD_NODE_CORES"]) // 2)
+
+    counted, share = sky.compute(count)() >> pool
+
+    assert counted == share
+
+
 def test_variables_arrive_as_they_are(pool: sky.ComputePool) -> None:
     assert sky.compute(os.getenv)("WHAT") >> pool == "it's $HOME `x`"
 
