@@ -75,7 +75,8 @@ soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_R
 bench: $(VENV)/.bench ## Time skyward beside Dask, loky and Ray (BENCH='--rounds 5 --only latency')
 	@$(BIN)/python benchmarks/bench.py $(BENCH)
 
-lint: $(VENV)/.test types ## Check style, types and which module may import which
+lint: $(VENV)/.test types ## Check spelling, style, types and which module may import which
+	@$(BIN)/codespell
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports --no-logo
 

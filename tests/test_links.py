@@ -1,4 +1,4 @@
-"""Links of README, CHANGELOG and docs/ to each other lead somewhere, to a heading too. Others are for `make links`."""
+"""Links of pages at the root and in docs/ to each other lead somewhere, to a heading too. Others: `make links`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _prose(page: Path) -> str:
