@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from skyward import guard
 
@@ -121,12 +121,16 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLine:
-    """A line that a worker has printed. `timestamp` is in seconds since the epoch, by the worker's clock."""
+    """A line that a call has printed, or a program that it runs.
+
+    `timestamp` is in seconds since the epoch, by the worker's clock; `stream` is where it was printed to.
+    """
 
     node: int
     instance_id: str
     line: str
     timestamp: float
+    stream: Literal["stdout", "stderr"] = "stdout"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

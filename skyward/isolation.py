@@ -58,9 +58,10 @@ def run(
     *,
     environment: Mapping[str, str],
     stop: Callable[[], Kind | None],
-    say: Callable[[str], None],
 ) -> Outcomes | None:
     """Run a chunk in a process of its own, and let that stay until `end` names the chunk's `key`.
+
+    It prints where this process prints.
 
     Parameters
     ----------
@@ -70,8 +71,6 @@ def run(
         Variables beyond those of this process.
     stop
         Tells why it is to be interrupted, once it is.
-    say
-        Takes each line that it prints.
 
     Returns
     -------
@@ -85,15 +84,14 @@ def run(
     child = _Child(environment)
     try:
         child.give(work, blobs)
-        outcomes = child.outcomes(stop, say)
+        outcomes = child.outcomes(stop)
     except BaseException:
         child.kill()
         raise
-    if outcomes is None:
-        child.kill()
-    else:
-        with _lock:
-            _staying[key] = child
+    with _lock:
+        _staying[key] = child
+    if stop() is not None:  # its job is over, and `end` may have come before
+        end([key], is_good=False)
     return outcomes
 
 
@@ -127,24 +125,20 @@ class _Child:
         except OSError:
             raise DiedError(self._process.wait()) from None
 
-    def outcomes(self, stop: Callable[[], Kind | None], say: Callable[[str], None]) -> Outcomes | None:
+    def outcomes(self, stop: Callable[[], Kind | None]) -> Outcomes | None:
         killed_at: float | None = None
         while True:
             if self._connection.poll(_LOOK_S):
                 try:
-                    line = self._connection.recv()
-                    if not isinstance(line, str):
-                        data, count = line
-                        found: Outcomes = pickle.loads(
-                            data, buffers=[self._connection.recv_bytes() for _ in range(count)]
-                        )
-                        return found
+                    data, count = self._connection.recv()
+                    buffers = [self._connection.recv_bytes() for _ in range(count)]
+                    found: Outcomes = pickle.loads(data, buffers=buffers)
+                    return found
                 except (EOFError, OSError):
                     status = self._process.wait()
                     if stop() is not None:
                         return None
                     raise DiedError(status) from None
-                say(line)
             why = stop()
             if why is None:
                 continue

@@ -48,12 +48,12 @@ class Output:
         self._allowance -= len(lines)
         if dropped:
             stamp = lines[0][0] if lines else time.time()
-            lines = [(stamp, f"... {dropped} lines dropped ..."), *lines]
+            lines = [(stamp, "stderr", f"... {dropped} lines dropped ..."), *lines]
         kept = self._kept.setdefault(node, deque(maxlen=LINES_KEPT))
         instance_id = self._instance_id(node)
-        for stamp, line in lines:
+        for stamp, stream, line in lines:
             kept.append(line)
-            self._emit(LogLine(node=node, instance_id=instance_id, line=line, timestamp=stamp))
+            self._emit(LogLine(node=node, instance_id=instance_id, line=line, timestamp=stamp, stream=stream))
 
     def _allowed(self) -> int:
         now = time.monotonic()

@@ -187,9 +187,7 @@ def _run_isolated(
             task.running.reset(token)
         if cores := _node_cores(part):
             environment |= thread_environment(cores)
-        found = isolation.run(
-            chunk.key, (chunk, job), blobs, environment=environment, stop=lambda: me.why, say=print
-        )
+        found = isolation.run(chunk.key, (chunk, job), blobs, environment=environment, stop=lambda: me.why)
     except isolation.DiedError as exc:
         error = WorkerDiedError(
             f"the process of rank {part.rank} of {part.size} ended with {exc}; the others were ended. If it was killed "

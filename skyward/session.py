@@ -133,6 +133,7 @@ class Session:
             own.on_node_replaced = self._node_replaced
             own.on_start_error = self._tell_error
             own.on_metrics = self._metrics
+            own.on_output = self.output.receive
         if self._over.is_set():
             raise PoolError("the pool was closed while it started")
         cluster.start()
@@ -199,7 +200,8 @@ class Session:
     def _open_listeners(self) -> Console:
         """Let all who want to hear of events do so from now on; return the console."""
         pool, spec, log = self.pool, self.pool.spec, self.pool.spec.logging
-        console = open_console("quiet" if log is not None and not log.console else spec.display, self._about)
+        display = "quiet" if log is not None and not log.console else spec.display
+        console = open_console(display, self._about, prefix=log is None or log.prefix)
         self._stack.callback(console.close)
         listeners: list[events.Callback] = [*([console] if console.shows else []), *pool.callbacks()]
         if log is not None and log.file is not None:

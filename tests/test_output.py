@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
 import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +19,7 @@ from tests.waiting import wait_until
 
 
 def message(first: int, *lines: str, process: str = "p", node: int = 0, dropped: int = 0) -> dict[str, Any]:
-    stamped = [(float(i), line) for i, line in enumerate(lines)]
+    stamped = [(float(i), "stdout", line) for i, line in enumerate(lines)]
     return {"node": node, "process": process, "first": first, "dropped": dropped, "lines": stamped}
 
 
@@ -93,6 +98,145 @@ def test_all_that_a_worker_says_arrives_in_order_with_its_node(pool: sky.Compute
     assert lines[3] == "Traceback (most recent call last):"
     assert lines[-2:] == ["ZeroDivisionError: division by zero", "from a thread"]
     assert {e.node for e in heard} == {node}
+
+
+def printed(pool: sky.ComputePool, work: Callable[[], Any]) -> list[tuple[str, str]]:
+    """Run `work` on a pool, and return the streams and lines that had arrived when its outcome did."""
+    heard: list[tuple[str, str]] = []
+
+    def hear(event: sky.LogLine) -> None:
+        heard.append((event.stream, event.line))
+
+    pool.on(sky.LogLine, hear)
+    sky.compute(work)() >> pool
+    return heard
+
+
+def test_programs_and_c_code_and_descriptors_are_heard_in_order(pool: sky.ComputePool) -> None:
+    def speak() -> None:
+        import ctypes
+        import subprocess
+
+        print("printed")
+        subprocess.run(["echo", "by a program"], check=True)
+        os.write(1, b"to the descriptor\n")
+        ctypes.CDLL(None).printf(b"by C\n")
+        print("wrong", file=sys.stderr)
+        subprocess.run(["echo", "into sys.stdout"], stdout=sys.stdout, check=True)
+        if (child := os.fork()) == 0:
+            print("by a child")
+            os._exit(0)
+        os.waitpid(child, 0)
+        subprocess.run(["sh", "-c", "echo by a program >&2"], check=True)
+
+    assert printed(pool, speak) == [
+        ("stdout", "printed"), ("stdout", "by a program"), ("stdout", "to the descriptor"), ("stdout", "by C"),
+        ("stderr", "wrong"), ("stdout", "into sys.stdout"), ("stdout", "by a child"), ("stderr", "by a program"),
+    ]  # fmt: skip
+
+
+def test_streams_of_a_call_are_those_of_a_process(pool: sky.ComputePool) -> None:
+    def speak() -> None:
+        import faulthandler
+
+        faulthandler.dump_traceback(all_threads=False)
+        sys.stdout.reconfigure(errors="strict")  # type: ignore[union-attr]
+        sys.stdout.buffer.write(b"bytes\n")
+        print(sys.stdout.fileno(), sys.stderr.fileno(), sys.stdout.isatty(), sys.stdout is sys.__stdout__)
+        sys.stdout.write("half a line")
+
+    heard = printed(pool, speak)
+
+    assert [line for stream, line in heard if stream == "stdout"] == ["bytes", "1 2 False True", "half a line"]
+    assert any(line.startswith("  File") for stream, line in heard if stream == "stderr")
+
+
+def test_standard_error_that_a_call_turns_elsewhere_goes_there(pool: sky.ComputePool, tmp_path: Path) -> None:
+    path = tmp_path / "errors"
+
+    def speak() -> None:
+        kept = os.dup(2)
+        with path.open("w") as file:
+            os.dup2(file.fileno(), 2)
+        print("silenced", file=sys.stderr)
+        os.dup2(kept, 2)
+        print("heard", file=sys.stderr)
+
+    assert printed(pool, speak) == [("stderr", "heard")]
+    assert path.read_text() == "silenced\n"
+
+
+def test_logging_that_a_call_sets_up_is_heard_in_later_calls_too() -> None:
+    def set_up() -> None:
+        logging.basicConfig(level=logging.INFO)
+        logging.info("the first")
+
+    with sky.ComputePool("local", display="quiet") as pool:
+        assert printed(pool, set_up) == [("stderr", "INFO:root:the first")]
+        assert printed(pool, lambda: logging.info("another")) == [("stderr", "INFO:root:another")]
+        assert printed(pool, lambda: logging.getLogger("distributed").warning("of Dask")) == []
+
+
+def test_a_line_without_end_is_heard_while_its_call_runs(pool: sky.ComputePool, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    heard: list[str] = []
+    pool.on(sky.LogLine, lambda event: heard.append(event.line))
+
+    @sky.compute
+    def step() -> None:
+        sys.stderr.write("\r 10%|#  |\r 20%|## |")
+        sys.stderr.flush()
+        while not go.exists():
+            threading.Event().wait(0.01)
+
+    stepping = pool.submit(step())
+    wait_until(lambda: heard == [" 20%|## |"])
+
+    go.touch()
+    stepping.result(30)
+
+
+def test_a_program_that_outlives_its_call_holds_nothing_up(pool: sky.ComputePool, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+
+    def start() -> None:
+        import subprocess
+
+        subprocess.run(["sh", "-c", f"(until test -e {go}; do sleep 0.05; done; echo later) &"], check=True)
+
+    assert printed(pool, start) == []
+
+    heard: list[str] = []
+    pool.on(sky.LogLine, lambda event: heard.append(event.line))
+    go.touch()
+    wait_until(lambda: heard == ["later"])
+
+
+def test_last_lines_of_a_worker_that_dies_come_before_its_error() -> None:
+    def die() -> None:
+        print("printed")
+        print("wrong", file=sys.stderr)
+        os.write(1, b"half a line")
+        os._exit(3)
+
+    def crash() -> None:
+        import ctypes
+        import faulthandler
+
+        faulthandler.enable()
+        print("before")
+        ctypes.string_at(0)
+
+    heard: list[tuple[str, str]] = []
+    with sky.ComputePool("local", display="quiet", retries=0) as pool:
+        pool.on(sky.LogLine, lambda event: heard.append((event.stream, event.line)))
+        with pytest.raises(sky.WorkerDiedError):
+            sky.compute(die)() >> pool
+        assert heard == [("stdout", "printed"), ("stderr", "wrong"), ("stdout", "half a line")]
+        heard.clear()
+        with pytest.raises(sky.WorkerDiedError):
+            sky.compute(crash)() >> pool
+        assert heard[:2] == [("stdout", "before"), ("stderr", "Fatal Python error: Segmentation fault")]
 
 
 @pytest.mark.slow

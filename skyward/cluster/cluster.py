@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ _CLOUD_CALLS = 6
 _CLOSE_S = 30.0
 """Seconds that a cluster may take to close, not counting the data that its machines still send."""
 _LOOK_S = 2.0
+_EXIT_S = 1.0
+"""Seconds to wait for the agent to tell of a worker that has ended. Chosen: it tells at once, if it is there."""
 _BREAK_S = 0.5
 """Seconds after the end of a worker within which its machine is gone too, if that was why."""
 _TOLD = {"told_by_event": True}
@@ -150,6 +153,8 @@ class AgentCluster(SkyCluster):
         self.on_node_left: Callable[[int, str], None] = lambda *_: None  # it was not wanted any more
         self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
         self.on_start_error: Callable[[BaseException], None] = lambda _: None  # of a machine that is not used
+        self._exited: dict[str, asyncio.Event] = defaultdict(asyncio.Event)  # set when its agent has told its end
+        self.on_output: Callable[[Any], None] = lambda _: None
         self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self.losses: list[VolumeError] = []  # data that could not be sent
@@ -328,6 +333,9 @@ class AgentCluster(SkyCluster):
         match event["event"]:
             case "ready":
                 self._cores[agent] = event["cores"]
+            case "exited":
+                self.on_output(event["output"])
+                self._exited[event["address"]].set()
             case "metrics" if agent.nodes:
                 node = min(agent.nodes)
                 self.on_metrics(node, agent.instance_id(node), {k: v for k, v in event.items() if k != "event"})
@@ -464,9 +472,12 @@ class AgentCluster(SkyCluster):
     async def was_taken(self, address: str) -> bool:
         """Tell, once it is known, whether a worker has ended because it had to: its machine was taken away, say.
 
-        Waits until it is clear whether its agent has ended too, which may be the end of the pool: that is a better
-        reason for the calls to fail than the end of a worker.
+        Waits for the last lines that it has printed, so that they come before the error. Then until it is clear whether
+        its agent has ended too, which may be the end of the pool: that is a better reason for the calls to fail.
         """
+        if address not in self._excused:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._exited[address].wait(), _EXIT_S)
         if self._new_agents is not None and address not in self._excused:
             await asyncio.sleep(_BREAK_S)
             node = self._places.get(address)

@@ -23,12 +23,13 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from skyward import shelf
+from skyward import logs, shelf
 from skyward.bootstrap import POWER_OFF
 from skyward.cluster import metrics, notice, reach
 from skyward.cluster.config import AgentConfig, NodeSpec
@@ -395,10 +396,21 @@ class _Agent:
 
     async def _keep_worker(self, node: NodeSpec, slot: int) -> None:
         """Have a worker in this slot until it is removed: its nanny restarts it, this restarts the nanny."""
+        path = f"{self.config.folder}/output-{uuid.uuid4().hex}"
+        with logs.pipes(path) as output:
+
+            def exited(address: str | None) -> None:
+                self._tell("exited", address=address, output=_last_lines(node.node, output))
+
+            await self._keep_worker_with(node, slot, {logs.VARIABLE: path}, exited)
+
+    async def _keep_worker_with(
+        self, node: NodeSpec, slot: int, environment: dict[str, str], exited: Callable[[str | None], None]
+    ) -> None:
         place, name = (node.node, slot), f"{node.node}-{slot}"
         failures, came_up = 0, False
         while place in self._nannies:
-            nanny = self._nannies[place] = await self._nanny(node, slot, name)
+            nanny = self._nannies[place] = await self._nanny(node, slot, name, environment, exited)
             try:
                 await nanny
             except Exception as exc:  # whatever keeps a process from starting, its own death at once included
@@ -415,11 +427,14 @@ class _Agent:
             self._tell("worker", node=node.node, slot=slot, address=nanny.worker_address, pid=nanny.pid)
             await nanny.finished()
 
-    async def _nanny(self, node: NodeSpec, slot: int, name: str) -> Any:
-        from distributed import Nanny
+    async def _nanny(
+        self, node: NodeSpec, slot: int, name: str, environment: dict[str, str], exited: Callable[[str | None], None]
+    ) -> Any:
+        from skyward.cluster.nanny import SlotNanny
 
-        return Nanny(
+        return SlotNanny(
             await self._scheduler,
+            on_exit=exited,
             nthreads=1,
             name=name,
             host=_dask_host(self.config.host),
@@ -428,6 +443,7 @@ class _Agent:
             env={
                 **node.environments[slot],
                 shelf.VARIABLE: f"{self.config.folder}/shelf",
+                **environment,
                 "SKYWARD_NODE": str(node.node),
                 "SKYWARD_SLOT": str(slot),
             },
@@ -446,6 +462,13 @@ class _Agent:
                 with contextlib.suppress(ProcessLookupError):
                     nanny.auto_restart = False
                     os.kill(nanny.process.pid, signal.SIGKILL)
+
+
+def _last_lines(node: int, output: logs.Reader) -> dict[str, Any]:
+    """Return what a worker process that has ended has printed and not sent, in the form in which workers send it."""
+    now = time.time()
+    lines = [(now, *line) for line in (*output.read(), *output.rest())][-_TOLD_LINES:]
+    return {"node": node, "process": uuid.uuid4().hex, "first": 0, "dropped": 0, "lines": lines}
 
 
 async def _close(server: asyncio.Server) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import select
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 from skyward import inbox, interrupts, logs, runtime, shelf
@@ -19,8 +21,10 @@ _AGAIN_S = 1.0
 """Seconds for which lines that were sent go again with outcomes. By feel: events take a few dozen milliseconds."""
 _LINES_KEPT = 2_000
 """Lines that wait to be sent; a storm drops the oldest and says how many. By feel: a screenful many times over."""
-_LONGEST = 10_000
-"""Characters of a line; what is beyond is cut off. By feel: many screens wide."""
+_LOOK_S = 0.005
+"""Seconds between two looks whether a pipe fills up, while there is output. Chosen: a print of 64 KiB takes longer."""
+_BEGUN_S = 1.0
+"""Seconds for which a line that has only begun, as a bar has, waits for its end."""
 
 
 async def dask_setup(worker: Any) -> None:
@@ -28,9 +32,7 @@ async def dask_setup(worker: Any) -> None:
     inbox.install(worker)
     shelf.install(worker)
     _die_with_parent()
-    shipper = _Shipper(worker)
-    logs.take_over(shipper.add)
-    runtime.take_output = shipper.take
+    runtime.take_output = _Shipper(worker, logs.take_over(os.environ.get(logs.VARIABLE))).take
 
 
 def _die_with_parent() -> None:
@@ -47,41 +49,45 @@ def _die_with_parent() -> None:
 class _Shipper:
     """Sends lines to the caller, in order, a batch at a time: through Dask's event stream, and with outcomes.
 
+    Lines stay in their pipes until they are sent, so that they are not lost with this process.
+
     Outcomes may be faster than events. So they bring the last second's lines again, and the caller, who knows by the
     lines' numbers which it has, leaves out the others.
     """
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, reader: logs.Reader) -> None:
         self._worker = worker
+        self._reader = reader
         self._node = int(os.environ.get("SKYWARD_NODE", "0"))
-        self._lines: collections.deque[tuple[float, str]] = collections.deque()
+        self._lines: collections.deque[tuple[float, str, str]] = collections.deque()
         self._dropped = 0
-        self._sent: collections.deque[tuple[float, float, str]] = collections.deque(maxlen=_LINES_KEPT)  # lately
+        self._sent: collections.deque[tuple[float, float, str, str]] = collections.deque(maxlen=_LINES_KEPT)  # lately
         self._count = 0
         self._id = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._wanted = threading.Event()
         threading.Thread(target=self._run, name="skyward-logs", daemon=True).start()
 
-    def add(self, line: str) -> None:
-        if len(line) > _LONGEST:
-            line = f"{line[:_LONGEST]} ... {len(line) - _LONGEST} characters dropped"
-        with self._lock:
-            self._lines.append((time.time(), line))
+    def _read(self, lines: Iterable[logs.Line]) -> None:
+        now = time.time()
+        for stream, line in lines:
+            self._lines.append((now, stream, line))
             if len(self._lines) > _LINES_KEPT:
                 self._lines.popleft()
                 self._dropped += 1
-        self._wanted.set()
 
     def flush(self) -> None:
         with self._lock:
+            self._read(self._reader.read())
             if message := self._take(again=False):
                 # Under the lock: two flushes must not change the order of lines.
                 self._worker.log_event(LOG_TOPIC, message)
 
     def take(self) -> dict[str, Any] | None:
-        """Return what has not been sent, and what was sent just now."""
+        """Return what was written until now and has not been sent, and what was sent just now."""
+        logs.flush()  # not under the lock: a pipe that is full has to be read meanwhile
         with self._lock:
+            self._read(self._reader.read())
+            self._read(self._reader.rest())
             return self._take(again=True)
 
     def _take(self, *, again: bool) -> dict[str, Any] | None:
@@ -101,8 +107,24 @@ class _Shipper:
         return {"node": self._node, "process": self._id, "first": first, "dropped": dropped, "lines": lines}
 
     def _run(self) -> None:
+        pipes = select.poll()
+        for fd in self._reader.descriptors:
+            pipes.register(fd, select.POLLIN)
+        begun_at: float | None = None  # when a line began that has not ended
         while True:
-            self._wanted.wait()
-            time.sleep(_FLUSH_S)
-            self._wanted.clear()
+            pipes.poll(None if begun_at is None else _BEGUN_S * 1000)
+            until = time.monotonic() + _FLUSH_S
+            while time.monotonic() < until:
+                time.sleep(_LOOK_S)
+                if self._reader.size() > logs.HALF_FULL:
+                    with self._lock:
+                        self._read(self._reader.read())
+            if begun_at is not None and time.monotonic() - begun_at > _BEGUN_S:
+                with self._lock:
+                    self._read(self._reader.read())
+                    self._read(self._reader.rest())
             self.flush()
+            if not self._reader.has_begun:
+                begun_at = None
+            elif begun_at is None:
+                begun_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a pool shows of itself: status on standard error, what its calls print on standard output.
+"""What a pool shows of itself: status on standard error, what its calls print where they print it.
 
 A subscriber of events, of which `model` keeps what is known, and a view of it: `plain` writes lines, `live` draws on a
 terminal, `cell` in a notebook. Whatever goes wrong here, the pool goes on.
@@ -37,9 +37,12 @@ class _View(Protocol):
     def close(self, now: float) -> None: ...
 
 
-def open_console(display: str, about: About) -> Console:
-    """Return the console of a pool. `display` is one of ``"auto"``, ``"log"``, ``"spinner"`` and ``"quiet"``."""
-    return Console(about, display)
+def open_console(display: str, about: About, *, prefix: bool = True) -> Console:
+    """Return the console of a pool. `display` is one of ``"auto"``, ``"log"``, ``"spinner"`` and ``"quiet"``.
+
+    `prefix`: whether lines that calls print begin with their node.
+    """
+    return Console(about, display, prefix=prefix)
 
 
 class Console:
@@ -48,7 +51,8 @@ class Console:
     `shows` is whether it shows anything at all.
     """
 
-    def __init__(self, about: About, display: str) -> None:
+    def __init__(self, about: About, display: str, *, prefix: bool = True) -> None:
+        self._prefix = prefix
         self.shows = display != "quiet"
         self._model = Model(about)
         self._lock = threading.RLock()
@@ -114,12 +118,11 @@ class Console:
                 self._guarded(self._view.show, event, now)
 
     def _print(self, event: events.LogLine) -> None:
-        # A bar on a worker begins its line again and again: the last state of it is what counts.
-        line = f"[node {event.node}] {event.line.rstrip(chr(13)).rpartition(chr(13))[2]}"
+        line = f"[node {event.node}] {event.line}" if self._prefix else event.line
         if self._screen is not None:
-            self._screen.write("stdout", [line])
+            self._screen.write(event.stream, [line])
         elif self._view is not None:
-            self._streams.printed(line)
+            self._streams.printed(line, event.stream)
 
     def warn(self, lines: list[str]) -> None:
         """Show what one of our loggers has to say."""

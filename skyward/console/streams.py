@@ -1,4 +1,4 @@
-"""Where a console writes: status on standard error, what workers print on standard output, whatever these can show."""
+"""Where a console writes: status on standard error, what calls print where they print it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Streams:
         """Write a line of our own."""
         self._write("stderr", line)
 
-    def printed(self, line: str) -> None:
-        """Write a line that a worker has printed."""
-        self._write("stdout", line)
+    def printed(self, line: str, stream: str) -> None:
+        """Write a line that a call has printed to this stream."""
+        self._write(stream, line)
 
     def _write(self, name: str, line: str) -> None:
         stream: TextIO | None = getattr(sys, name)  # whatever stands there now: notebooks and tests replace them

@@ -383,12 +383,13 @@ def test_a_pipe_for_output_gets_what_workers_print_and_nothing_else(
     assert pipe.getvalue() == "[node 0] hello\nfrom the program\n"
 
 
-def test_the_last_state_of_a_bar_on_a_worker_is_shown(
-    open_: Callable[..., Console], capsys: pytest.CaptureFixture[str]
-) -> None:
-    open_("log")(line("\r 10%|#  |\r 20%|## |\r"))
+def test_lines_go_where_calls_print_them_and_bare_without_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    console = open_console("log", HERE, prefix=False)
+    console(line("result"))
+    console(sky.LogLine(node=0, instance_id="i", line="warning", timestamp=0.0, stream="stderr"))
+    console.close()
 
-    assert capsys.readouterr().out == "[node 0]  20%|## |\n"
+    assert capsys.readouterr() == ("result\n", "warning\n")
 
 
 def test_a_question_has_the_terminal_to_itself(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,12 +144,17 @@ def test_what_calls_print_comes_back_with_the_machines_name(
 
     @sky.compute
     def say() -> None:
-        print("hello from", socket.gethostname())
+        subprocess.run(["echo", f"hello from {socket.gethostname()}"], check=True)
+        print("wrong", file=sys.stderr)
 
     say() @ pool
 
-    said = {(line.node, line.instance_id, line.line) for line in lines}
-    assert said == {(i, f"root@{m.address}", f"hello from {m.name}") for i, m in enumerate(machines)}
+    said = [(line.node, line.instance_id, line.stream, line.line) for line in lines]
+    for i, machine in enumerate(machines):
+        assert [line for line in said if line[0] == i] == [
+            (i, f"root@{machine.address}", "stdout", f"hello from {machine.name}"),
+            (i, f"root@{machine.address}", "stderr", "wrong"),
+        ]
 
 
 def test_frozen_exceptions_and_warnings_with_arguments_arrive(pool: sky.ComputePool) -> None:
