@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -40,6 +41,18 @@ _early: OrderedDict[str, None] = OrderedDict()
 """Chunks that were interrupted before they began: they may be on their way to a thread here."""
 _EARLY_KEPT = 4096
 _AGAIN_S = 0.01
+_WAKE = signal.SIGURG
+"""Sent to the main thread so that it notices an exception while it waits, in `time.sleep` say. Chosen for the reasons
+that Go gives for its `sigPreempt`: it is ignored by default, libc does not use it, and applications seldom do
+(src/runtime/signal_unix.go, read 2026-11-28)."""
+_wakes = False
+
+
+def wake_main_thread() -> None:
+    """Let calls in the main thread be interrupted while they wait. Called there."""
+    global _wakes
+    _wakes = True
+    signal.signal(_WAKE, lambda *_: None)  # the exception is raised as it begins to run
 
 
 @contextlib.contextmanager
@@ -62,8 +75,8 @@ def running(key: str, *, watched: bool = False) -> Iterator[Running]:
 def interrupt(keys: list[str], why: int = Kind.CANCELLED) -> int:
     """Stop the chunks `keys` if they run here: raise inside them, and after `GRACE_S` end this process.
 
-    A call that is inside C code does not notice the exception. On our own workers the process then ends, and its
-    nanny starts another; on a worker that belongs to somebody else the call is left to end by itself.
+    A call that is inside C code does not notice the exception, but for waits that signals end. On our own workers the
+    process then ends, and its nanny starts another; on workers of a joined cluster the call is left to end by itself.
     Returns how many of them ran here. Called by the engine through Dask, in the worker's event loop.
     """
     hit = 0
@@ -105,6 +118,8 @@ def _raise_in(key: str, found: Running) -> bool:
         if _is_importing(found.thread):
             return False
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(found.thread), ctypes.py_object(Interrupted))
+        if _wakes and found.thread == threading.main_thread().ident:
+            signal.pthread_kill(found.thread, _WAKE)
         return True
 
 

@@ -25,6 +25,7 @@ def main() -> None:
     blobs = [connection.recv_bytes() for _ in range(count)]
     logs.write_lines(marked=logs.VARIABLE in os.environ)
     interrupts.may_restart = True
+    interrupts.wake_main_thread()
     over = threading.Event()
     threading.Thread(target=_listen, args=[connection, chunk.key, over], daemon=True).start()
 

@@ -142,7 +142,9 @@ def _result(
         try:  # no context manager: it would set the traceback of what is raised, which a frozen dataclass refuses
             value = fn(*args, **kwargs)
             if inspect.iscoroutine(value):
-                value = asyncio.run(value)
+                # Not by `asyncio.run`, after which later calls have no event loop.
+                with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+                    value = runner.run(value)
         finally:
             _collect_warnings(None)
     except interrupts.Interrupted:

@@ -169,7 +169,7 @@ def _start_forkserver(config: AgentConfig) -> None:
         # Its socket would lie in a folder of its own, which nobody removes when we are killed.
         multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distributed.nanny", "distributed.worker", "skyward.cluster.slot"])
+    context.set_forkserver_preload(["distributed.worker", "skyward.cluster.slot"])
     forkserver.ensure_running()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from skyward import inbox, interrupts, logs, runtime, shelf
+from skyward.cluster import nanny
 
 LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
@@ -29,6 +30,7 @@ _BEGUN_S = 1.0
 
 async def dask_setup(worker: Any) -> None:
     interrupts.may_restart = True
+    nanny.run_in_main_thread(worker)
     inbox.install(worker)
     shelf.install(worker)
     _die_with_parent()
