@@ -1,7 +1,7 @@
 """Pickle what travels between caller and workers. Knows cloudpickle and nothing else of skyward but its errors.
 
-Code that the other side can't import, because it is the caller's own project, travels by value; buffers of
-`OUT_OF_BAND` bytes and more are left out of the pickle and handed over beside it, uncopied.
+Code that the other side can't import, because it is the caller's own project, travels by value; buffers, numpy arrays
+and bytes of `OUT_OF_BAND` bytes and more are left out of the pickle and handed over beside it, uncopied.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copyreg
 import functools
 import importlib.util
 import inspect
-import io
 import pickle
 import site
 import sys
@@ -18,11 +17,12 @@ import sysconfig
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import cloudpickle
 
+from skyward import arrays
 from skyward.errors import SerializationError
 
 OUT_OF_BAND = 1 << 20
@@ -31,34 +31,44 @@ OUT_OF_BAND = 1 << 20
 _OWN = ("skyward", "skyward_joblib")
 _by_value_lock = threading.RLock()
 
+Buffer = pickle.PickleBuffer | arrays.Memory
+"""What is left out of a pickle; its method `raw` returns the bytes."""
+
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """A cloudpickle pickler that is used again and again, and sends the caller's own modules by value."""
 
     def __init__(self) -> None:
-        self._file = io.BytesIO()
-        self._buffers: list[pickle.PickleBuffer] = []
+        self._pieces: list[Any] = []
+        self._buffers: list[tuple[int, Buffer]] = []  # each with the number of pieces before it
+        self._left_out: dict[int, arrays.Memory] = {}  # by the id of the buffer that stands for it
         self._out_of_band = OUT_OF_BAND
         self._apart: object = None
-        super().__init__(self._file, protocol=5, buffer_callback=self._keep_in_band)
+        super().__init__(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._keep_in_band)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
-        with buffer.raw() as view:
-            if view.nbytes < self._out_of_band:
-                return True
-        self._buffers.append(buffer)
+        found: Buffer = self._left_out.pop(id(buffer), buffer)
+        if found is buffer:
+            with buffer.raw() as view:
+                if view.nbytes < self._out_of_band:
+                    return True
+        self._buffers.append((len(self._pieces), found))
         return False
 
-    def dumps(self, obj: object, out_of_band: int, apart: object) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+    def dumps(self, obj: object, out_of_band: int, apart: object) -> tuple[bytes, Sequence[Buffer]]:
         self._out_of_band, self._apart = out_of_band, apart
-        self._file.seek(0)
-        self._file.truncate()
-        self._buffers = []
         try:
             self.dump(obj)
-            return self._file.getvalue(), self._buffers
+            if len(self._pieces) == 1 and not self._buffers:
+                return self._pieces[0], []
+            buffers = [(at, 0, buffer) for at, buffer in self._buffers]
+            buffers += [(at, 1, pickle.PickleBuffer(data)) for at, data in _take_large_bytes(self._pieces)]
+            buffers.sort(key=lambda found: found[:2])
+            return b"".join(self._pieces), [buffer for *_, buffer in buffers]
         finally:
-            self._buffers = []
+            self._pieces.clear()
+            self._buffers.clear()
+            self._left_out.clear()
             self._apart = None
             self.clear_memo()  # which keeps alive what was pickled
 
@@ -66,11 +76,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         if obj is self._apart and obj is not None:
             data, buffers = dumps(obj, out_of_band=self._out_of_band)
             if len(data) >= OUT_OF_BAND:
-                return _load_apart, (pickle.PickleBuffer(data), list(buffers))
+                return _load_apart, (pickle.PickleBuffer(data), list(map(self._stand_in, buffers)))
         if isinstance(obj, (FunctionType, type)):
             name = getattr(obj, "__module__", None)
         elif isinstance(obj, ModuleType) and is_project_module(obj.__name__):
             return _reduce_module(obj)
+        elif type(obj).__module__ == "numpy":
+            return self._reduce_numpy(obj)
         elif isinstance(obj, BaseException) and _carries_traceback(type(obj)):
             return obj.__reduce_ex__(5)
         else:
@@ -91,6 +103,52 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             finally:
                 if not already:
                     cloudpickle.unregister_pickle_by_value(module)
+
+
+    def _reduce_numpy(self, obj: Any) -> Any:
+        if not arrays.is_plain(obj) or obj.nbytes < self._out_of_band:
+            return NotImplemented
+        memory, rest = arrays.leave_out(obj)
+        return arrays.restore, (self._stand_in(memory), *rest)
+
+    def _stand_in(self, buffer: Buffer) -> pickle.PickleBuffer:
+        """Return what is pickled to let `buffer` be left out."""
+        if not isinstance(buffer, arrays.Memory):
+            return buffer
+        stand_in = pickle.PickleBuffer(bytearray())  # one that is read-only would make the array read-only
+        self._left_out[id(stand_in)] = buffer
+        return stand_in
+
+
+_BYTES = ((b"B", 4, b"bytes"), (b"\x8e", 8, b"bytes"), (b"\x96", 8, b"bytearray"))
+"""Opcodes of bytes in a pickle: code, number of bytes of the length that follows, and type."""
+
+
+def _take_large_bytes(pieces: list[Any]) -> list[tuple[int, bytes | bytearray]]:
+    """Take large bytes out of the pieces of a pickle, and let them be made from buffers; return them with their places.
+
+    A pickler writes bytes of more than 64 KiB uncopied and alone, after a piece that ends with their opcode and length.
+    Other pieces as large as ours have a single object in a frame, such as an integer: these begin with the frame.
+    """
+    found = []
+    for i, piece in enumerate(pieces):
+        if type(piece) not in (bytes, bytearray) or len(piece) < OUT_OF_BAND or i == 0 or _is_frame(piece):
+            continue
+        for code, width, kind in _BYTES:
+            header = code + len(piece).to_bytes(8, "little")[:width]
+            if pieces[i - 1].endswith(header):
+                # builtins.bytes (GLOBAL), the next buffer (NEXT_BUFFER, TUPLE1), the call (REDUCE)
+                pieces[i - 1] = pieces[i - 1][: -len(header)] + b"cbuiltins\n" + kind + b"\n\x97\x85R"
+                pieces[i] = b""
+                found.append((i, piece))
+                break
+    return found
+
+
+def _is_frame(piece: bytes | bytearray) -> bool:
+    # What may follow a frame in its piece is an opcode with a length.
+    after = len(piece) - 9 - int.from_bytes(piece[1:9], "little")
+    return piece[:1] == b"\x95" and after in (0, 5, 9)
 
 
 @functools.cache
@@ -186,7 +244,7 @@ _local = threading.local()
 
 def dumps(
     obj: object, *, out_of_band: int = OUT_OF_BAND, apart: object = None
-) -> tuple[bytes, Sequence[pickle.PickleBuffer]]:
+) -> tuple[bytes, Sequence[Buffer]]:
     """Return `obj` as (pickle, buffers of `out_of_band` bytes and more).
 
     `apart` is an instance that `obj` may refer to: its own pickle is one of the buffers if it is as large.
@@ -197,7 +255,7 @@ def dumps(
     try:
         # While a dump runs, the pickler is taken: an object's __reduce__ may itself call into skyward.
         _local.pickler = None
-        result: tuple[bytes, Sequence[pickle.PickleBuffer]] = pickler.dumps(obj, out_of_band, apart)
+        result: tuple[bytes, Sequence[Buffer]] = pickler.dumps(obj, out_of_band, apart)
     except BaseException:
         pickler = None  # its memo may hold half of what failed
         raise
@@ -207,7 +265,7 @@ def dumps(
 
 
 def loads(data: bytes | memoryview, buffers: Iterable[Any] = ()) -> Any:
-    return pickle.loads(data, buffers=buffers)
+    return pickle.loads(data, buffers=(b.raw() if isinstance(b, arrays.Memory) else b for b in buffers))
 
 
 def explain_call(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], cause: BaseException) -> SerializationError:

@@ -288,7 +288,7 @@ def _machine_name(layout: Layout, address: str) -> str:
 # --- functions and buffers ----------------------------------------------------------------------------------
 
 _functions: OrderedDict[tuple[str, Access | None], Any] = OrderedDict()
-"""Functions that calls may share; None for one that is unpickled for each call, because calls could change it."""
+"""Functions that calls may share; None for one that each call unpickles: calls could change it, or it is large."""
 _FUNCTIONS_KEPT = 128  # chosen, not measured: a run seldom has more than a few
 _maps: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
 
@@ -314,7 +314,7 @@ class _Shipped:
         if fn is None:
             fn = self.load(ref.data, ref.buffers)
             if key not in _functions:
-                _functions[key] = fn if functions.is_constant(fn) else None
+                _functions[key] = fn if not ref.buffers and functions.is_constant(fn) else None
                 while len(_functions) > _FUNCTIONS_KEPT:
                     _functions.popitem(last=False)
         return fn

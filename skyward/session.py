@@ -105,10 +105,11 @@ class Session:
         pool, spec, stack = self.pool, self.pool.spec, self._stack
         console = self._open_listeners()
         stack.callback(unwind_on_termination())
-        share = None
+        share: list[Path] = []
         if isinstance(pool.provider, (Local, Dask)):  # other machines see no folder of this one
-            share = _shared_folder(self.pool_id)
-            stack.callback(shutil.rmtree, share, ignore_errors=True)
+            share = _shared_folders(self.pool_id)
+            for folder in share:
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if isinstance(pool.provider, Local):
             from skyward.cluster import journal
 
@@ -145,7 +146,6 @@ class Session:
         see_share, wait_for_worker = direct, None
         if isinstance(cluster, joined.JoinedCluster):
             stack.callback(joined.forget, client, cluster)
-            assert share is not None
             see_share = joined.prepare(
                 client, cluster, share, spec.image.pip, timeout=spec.timeout, is_abandoned=self._over.is_set
             )
@@ -160,7 +160,7 @@ class Session:
             retries=spec.retries,
             alive=own.addresses if own is not None else None,
             was_taken=own.was_taken if own is not None else None,
-            share=share if see_share else None,
+            share=share if see_share else (),
             direct=direct,
             wait_for_worker=wait_for_worker,
             on_output=self.output.receive,
@@ -222,7 +222,7 @@ class Session:
                 self.pool_id, expires=self._expires, folder=cluster.folder, dashboard_port=cluster.dashboard_port
             )
 
-    def _make_cluster(self, share: Path | None) -> SkyCluster:
+    def _make_cluster(self, share: Sequence[Path]) -> SkyCluster:
         provider, spec = self.pool.provider, self.pool.spec
         match provider:
             case Dask():
@@ -232,7 +232,6 @@ class Session:
             case Local():
                 from skyward.cluster.local import local_cluster
 
-                assert share is not None
                 return local_cluster(provider, spec, self.pool_id, share, self._emit_here)
             case SSH():
                 from skyward.cluster.machines import machine_cluster
@@ -497,8 +496,10 @@ def _register_joblib() -> None:
     EXTERNAL_BACKENDS.setdefault("skyward", functools.partial(importlib.import_module, "skyward_joblib"))
 
 
-def _shared_folder(pool_id: str) -> Path:
-    """Make the folder for large arguments: in memory where the system offers that, readable by this user only."""
-    memory = Path("/dev/shm")
-    parent = memory if memory.is_dir() else None
-    return Path(tempfile.mkdtemp(prefix=f"skyward-{pool_id}-", dir=parent))
+def _shared_folders(pool_id: str) -> list[Path]:
+    """Make the folders for large arguments, readable by this user only: in memory if possible, and on disk."""
+    folders = []
+    with contextlib.suppress(OSError):  # there is none, or it is full or read-only
+        folders.append(tempfile.mkdtemp(prefix=f"skyward-{pool_id}-", dir="/dev/shm"))
+    folders.append(tempfile.mkdtemp(prefix=f"skyward-{pool_id}-"))
+    return [Path(folder) for folder in folders]

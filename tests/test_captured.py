@@ -121,7 +121,7 @@ def _sent(packer: Packer, fn: Any) -> tuple[str, bytes]:
 @pytest.mark.parametrize("make", CHANGES)
 def test_a_function_whose_state_changes_between_two_calls_is_sent_again(make: Any) -> None:
     fn, change = make()
-    packer = Packer(Store(None))
+    packer = Packer(Store())
     change(1)
     first, same = (_sent(packer, fn) for _ in range(2))
     change(2)
@@ -136,7 +136,7 @@ def test_a_function_whose_state_changes_between_two_calls_is_sent_again(make: An
     "fn", [leveled, through_another, through_a_class, math.sqrt, functools.partial(by_default, factor=2), Scale.common]
 )
 def test_a_function_of_constants_is_not_pickled_again(fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    packer = Packer(Store(None))
+    packer = Packer(Store())
     ref = packer.pack(Call(fn)).function
     monkeypatch.setattr("skyward.engine.calls.captured", lambda fn: captured(fn) or pytest.fail("it can change"))
 
@@ -145,7 +145,7 @@ def test_a_function_of_constants_is_not_pickled_again(fn: Any, monkeypatch: pyte
 
 def test_calls_that_are_all_there_share_one_look_at_their_function() -> None:
     fn, change = bound_method()
-    packer = Packer(Store(None), unchanged=True)
+    packer = Packer(Store(), unchanged=True)
     first = packer.pack(Call(fn)).function
     change(2)
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import skyward as sky
 from skyward import pickling
+from skyward.engine import store as store_module
 from skyward.engine.calls import Call, Packer
 from skyward.engine.store import Keeper, Store
 from skyward.wire import BlobRef
 
+ROOT = Path(__file__).parent.parent
 SMALL, LARGE = (2 << 20) // 8, (16 << 20) // 8  # elements: compared as a whole, and by samples
 
 
@@ -21,8 +30,12 @@ def put(keeper: Keeper, value: Any) -> BlobRef:
     return keeper.put(buffer)
 
 
+def digest_of(array: Any) -> str:
+    return Store().put(memoryview(array)).digest
+
+
 def test_an_array_that_cannot_change_is_looked_at_once() -> None:
-    keeper = Keeper(Store(None), unchanged=True)
+    keeper = Keeper(Store(), unchanged=True)
     array = np.ones(SMALL)
     first = put(keeper, array)
     array[:] = 2
@@ -33,7 +46,7 @@ def test_an_array_that_cannot_change_is_looked_at_once() -> None:
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_a_changed_array_is_stored_again_and_an_unchanged_one_is_not(size: int) -> None:
-    store = Store(None)
+    store = Store()
     keeper = Keeper(store, unchanged=False)
     array = np.zeros(size)
     first, again = put(keeper, array), put(keeper, [array])
@@ -45,7 +58,7 @@ def test_a_changed_array_is_stored_again_and_an_unchanged_one_is_not(size: int) 
 
 
 def test_a_large_array_that_has_not_changed_is_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(None)
+    store = Store()
     keeper = Keeper(store, unchanged=False)
     array = np.ones(LARGE)
     hashed: list[Any] = []
@@ -62,7 +75,7 @@ def test_each_changed_region_of_8_kib_or_a_2048th_is_noticed(size: int) -> None:
     length = max(8192, array.nbytes // 2048)
     picks = random.Random(1)
     starts = [0, array.nbytes - length, *(picks.randrange(array.nbytes - length) for _ in range(60))]
-    keeper = Keeper(Store(None), unchanged=False)
+    keeper = Keeper(Store(), unchanged=False)
     last = put(keeper, array)
 
     for start in starts:
@@ -73,7 +86,7 @@ def test_each_changed_region_of_8_kib_or_a_2048th_is_noticed(size: int) -> None:
 
 @pytest.mark.parametrize("shape", [(8192, 256), (1024, 2048), (256, 8192)])
 def test_a_changed_column_of_a_matrix_is_noticed(shape: tuple[int, int]) -> None:
-    keeper = Keeper(Store(None), unchanged=False)
+    keeper = Keeper(Store(), unchanged=False)
     matrix = np.zeros(shape)
     before = put(keeper, matrix)
     matrix[:, 7] = 1
@@ -82,7 +95,7 @@ def test_a_changed_column_of_a_matrix_is_noticed(shape: tuple[int, int]) -> None
 
 
 def test_large_arrays_of_a_function_are_dropped_when_its_calls_have_ended() -> None:
-    store = Store(None, keep_bytes=0)
+    store = Store(keep_bytes=0)
     array = np.ones(SMALL)
     packer = Packer(store)
 
@@ -95,15 +108,114 @@ def test_large_arrays_of_a_function_are_dropped_when_its_calls_have_ended() -> N
         assert len(item.refs) == 1
         assert store.data(item.refs[0].digest)
         store.release(item.refs)
+    store.release((store.put(memoryview(b"of a later call")),))
 
-    assert store._total == 0
+    assert digest_of(array) in store.take_dropped()
     again = packer.pack(Call(first))
     assert again.function.digest == digest
     assert store.data(again.refs[0].digest)
 
 
+def test_beyond_the_limit_only_buffers_of_the_last_call_stay_and_not_for_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = threading.Event()
+    store = Store(tmp_path, keep_bytes=250)
+    store.on_idle = told.set
+    refs = [store.put(memoryview(bytes([i]) * 100)) for i in range(60)]
+
+    for ref in refs:
+        store.release((ref,))
+    large = store.put(memoryview(b"x" * 1000))
+    kept = {path.name for path in tmp_path.iterdir()}
+    store.release((large,))
+    last = {path.name for path in tmp_path.iterdir()}
+    wait_s = store.drop_idle()
+    monkeypatch.setattr(store_module, "_LINGER_S", 0.0)
+
+    assert kept == {refs[-2].digest, refs[-1].digest, large.digest}
+    assert last == {large.digest}
+    assert wait_s == pytest.approx(30, abs=5)
+    assert told.is_set()
+    assert store.drop_idle() is None
+    assert list(tmp_path.iterdir()) == []
+    assert store.take_dropped() == {large.digest, *(ref.digest for ref in refs)}
+
+
+def test_what_is_stored_again_after_it_was_dropped_does_not_go_from_nodes() -> None:
+    store = Store(keep_bytes=0)
+    first = store.put(memoryview(b"a"))
+    store.release((first,))
+    store.release((store.put(memoryview(b"b")),))
+
+    again = store.put(memoryview(b"a"))
+
+    assert again == first
+    assert store.take_dropped() == set()
+
+
+SMALL_MEMORY = """
+import logging, sys
+import numpy as np
+import skyward as sky
+
+def look(*arrays):
+    return sum(float(a.sum()) for a in arrays)
+
+if __name__ == "__main__":
+    logging.basicConfig(stream=sys.stdout, level="WARNING")
+    arrays = [np.full(500_000, i) for i in range(6)]  # 4 MB each
+    with sky.ComputePool("local", display="quiet") as pool:
+        print(sky.compute(look)(*arrays) >> pool)
+        print(*(sky.gather(*(sky.compute(look)(np.full(1_000_000, i)) for i in range(4))) >> pool))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_arrays_that_shared_memory_has_no_room_for_are_kept_on_disk_with_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(SMALL_MEMORY)
+    mount = "mount -t tmpfs -o size=10m tmpfs /dev/shm && exec \"$@\""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount, "sh", sys.executable, str(tmp_path / "main.py")],
+        env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+    )  # fmt: skip
+
+    assert done.stdout.count("/dev/shm has no room for an argument") == 1, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["7500000.0", "0.0 1000000.0 2000000.0 3000000.0"]
+    assert not list(tmp_path.glob("skyward-*"))
+
+
+def test_without_room_on_disk_the_call_fails_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+
+    real = os.fdopen
+    monkeypatch.setattr(os, "fdopen", lambda *a, **k: Refusing(real(*a, **k)))  # a full disk can't be had here
+    with pytest.raises(sky.PoolError, match=r"can't be kept in .*No space left"):
+        store.put(memoryview(b"x" * 100))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+class Refusing:
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> Refusing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_only_bytes_that_were_not_stored_before_count_as_waiting() -> None:
-    packer = Packer(Store(None))
+    packer = Packer(Store())
     array = np.ones(SMALL)
 
     sizes = [packer.pack(Call(len, (array,))).size for _ in range(2)]

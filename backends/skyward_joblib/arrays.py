@@ -26,7 +26,7 @@ def access(max_nbytes: float | None, mmap_mode: str | None, engine: Engine) -> A
         case "r" | "c":
             return Access(mmap_mode, over)
         case "r+" | "w+":  # joblib takes them for the same
-            if engine.store.folder is not None:
+            if engine.store.has_files:
                 return Access("r+", over)
             accepted = "'r', 'c' or None"
             why = " on a pool of other machines, where tasks can't write into one file: let them return what they write"

@@ -116,13 +116,13 @@ def joined_cluster(provider: Dask, pool_id: str) -> JoinedCluster:
 def prepare(
     client: Any,
     cluster: JoinedCluster,
-    share: Path,
+    share: Sequence[Path],
     requirements: Sequence[str] = (),
     *,
     timeout: float,
     is_abandoned: Callable[[], bool],
 ) -> bool:
-    """Check versions, add the barrier, and tell whether all workers see the folder `share`.
+    """Check versions, add the barrier, and tell whether all workers see the folders `share`.
 
     `requirements` are the packages that the workers must have, as pip takes them. If there is no worker, wait up to
     `timeout` seconds for one, or until `is_abandoned` returns true.
@@ -142,11 +142,14 @@ def prepare(
     cluster.sync(cluster.refresh)  # what changed before the subscription
     kept = None if cluster.slots() else _wait_for_worker(client, cluster, timeout, is_abandoned)
     token = secrets.token_hex(8)
-    (share / token).touch()
+    tokens = [folder / token for folder in share]
+    for path in tokens:
+        path.touch()
     # A function made here travels by value, so it runs on a worker that has no skyward.
     wanted = [Requirement(text) for text in requirements]
-    answers = client.run(_make_probe(), str(share / token), [r.name for r in wanted])
-    (share / token).unlink()
+    answers = client.run(_make_probe(), list(map(str, tokens)), [r.name for r in wanted])
+    for path in tokens:
+        path.unlink()
     rows = [
         (package, here, str(there.get(package) or "missing"))
         for package, here in _versions().items()
@@ -216,13 +219,13 @@ def _fits(package: str, here: str, there: str | None) -> bool:
 
 
 def _make_probe() -> Any:
-    def probe(path: str, packages: list[str]) -> dict[str, Any]:
+    def probe(paths: list[str], packages: list[str]) -> dict[str, Any]:
         import importlib
         import importlib.metadata
         import pathlib
         import sys
 
-        found: dict[str, Any] = {"share": pathlib.Path(path).exists()}
+        found: dict[str, Any] = {"share": all(pathlib.Path(path).exists() for path in paths)}
         found["python"] = f"{sys.version_info[0]}.{sys.version_info[1]}"
         for name in ("skyward", "distributed", "cloudpickle"):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def local_cluster(
-    provider: Local, spec: PoolSpec, pool_id: str, share: Path, emit: Callable[[Any], None]
+    provider: Local, spec: PoolSpec, pool_id: str, share: Sequence[Path], emit: Callable[[Any], None]
 ) -> AgentCluster:
     """Return the cluster, whose agent begins to start. What the pool asks for and this machine lacks is found here."""
     slots, environment = spec.slots_per_node, spec.environment
@@ -63,7 +63,7 @@ def local_cluster(
             "SKYWARD_NODE_CORES": str(cores),
             **environment,
         },
-        remove=(str(share),),
+        remove=tuple(map(str, share)),
     )
     agent = LocalAgent(config, _environment(pool_id, site))
     try:

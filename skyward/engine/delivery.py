@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
@@ -27,7 +28,7 @@ class Delivery:
         self._there: dict[tuple[int, str], asyncio.Task[str]] = {}  # by node and digest; the worker that received it
         self._sources: dict[str, asyncio.Queue[str | None]] = {}  # who may send it next; None: the caller
         self._alive: Collection[str] = ()
-        self._removals: set[asyncio.Task[None]] = set()
+        self._removals: dict[tuple[int, str], asyncio.Task[None]] = {}
 
     async def bring(self, digests: Iterable[str], node: int, address: str) -> None:
         """Return when the node has the buffers; the worker at `address`, one of its own, receives those it lacks.
@@ -39,17 +40,18 @@ class Delivery:
         RuntimeError
             There is no room for it.
         """
-        self._drop()
         coming = []
         for digest in digests:
             task = self._there.get((node, digest))
             if task is None or (task.done() and not succeeded(task)):
-                task = self._there[node, digest] = asyncio.ensure_future(self._bring(digest, address))
+                task = self._there[node, digest] = asyncio.ensure_future(self._bring(digest, node, address))
             coming.append(task)
         for task in coming:
             await asyncio.shield(task)
 
-    async def _bring(self, digest: str, address: str) -> str:
+    async def _bring(self, digest: str, node: int, address: str) -> str:
+        if removal := self._removals.get((node, digest)):
+            await asyncio.wait([removal])  # or it would remove the new one
         sources = self._sources.get(digest)
         if sources is None:
             sources = self._sources[digest] = asyncio.Queue()
@@ -92,17 +94,20 @@ class Delivery:
         for key in [key for key in self._there if key[0] not in nodes]:
             del self._there[key]
 
-    def _drop(self) -> None:
-        """Let nodes remove what the store has dropped."""
-        dropped, self._store.dropped[:] = set(self._store.dropped), []
-        for key in [key for key in self._there if key[1] in dropped]:
+    def drop(self, digests: Collection[str]) -> None:
+        """Let nodes remove buffers that the store has dropped."""
+        for key in [key for key in self._there if key[1] in digests]:
             task = self._there.pop(key)
             if task.done() and succeeded(task):
                 removal = asyncio.ensure_future(self._remove(task.result(), key[1]))
-                self._removals.add(removal)
-                removal.add_done_callback(self._removals.discard)
-        for digest in dropped:
+                self._removals[key] = removal
+                removal.add_done_callback(functools.partial(self._removed, key))
+        for digest in digests:
             self._sources.pop(digest, None)
+
+    def _removed(self, key: tuple[int, str], removal: asyncio.Task[None]) -> None:
+        if self._removals.get(key) is removal:
+            del self._removals[key]
 
     async def _remove(self, address: str, digest: str) -> None:
         with contextlib.suppress(OSError):  # the worker is gone; the node removes all of the pool's files at its end
@@ -110,7 +115,7 @@ class Delivery:
 
     def close(self) -> None:
         """Stop whatever is on its way."""
-        for task in (*self._there.values(), *self._removals):
+        for task in (*self._there.values(), *self._removals.values()):
             task.cancel()
         self._there.clear()
 

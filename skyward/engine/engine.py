@@ -79,7 +79,7 @@ class Engine:
         Tells whether a worker, by its address, ended because its machine was taken away or is not wanted any more:
         then what ran there runs again, whatever `retries` says.
     share
-        Folder that caller and workers both see, for large buffers; None when there is no such folder.
+        Folders that caller and workers both see, for large buffers: the next one is for what the first has no room for.
     direct
         Whether the client may fetch results from workers directly rather than through the scheduler.
     wait_for_worker
@@ -103,7 +103,7 @@ class Engine:
         retries: int = 3,
         alive: Callable[[], Collection[str]] | None = None,
         was_taken: Callable[[str], Awaitable[bool]] | None = None,
-        share: Path | None = None,
+        share: Sequence[Path] = (),
         direct: bool = True,
         wait_for_worker: Callable[[Callable[[], bool]], Awaitable[Any]] | None = None,
         on_output: Callable[[Any], None] = lambda _: None,
@@ -116,7 +116,7 @@ class Engine:
         self.client = client
         self.retries = retries
         self.cores_per_slot = cores_per_slot
-        self.store = Store(share)
+        self.store = Store(*share)
         self.decoder = Decoder()
         self.last_activity = now()
         self._slots = slots
@@ -124,6 +124,8 @@ class Engine:
         self._alive = alive
         self._transport = Transport(client, self.store, self._has_slots, direct=direct, on_output=on_output)
         self._loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
+        self.store.on_idle = functools.partial(self._call_soon, self._drop_idle)
+        self._drop_later: asyncio.TimerHandle | None = None
         self._thread: int | None = None
         self._facts = (pool_id, head_port, accelerator, accelerators_per_node, parts_per_node)
         self._layout = b""
@@ -512,6 +514,14 @@ class Engine:
             arguments = [chunk]
         return await self._transport.run(chunk.key, arguments, workers=[address], priority=100)
 
+    def _drop_idle(self) -> None:
+        """Remove large buffers that no call needs, now and once more when others have been idle for long."""
+        seconds = self.store.drop_idle()
+        self._transport.forget_dropped()
+        if self._drop_later is not None:
+            self._drop_later.cancel()
+        self._drop_later = None if seconds is None else self._loop.call_later(seconds, self._drop_idle)
+
     # --- in the loop: outcomes ------------------------------------------------------------------------------
 
     def _completed(self, group: Group, items: list[Item], outcomes: Sequence[Outcome]) -> None:
@@ -673,4 +683,6 @@ class Engine:
                 group.deliver([(item, self._failure) for item in items])
         for task in self._tasks:
             task.cancel()
+        if self._drop_later is not None:
+            self._drop_later.cancel()
         self._transport.forget()

@@ -75,6 +75,7 @@ class Transport:
         UnreachableError
             One did not arrive.
         """
+        self.forget_dropped()
         if digests := _not_in_files(chunk):
             try:
                 await self.delivery.bring(digests, node, address)
@@ -84,9 +85,7 @@ class Transport:
     async def arguments(self, chunk: Chunk) -> list[Any]:
         """Return the chunk and the futures of those large buffers that lie on the cluster rather than in files."""
         digests = _not_in_files(chunk)
-        for digest in self._store.dropped:
-            self._scattered.pop(digest, None)
-        self._store.dropped.clear()
+        self.forget_dropped()
         for digest in digests:
             if digest not in self._scattered or self._scattered[digest].cancelled():
                 # Stored before the wait, so that the next chunk waits for the same transfer.
@@ -98,6 +97,13 @@ class Transport:
             raise asyncio.CancelledError
         (future,) = await self.client._scatter([self._store.data(digest)], hash=False)
         return future
+
+    def forget_dropped(self) -> None:
+        """Remove from the cluster what the store has dropped."""
+        dropped = self._store.take_dropped()
+        for digest in dropped:
+            self._scattered.pop(digest, None)
+        self.delivery.drop(dropped)
 
     def lose(self, digests: set[str]) -> bool:
         """Forget the copies of large buffers on the cluster, and tell whether there were any; new ones are made."""

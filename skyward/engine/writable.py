@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
-import sys
 import uuid
 import weakref
 from typing import Any
 
+from skyward.arrays import Memory
 from skyward.engine.store import Store
+from skyward.pickling import Buffer
 from skyward.wire import BlobRef
 
 
@@ -21,7 +21,7 @@ class WritableArrays:
     def __init__(self, store: Store, *, over: int) -> None:
         self._store = store
         self._over = over
-        self._known: dict[tuple[int, int, int], tuple[weakref.ref[Any], BlobRef]] = {}
+        self._known: dict[tuple[int, tuple[Any, ...]], tuple[weakref.ref[Any], BlobRef]] = {}
         self._kept: list[BlobRef] = []
 
     def close(self) -> None:
@@ -30,24 +30,21 @@ class WritableArrays:
         self._kept.clear()
         self._known.clear()
 
-    def put(self, buffer: pickle.PickleBuffer) -> BlobRef:
+    def put(self, buffer: Buffer) -> BlobRef:
         """Store `buffer`, or count one more use of it: see `Store.put`."""
-        view = buffer.raw()
-        if view.nbytes <= self._over:
-            return self._store.put(view)
-        owner: Any = view.obj
-        numpy = sys.modules.get("numpy")
-        if numpy is None or not isinstance(owner, numpy.ndarray):
-            return self._store.put(view, digest=uuid.uuid4().hex)
-        address = owner.__array_interface__["data"][0]
-        while isinstance(owner.base, numpy.ndarray):  # what is pickled may be a view that was made for that
-            owner = owner.base
-        key = (id(owner), address, view.nbytes)
+        if not isinstance(buffer, Memory):
+            view = buffer.raw()
+            is_fixed = view.nbytes <= self._over or type(view.obj) is bytes
+            return self._store.put(view, digest=None if is_fixed else uuid.uuid4().hex)
+        if buffer.nbytes <= self._over:
+            return self._store.put(buffer)
+        owner = buffer.owner
+        key = (id(owner), buffer.place)
         array, ref = self._known.get(key, (None, None))
         if array is not None and ref is not None and array() is owner:
             self._store.reuse((ref,))
             return ref
-        ref = self._store.put(view, digest=uuid.uuid4().hex)
+        ref = self._store.put(buffer, digest=uuid.uuid4().hex)
         self._store.reuse((ref,))
         self._kept.append(ref)
         forget = self._known.pop

@@ -100,7 +100,7 @@ def test_a_joined_clusters_tasks_see_arrays_so_too(shares_files: bool, monkeypat
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         sky.integrations.joblib_backend(cluster) as pool,
     ):
-        assert (pool.engine.store.folder is not None) == shares_files
+        assert (pool.engine.store.has_files) == shares_files
         assert [seen(options, nbytes) for options, nbytes, _ in SEEN] == [how for *_, how in SEEN]
         if not shares_files:
             with pytest.raises(sky.SpecError, match=r"mmap_mode='r\+' is invalid: expected 'r', 'c' or None on a pool"):
