@@ -206,7 +206,7 @@ def test_the_reference_page_is_what_the_table_makes_of_it() -> None:
 
 
 @pytest.mark.parametrize("model", TABLE, ids=lambda m: m.name)
-def test_a_model_is_found_by_its_name_and_aliases_and_is_sold_by_clouds_that_exist(model: Model) -> None:
+def test_a_model_has_known_names_and_is_sold_by_clouds_that_exist(model: Model) -> None:
     assert [sky.Accelerator.parse(name).model for name in (model.name, *model.aliases)] == [model.name] * (
         1 + len(model.aliases)
     )

@@ -1,7 +1,8 @@
-"""Imports point one way; `.importlinter` says which."""
+"""Imports point one way; `.importlinter` says which. Names of tests are short."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,3 +17,11 @@ def test_every_module_imports_only_what_its_layer_may() -> None:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_no_name_of_a_test_is_longer_than_70_characters() -> None:
+    files = (ROOT / "tests").rglob("test_*.py")
+    names = [name for file in files for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))]
+
+    assert len(names) > 1000
+    assert [name for name in names if len(name) > 70] == []

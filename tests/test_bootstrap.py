@@ -148,7 +148,7 @@ def test_debian_packages_are_words_for_apt_get(tmp_path: Path) -> None:
     assert (tmp_path / "apt-get").read_text().splitlines()[-3:] == ["--", "g++", "hello=2.10-3"]
 
 
-def test_the_dead_man_comes_before_all_that_may_fail_and_only_when_asked_for() -> None:
+def test_the_dead_man_precedes_steps_that_may_fail_and_is_optional() -> None:
     image = Image(pip=["numpy"], apt=["hello"])
 
     assert image.bootstrap(900).index("sleep 900") < image.bootstrap(900).index("install_apt")
@@ -161,7 +161,7 @@ def test_a_time_to_live_is_a_number_of_seconds(ttl: Any) -> None:
         Image().bootstrap(ttl)
 
 
-def test_the_script_asks_for_the_python_of_the_caller_unless_the_image_names_one() -> None:
+def test_the_script_uses_the_callers_python_unless_the_image_names_one() -> None:
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
     assert f"python{here} " in Image().bootstrap()
@@ -272,7 +272,7 @@ def test_a_version_that_was_asked_for_is_not_contradicted() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["dask==2020.1.0", "Distributed<2021", "cloudpickle!=" + here("cloudpickle")])
-def test_another_version_of_what_both_sides_need_is_refused_before_anything_starts(wanted: str) -> None:
+def test_another_version_of_a_shared_package_is_refused_before_the_start(wanted: str) -> None:
     with pytest.raises(sky.SpecError, match=r"as it is installed here: both sides need the same") as caught:
         recipe(Image(pip=[wanted]), own_wheel())
 
@@ -326,7 +326,7 @@ def test_the_wheel_holds_what_is_imported_here() -> None:
     assert bootstrap == Path(skyward.bootstrap.__file__).read_bytes()
 
 
-def test_the_same_content_makes_the_same_wheel_and_its_name_is_plain_to_a_shell() -> None:
+def test_equal_content_makes_equal_wheels_with_shell_safe_names() -> None:
     first = own_wheel()
     own_wheel.cache_clear()
     second = own_wheel()

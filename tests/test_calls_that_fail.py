@@ -71,7 +71,7 @@ def test_a_recursion_without_end_comes_back_as_such(pool: sky.ComputePool) -> No
         sky.compute(forever)(0) >> pool
 
 
-def test_in_a_batch_the_first_failure_in_order_is_raised_and_the_rest_is_dropped(
+def test_a_batch_raises_its_first_failure_in_order_and_drops_the_rest(
     pool: sky.ComputePool, tmp_path: Path
 ) -> None:
     @sky.compute
@@ -186,7 +186,7 @@ def test_a_result_that_cannot_be_unpickled_here_says_so(pool: sky.ComputePool) -
         make() >> pool
 
 
-def test_an_exception_that_cannot_be_pickled_arrives_as_text_with_its_traceback(pool: sky.ComputePool) -> None:
+def test_an_unpicklable_exception_arrives_as_text_with_its_traceback(pool: sky.ComputePool) -> None:
     @sky.compute
     def fail() -> None:
         raise UnpicklableError(threading.Lock())
@@ -228,7 +228,7 @@ def test_sys_exit_in_a_call_is_an_error_with_its_code_and_harms_nobody(pool: sky
 
 
 @pytest.mark.parametrize("how", ["exit", "kill", "segfault"])
-def test_a_call_that_kills_its_process_ends_in_an_error_and_the_pool_recovers(how: str) -> None:
+def test_a_call_that_kills_its_process_fails_and_the_pool_recovers(how: str) -> None:
     @sky.compute
     def die() -> None:
         if how == "exit":
@@ -293,7 +293,7 @@ def test_a_lost_broadcast_ends_the_other_parts_and_is_told() -> None:
         assert sky.compute(lambda: 1)() @ pool == (1, 1)
 
 
-def test_calls_beside_a_cancelled_one_that_takes_its_worker_along_are_not_lost() -> None:
+def test_a_cancelled_call_that_costs_its_worker_loses_no_other_calls() -> None:
     with sky.ComputePool(provider="local", nodes=1, concurrency=1, display="quiet", retries=0) as pool:
         stuck = pool.submit(sky.compute(time.sleep)(60))
         while not stuck.running():

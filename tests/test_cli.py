@@ -98,7 +98,7 @@ def test_a_cloud_whose_sdk_is_not_installed_is_not_spoken_of() -> None:
 
 
 @pytest.mark.usefixtures("without_boto3")
-def test_a_cloud_whose_sdk_is_not_installed_is_told_where_a_pool_may_be_there() -> None:
+def test_a_missing_sdk_is_reported_if_its_cloud_may_have_a_pool() -> None:
     lacks = "aws could not be asked for pools: sky.AWS needs boto3: pip install 'skyward[aws]'"
 
     unknown = skyward("down", "cafe0000")

@@ -96,7 +96,7 @@ def test_the_clock_of_the_epoch_does_not_round_a_full_increment_up() -> None:
 
 
 @given(billings, seconds, prices)
-def test_rounding_is_never_below_pro_rata_and_by_less_than_an_increment_above(
+def test_rounding_adds_less_than_one_increment_and_never_subtracts(
     billing: Billing, ran_s: float, price: float
 ) -> None:
     cost = billing.cost(ran_s, price)

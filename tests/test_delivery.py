@@ -104,7 +104,7 @@ def test_a_node_whose_source_is_gone_has_it_from_the_caller(nodes: Nodes, store:
     assert {bytes(nodes.have[w]) for w in ("w1", "w2", "w0 of another process")} == {DATA}
 
 
-def test_what_the_store_has_dropped_is_removed_from_nodes_and_brought_again_when_needed(
+def test_dropped_buffers_leave_the_nodes_and_return_when_needed(
     nodes: Nodes, store: Store
 ) -> None:
     ref = store.put(memoryview(DATA))
@@ -137,7 +137,7 @@ def test_a_file_has_its_name_when_it_is_complete(tmp_path: Path, monkeypatch: py
     assert [p.name for p in (tmp_path / "shelf").iterdir()] == [digest]
 
 
-def test_no_room_is_told_as_such_and_not_tried_again_as_a_lost_connection_is(nodes: Nodes, store: Store) -> None:
+def test_a_node_without_room_is_reported_and_not_retried(nodes: Nodes, store: Store) -> None:
     digest = store.put(memoryview(DATA)).digest
 
     async def full(*_: Any, **__: Any) -> tuple[str, str]:

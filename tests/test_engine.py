@@ -294,7 +294,7 @@ def test_many_threads_share_one_pool(pool: sky.ComputePool) -> None:
 # --- the store ----------------------------------------------------------------------------------------------
 
 
-def test_equal_buffers_are_kept_once_and_unused_ones_dropped_when_room_is_short(tmp_path: Path) -> None:
+def test_equal_buffers_are_kept_once_and_unused_ones_make_room(tmp_path: Path) -> None:
     store = Store(tmp_path, keep_bytes=3 << 20)
     first = store.put(memoryview(b"a" * (2 << 20)))
     same = store.put(memoryview(b"a" * (2 << 20)))

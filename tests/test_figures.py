@@ -139,7 +139,7 @@ def test_the_scheduler_keeps_means_and_not_for_ever() -> None:
     }  # fmt: skip
 
 
-def test_the_page_has_what_the_plugin_knows_and_no_room_for_what_it_does_not() -> None:
+def test_the_page_shows_what_the_plugin_knows_and_omits_the_rest() -> None:
     from skyward.cluster.page import _Figures
 
     plugin = FiguresPlugin()

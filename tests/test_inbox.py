@@ -141,7 +141,7 @@ def test_the_next_chunk_goes_where_there_is_least_to_do() -> None:
     assert placement.pick(2) == "w1"
 
 
-def test_a_worker_that_is_shunned_gets_nothing_until_then_or_until_it_is_gone() -> None:
+def test_a_shunned_worker_gets_nothing_until_its_time_ends_or_it_is_gone() -> None:
     placement = placed(2)
     placement.shun("w0", time.monotonic() + 0.05)
     placement.shun("w1", float("inf"))

@@ -234,7 +234,7 @@ def _is_gone(pid: int) -> bool:
     return False
 
 
-def test_versions_that_differ_between_participants_are_shown_with_what_to_do() -> None:
+def test_versions_that_differ_between_ranks_are_shown_with_a_remedy() -> None:
     with pytest.raises(sky.VersionMismatchError, match=r"rank 0: 2\.7, rank 1: 2\.7, rank 2: 2\.6") as info:
         runtime._check_versions(("numpy", "torch"), [["2.4", "2.7"], ["2.4", "2.7"], ["2.4", "2.6"]])
 

@@ -165,7 +165,7 @@ def test_packages_that_are_missing_here_come_through_an_overlay(
         version()
 
 
-def test_a_package_that_cannot_be_installed_ends_in_an_error_with_pips_last_words(
+def test_a_failed_installation_raises_an_error_with_the_end_of_pips_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -116,7 +116,7 @@ def test_providers_come_in_the_order_given_unless_the_price_decides() -> None:
     assert [s.provider.name for s in plan(dear, cheap, selection="cheapest").steps] == ["two", "one"]
 
 
-def test_what_fails_is_followed_by_the_next_offer_then_region_then_provider() -> None:
+def test_a_failure_is_followed_by_the_next_offer_region_then_provider() -> None:
     one = Tabled("one", only=(offer("a", 1.0), offer("b", 2.0), offer("a", 1.5, region="there")))
     two = Tabled("two", only=(offer("c", 0.1, provider="two"),))
 

@@ -457,7 +457,7 @@ def _line(stream: Any) -> str:
     return stream.readline().strip()
 
 
-def test_ctrl_c_in_a_long_gather_returns_at_once_and_leaves_the_pool_usable(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_long_gather_returns_at_once_and_keeps_the_pool(tmp_path: Path) -> None:
     process = _script(
         """
         import time

@@ -158,7 +158,7 @@ def test_a_local_package_that_is_not_installed_travels(tmp_path: Path) -> None:
     assert out == "not there\n20\n"
 
 
-def test_a_local_module_used_through_its_name_travels_whatever_else_it_holds(tmp_path: Path) -> None:
+def test_a_local_module_used_by_name_travels_whatever_else_it_holds(tmp_path: Path) -> None:
     package = tmp_path / "mine"
     package.mkdir()
     (package / "__init__.py").write_text("from mine import tools\n")

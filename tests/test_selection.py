@@ -79,7 +79,7 @@ def test_every_accelerator_on_offer_is_found_by_its_name(accelerator: str) -> No
     assert found == named
 
 
-def test_an_accelerator_that_only_its_provider_knows_is_found_by_name_never_by_chance() -> None:
+def test_an_accelerator_only_its_provider_knows_is_found_by_exact_name() -> None:
     offers = [sky.InstanceSpec("x", 4, 16, "Gizmo-9", 1), sky.InstanceSpec("y", 4, 16, "H100-PCIe", 1, 80)]
 
     assert [i.name for i in sky.select_instances(offers, accelerator="H100")] == ["y"]
@@ -103,7 +103,7 @@ def test_the_number_of_accelerators_is_exact_or_a_predicate() -> None:
     assert {i.accelerator_count for i in written} == {4}
 
 
-def test_spot_prices_are_compared_when_preferred_and_unknown_prices_come_last() -> None:
+def test_preferred_spot_prices_are_compared_and_unknown_ones_come_last() -> None:
     a = sky.InstanceSpec("a", 4, 16, price_on_demand=1.0, price_spot=0.9)
     b = sky.InstanceSpec("b", 4, 16, price_on_demand=2.0, price_spot=0.1)
     unknown = sky.InstanceSpec("c", 4, 16)

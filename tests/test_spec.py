@@ -133,7 +133,7 @@ def test_environment_variables_can_not_be_changed_and_are_not_shown() -> None:
         max_leaves=4,
     ),
 )
-def test_any_value_of_any_option_is_accepted_or_a_spec_error_of_that_option(option: str, value: Any) -> None:
+def test_any_option_value_is_accepted_or_a_spec_error_of_that_option(option: str, value: Any) -> None:
     error: Any = None
 
     try:
@@ -188,7 +188,7 @@ def test_images_with_the_same_content_have_the_same_hash() -> None:
     assert pickle.loads(pickle.dumps(a)).content_hash() == a.content_hash()
 
 
-def test_names_of_requirements_are_compared_as_indexes_do_and_addresses_as_written() -> None:
+def test_requirement_names_compare_as_in_indexes_and_addresses_verbatim() -> None:
     def digest(requirement: str) -> str:
         return sky.Image(pip=[requirement]).content_hash()
 
@@ -260,7 +260,7 @@ def test_no_field_of_an_image_lets_a_shell_in(options: Any) -> None:
         sky.Image(**options)
 
 
-def test_messages_about_environment_variables_and_addresses_keep_their_values() -> None:
+def test_messages_keep_values_of_environment_variables_and_addresses() -> None:
     makers: list[Callable[[], object]] = [
         lambda: sky.Image(env={"TOKEN": "secret-value\n"}),
         lambda: PoolSpec(env={"TOKEN": "secret-value", "A-B": "x"}),

@@ -142,7 +142,7 @@ def test_hosts_are_what_they_are(option: dict[str, Any]) -> None:
         sky.ComputePool(sky.SSH("a"), **option)
 
 
-def test_a_file_to_ship_that_is_not_there_is_refused_before_anything_starts(
+def test_a_missing_file_to_ship_is_refused_before_anything_starts(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)

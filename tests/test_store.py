@@ -116,7 +116,7 @@ def test_large_arrays_of_a_function_are_dropped_when_its_calls_have_ended() -> N
     assert store.data(again.refs[0].digest)
 
 
-def test_beyond_the_limit_only_buffers_of_the_last_call_stay_and_not_for_long(
+def test_over_the_limit_only_the_last_calls_buffers_stay_and_not_for_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     told = threading.Event()
@@ -172,7 +172,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
-def test_arrays_that_shared_memory_has_no_room_for_are_kept_on_disk_with_one_warning(tmp_path: Path) -> None:
+def test_arrays_too_large_for_shared_memory_go_to_disk_with_one_warning(tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(SMALL_MEMORY)
     mount = "mount -t tmpfs -o size=10m tmpfs /dev/shm && exec \"$@\""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -85,7 +85,7 @@ def test_what_is_shown_is_the_prefix_with_or_without_slashes() -> None:
     assert "place=:s3:all-of-it/\n" in mount_script([sky.S3Volume("/all", "all-of-it")], region=None)
 
 
-def test_both_scripts_know_a_volume_by_the_same_key_and_no_other_volume_has_it() -> None:
+def test_both_scripts_use_one_key_per_volume_and_no_two_volumes_share_it() -> None:
     def keys(text: str) -> set[str]:
         return {line.strip() for line in text.splitlines() if line.startswith("    key=")}
 
@@ -95,7 +95,7 @@ def test_both_scripts_know_a_volume_by_the_same_key_and_no_other_volume_has_it()
     assert len(keys(unmount_script(variants))) == 4
 
 
-def test_a_bucket_of_aws_is_asked_for_in_the_machines_region_and_another_one_at_its_endpoint() -> None:
+def test_aws_buckets_use_the_machines_region_and_others_their_endpoint() -> None:
     aws, other = (mount_script([volume], region="eu-west-1") for volume in (DATA, OUT))
 
     assert "--s3-region eu-west-1 --s3-provider AWS --s3-acl bucket-owner-full-control" in aws
@@ -139,7 +139,7 @@ def test_unmounting_what_was_never_mounted_does_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_a_volume_that_was_not_sent_does_not_keep_others_from_being_unmounted(tmp_path: Path) -> None:
+def test_an_unsent_volume_does_not_stop_others_from_being_unmounted(tmp_path: Path) -> None:
     text = unmount_script([DATA, OUT], stalled_s=0)
     key = text.partition("    key=")[2].partition("\n")[0]  # of the one that is unmounted first
     note = tmp_path / "home" / "volumes" / key / "cache" / "vfsMeta" / "other.bucket" / "x y" / "result"

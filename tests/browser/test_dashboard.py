@@ -53,7 +53,7 @@ def run_all(pool: sky.ComputePool) -> None:
         Parallel(n_jobs=-1)(delayed(score_candidate)(candidate) for candidate in range(20))
 
 
-def test_the_task_stream_has_the_users_names_of_what_ran_before_somebody_looked_and_after(browser: Browser) -> None:
+def test_the_task_stream_shows_names_of_functions_from_before_and_after(browser: Browser) -> None:
     with sky.ComputePool("local", nodes=2, concurrency=2, display="quiet") as pool:
         run_all(pool)
         browser.open(pool.dashboard_link)

@@ -43,7 +43,7 @@ fail() >> pool
 ]
 
 
-def test_a_notebook_shows_the_pool_its_progress_and_what_it_came_to_and_spares_bars(
+def test_a_notebook_shows_pool_progress_and_summary_and_leaves_bars_whole(
     browser: Browser, tmp_path: Path
 ) -> None:
     notebook = Notebook(CELLS, tmp_path)

@@ -607,7 +607,7 @@ def test_the_same_order_twice_is_the_same_machines(cloud: AwsCloud) -> None:
 @pytest.mark.parametrize(
     "action", ["CreateFleet", "CreateSecurityGroup", "AuthorizeSecurityGroupIngress", "CreateLaunchTemplate"]
 )
-def test_an_answer_that_is_lost_or_refused_for_now_neither_doubles_nor_loses_machines(
+def test_a_lost_or_refused_answer_neither_doubles_nor_loses_machines(
     cloud: AwsCloud, kind: str, action: str
 ) -> None:
     provider = AWS(REGION)
@@ -648,7 +648,7 @@ def test_addresses_are_waited_for(cloud: AwsCloud) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_machines_that_a_failed_launch_can_not_end_are_told_of_and_ended_with_the_pool(cloud: AwsCloud) -> None:
+def test_machines_left_by_a_failed_launch_are_named_and_end_with_the_pool(cloud: AwsCloud) -> None:
     provider = AWS(REGION)
     chosen = offer(provider, "m6i.large")
     cloud.faults.lost["CreateFleet"] = 2

@@ -477,7 +477,7 @@ def test_a_lost_answer_neither_doubles_nor_loses(cloud: DigitalOceanCloud, path:
     assert _left(cloud) == []
 
 
-def test_a_machine_that_was_made_twice_as_it_was_not_listed_yet_is_deleted_once(
+def test_a_machine_made_twice_because_listed_late_is_deleted_once(
     cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing, "LISTED_S", 0.0)
@@ -575,7 +575,7 @@ def test_a_launch_that_fails_leaves_the_pools_other_machines_alone(cloud: Digita
     assert len(cloud.firewalls) == len(cloud.keys) == 1
 
 
-def test_of_two_launches_at_once_the_one_that_fails_leaves_the_other_its_firewall(cloud: DigitalOceanCloud) -> None:
+def test_a_failed_launch_keeps_the_firewall_of_a_concurrent_one(cloud: DigitalOceanCloud) -> None:
     good, bad = _offer(), _offer(region="fra1")
     cloud.faults.sold_out.add((SMALL, "fra1"))
 
@@ -775,7 +775,7 @@ def _run(machine: Machine, command: str) -> str:
 
 
 @pytest.mark.slow
-def test_machines_boot_let_us_in_under_their_key_and_cost_until_they_are_deleted(booting: DigitalOceanCloud) -> None:
+def test_machines_boot_accept_their_key_and_cost_until_deleted(booting: DigitalOceanCloud) -> None:
     machines = _launch(2)
     assert [_run(machine, "id -un") for machine in machines] == ["root", "root"]
     assert len({_run(machine, "hostname") for machine in machines}) == 2
@@ -792,7 +792,7 @@ def test_machines_boot_let_us_in_under_their_key_and_cost_until_they_are_deleted
 
 
 @pytest.mark.slow
-def test_machines_that_boot_slowly_have_addresses_before_and_may_be_ended_before(booting: DigitalOceanCloud) -> None:
+def test_slow_machines_have_addresses_and_can_be_ended_before_they_boot(booting: DigitalOceanCloud) -> None:
     booting.yard.boot_delay_s = 2.0
 
     start = time.monotonic()

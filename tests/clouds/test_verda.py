@@ -459,7 +459,7 @@ def test_a_machine_that_came_up_twice_is_one_in_the_end(cloud: VerdaCloud, monke
     assert sorted(kind.split()[0] for kind in cloud.left()) == ["instance", "key", "script", "volume"]
 
 
-def test_a_spot_machine_that_is_taken_back_while_it_starts_is_a_lack_of_capacity(
+def test_a_spot_machine_reclaimed_while_it_starts_is_a_capacity_error(
     cloud: VerdaCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer = _offer()
@@ -551,7 +551,7 @@ def test_disks_that_were_left_behind_go_with_the_pool(cloud: VerdaCloud) -> None
     assert cloud.left() == []
 
 
-def test_an_end_that_the_api_is_down_for_says_what_may_be_left_and_works_later(cloud: VerdaCloud) -> None:
+def test_an_end_while_the_api_is_down_names_what_is_left_and_works_later(cloud: VerdaCloud) -> None:
     machines = _launch(2)
     cloud.faults.down.add(("PUT", "/instances"))
 
@@ -674,7 +674,7 @@ def _run(machine: Machine, command: str) -> str:
 
 
 @pytest.mark.slow
-def test_machines_boot_let_us_in_under_the_key_that_they_were_given_and_end_themselves(booting: VerdaCloud) -> None:
+def test_machines_boot_accept_the_given_key_and_end_themselves(booting: VerdaCloud) -> None:
     machines = _launch(2)
     names = [_run(machine, "hostname") for machine in machines]
     assert [name.rpartition("-")[2] for name in names] == ["0", "1"]
@@ -690,7 +690,7 @@ def test_machines_boot_let_us_in_under_the_key_that_they_were_given_and_end_them
 
 
 @pytest.mark.slow
-def test_machines_that_boot_slowly_have_addresses_before_and_may_be_ended_before(booting: VerdaCloud) -> None:
+def test_slow_machines_have_addresses_and_can_be_ended_before_they_boot(booting: VerdaCloud) -> None:
     booting.yard.boot_delay_s = 2.0
 
     start = time.monotonic()

@@ -78,7 +78,7 @@ def test_a_start_elsewhere_is_shown_with_what_each_machine_is_at(display: Displa
     assert all(f">{cell}</td>" in shown for cell in ("i-1", "m7i.large", "spot", "0.0300 USD/h", "ready", "upload"))
 
 
-def test_progress_is_a_bar_while_calls_take_long_and_changes_twice_a_second_at_most(display: Display) -> None:
+def test_progress_of_long_calls_is_a_bar_updated_at_most_twice_a_second(display: Display) -> None:
     model, view = view_of(HERE)
     at = view._changed_at
     tell(model, view, sky.InfraCreating(), at)

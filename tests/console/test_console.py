@@ -238,7 +238,7 @@ def test_a_cloud_s_pool_is_drawn_below_what_is_printed(
     assert lines[9].split() == ["node", "1", "i-1", "m7i.large", "spot", "0.0300", "USD/h", "upload"]
 
 
-def test_when_it_ends_the_terminal_has_what_matters_and_streams_are_as_before(
+def test_the_end_leaves_a_summary_and_restores_the_streams(
     open_: Callable[..., Console], terminal: Callable[..., Terminal]
 ) -> None:
     shown = terminal()

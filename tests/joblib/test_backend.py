@@ -192,7 +192,7 @@ def test_calls_of_several_threads_do_not_mix(pool: sky.ComputePool) -> None:
 # --- failures -----------------------------------------------------------------------------------------------
 
 
-def test_a_failure_is_raised_as_it_was_and_the_rest_is_ended_on_the_cluster(tmp_path: Path) -> None:
+def test_a_failure_is_raised_unchanged_and_ends_the_rest_on_the_cluster(tmp_path: Path) -> None:
     def work(i: int) -> None:
         if i == 3:
             raise KeyError("the third")
@@ -349,7 +349,7 @@ def _run(script: str, folder: Path) -> str:
     return ran.stdout
 
 
-def test_the_name_is_known_as_soon_as_a_pool_is_active_and_without_one_is_explained(tmp_path: Path) -> None:
+def test_the_backend_name_needs_an_active_pool_and_says_so_without_one(tmp_path: Path) -> None:
     out = _run(
         """
         import skyward as sky

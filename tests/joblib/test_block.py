@@ -75,7 +75,7 @@ def test_a_threads_own_configuration_comes_first(pool: sky.ComputePool) -> None:
         assert in_thread(found) == ({os.getpid()}, 3, True)
 
 
-def test_the_innermost_block_of_the_context_counts_then_that_of_the_process(
+def test_the_innermost_block_of_the_context_wins_then_the_process_one(
     pool: sky.ComputePool, other: sky.ComputePool
 ) -> None:
     outer, inner = slots(pool), slots(other)

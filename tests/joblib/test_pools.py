@@ -65,7 +65,7 @@ def test_the_image_has_the_version_that_is_installed_here() -> None:
     assert set(pool.spec.image.pip) == {"pandas", f"joblib=={joblib_here}", f"scikit-learn=={sklearn_here}"}
 
 
-def test_another_version_than_the_one_here_is_refused_before_anything_starts() -> None:
+def test_a_version_other_than_the_local_one_is_refused_before_the_start() -> None:
     with pytest.raises(sky.VersionMismatchError, match=r"joblib_version='0\.1', but joblib .* is installed here"):
         JoblibPool("local", joblib_version="0.1")
     with pytest.raises(sky.VersionMismatchError, match=r"pip install scikit-learn==0\.1"):

@@ -17,7 +17,7 @@ def train_far_away(fold: int) -> int:
     return fold
 
 
-def test_the_dashboard_of_a_pool_elsewhere_shows_the_users_names_and_the_machine(
+def test_the_dashboard_of_a_remote_pool_shows_function_names_and_machine(
     site: Site, boot: Callable[[int], list[Machine]], browser: Browser
 ) -> None:
     (machine,) = boot(1)

@@ -256,7 +256,7 @@ def test_a_command_that_is_lost_with_the_connection_is_given_again(
 
 
 @pytest.mark.usefixtures("data_folder")
-def test_a_large_argument_is_sent_again_when_the_worker_that_had_it_is_lost(site: Site, boot: Boot) -> None:
+def test_a_large_argument_is_sent_again_after_its_worker_is_lost(site: Site, boot: Boot) -> None:
     import numpy as np
 
     machines = boot(2)
@@ -293,7 +293,7 @@ def test_a_large_argument_lies_once_on_each_machine(site: Site, boot: Boot) -> N
 
 
 @pytest.mark.usefixtures("data_folder")
-def test_arguments_that_no_call_needs_go_from_machines_without_a_further_call(site: Site, boot: Boot) -> None:
+def test_unneeded_arguments_leave_machines_without_a_further_call(site: Site, boot: Boot) -> None:
     import numpy as np
 
     (machine,) = boot(1)

@@ -85,7 +85,7 @@ def test_bulk_data_does_not_delay_heartbeats(
         assert sky.compute(len)(noise) >> pool == len(noise)
 
 
-def test_a_host_that_refuses_a_second_login_hears_heartbeats_over_the_first(
+def test_a_host_without_a_second_login_gets_heartbeats_over_the_first(
     site: Site, machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Refused(heartbeat.Link):

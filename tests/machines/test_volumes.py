@@ -172,7 +172,7 @@ def test_nothing_can_be_written_where_only_reading_was_asked_for(site: Site, mac
     assert store.objects(bucket) == {"a": "a"}
 
 
-def test_what_is_written_just_before_the_end_is_in_the_bucket_and_nothing_stays_behind(
+def test_the_last_writes_reach_the_bucket_and_nothing_stays_behind(
     site: Site, machine: Machine, store: Store
 ) -> None:
     bucket = store.bucket(out__old="old", out__gone="gone")
@@ -249,7 +249,7 @@ def test_a_second_run_changes_nothing(site: Site, machine: Machine, store: Store
     assert len(before) == 1
 
 
-def test_a_mount_whose_process_was_killed_is_made_again_with_what_it_had_not_sent(
+def test_a_killed_mount_is_made_again_with_its_unsent_data(
     site: Site, machine: Machine, store: Store
 ) -> None:
     bucket = store.bucket()
@@ -331,7 +331,7 @@ def test_a_bucket_that_may_not_be_listed_is_named_with_the_permission(site: Site
     assert said == f"bucket 'secret-bucket' at {url} can't be read: this machine's role may not list it (s3:ListBucket)"
 
 
-def test_a_machine_without_a_role_is_told_apart_from_one_without_permission(site: Site, store: Store) -> None:
+def test_a_missing_role_is_distinguished_from_a_missing_permission(site: Site, store: Store) -> None:
     (machine,) = site.boot()
     try:
         said = fail_to_mount(site, machine, sky.S3Volume("/data", store.bucket(), endpoint_url=store.url))
@@ -383,7 +383,7 @@ def test_files_that_cannot_be_sent_are_named_and_kept_until_they_can(
     assert store.objects(bucket) == {"result": "precious\n"}
 
 
-def test_a_file_that_is_still_open_keeps_its_volume_mounted_and_one_who_only_stands_there_does_not(
+def test_an_open_file_keeps_a_volume_mounted_and_a_working_folder_does_not(
     site: Site, machine: Machine, store: Store
 ) -> None:
     bucket = store.bucket()
