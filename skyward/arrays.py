@@ -6,7 +6,11 @@ dates. Knows numpy alone, and imports it only where an array has to be made.
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 Array = Any  # numpy's, which is not imported where nobody uses it
@@ -86,9 +90,82 @@ def leave_out(array: Array) -> tuple[Memory, tuple[Any, ...]]:
     return Memory(ordered), (array.dtype, ordered.shape, None if axes == sorted(axes) else back)
 
 
-def restore(buffer: Any, dtype: Any, shape: tuple[int, ...], axes: list[int] | None) -> Array:
-    """Return an array on `buffer`, read-only if the buffer is."""
+def restore(
+    buffer: Any, dtype: Any, shape: tuple[int, ...], axes: list[int] | None, is_writable: bool | None = None
+) -> Array:
+    """Return an array on `buffer`: read-only or a writable copy; None: as the buffer is."""
     import numpy as np
 
     array = np.frombuffer(buffer, dtype).reshape(shape)
+    if is_writable:
+        array = array.copy()
+    elif is_writable is not None:
+        array.flags.writeable = False
     return array if axes is None else array.transpose(axes)
+
+
+def mapped(obj: Any) -> Any:
+    """Return the `numpy.memmap` that an array or a memory map is a part of; None if it is not in a mapped file."""
+    import numpy as np
+
+    if type(obj) not in (np.ndarray, np.memmap) or not obj.size:
+        return None
+    while obj is not None:
+        base = getattr(obj, "base", None)
+        if isinstance(obj, np.memmap) and isinstance(base, mmap.mmap):
+            return obj
+        obj = base
+    return None
+
+
+def locate(array: Array, source: Array) -> tuple[Any, ...] | None:
+    """Return what `open_file` needs to map the part `array` of the memory map `source` again.
+
+    None if the file is not there any more, or another one has its name.
+    """
+    import numpy as np
+
+    byte_bounds: Any = getattr(np, "byte_bounds", None) or np.lib.array_utils.byte_bounds  # before and since numpy 2
+    try:
+        found = Path(source.filename).stat()
+    except (OSError, TypeError):  # it was removed, or never had a name
+        return None
+    if source.base.size() != found.st_size:
+        return None
+    low, high = byte_bounds(array)
+    offset = source.offset + low - byte_bounds(source)[0]
+    first = array.__array_interface__["data"][0] - low
+    mode = source.mode if source.mode != "w+" else "r+"  # "w+" would empty the file
+    if not array.flags.writeable:
+        mode = "r"
+    layout = (array.dtype, array.shape, array.strides)
+    return os.fspath(source.filename), (found.st_dev, found.st_ino), mode, offset, high - low, first, *layout
+
+
+def open_file(
+    path: str,
+    identity: tuple[int, int],
+    mode: Any,
+    offset: int,
+    nbytes: int,
+    first: int,
+    dtype: Any,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> Array:
+    """Map a part of a file in `mode`, one of `numpy.memmap`. `first` is where in the part the first element is.
+
+    Raises
+    ------
+    OSError
+        The file is not there, or is another one than the caller has mapped.
+    """
+    import numpy as np
+
+    found = Path(path).stat()
+    if (found.st_dev, found.st_ino) != identity:
+        raise OSError(errno.ESTALE, "the file of a numpy.memmap is another one where the call runs", path)
+    memory: Any = np.memmap(path, np.uint8, mode, offset, nbytes)
+    array: Any = np.ndarray(shape, dtype, memory, first, strides).view(np.memmap)
+    array._mmap, array.filename, array.offset, array.mode = memory._mmap, memory.filename, offset + first, memory.mode
+    return array

@@ -44,6 +44,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._left_out: dict[int, arrays.Memory] = {}  # by the id of the buffer that stands for it
         self._out_of_band = OUT_OF_BAND
         self._apart: object = None
+        self._files: bool | None = None
         super().__init__(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._keep_in_band)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
@@ -55,8 +56,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._buffers.append((len(self._pieces), found))
         return False
 
-    def dumps(self, obj: object, out_of_band: int, apart: object) -> tuple[bytes, Sequence[Buffer]]:
-        self._out_of_band, self._apart = out_of_band, apart
+    def dumps(
+        self, obj: object, out_of_band: int, apart: object, files: bool | None
+    ) -> tuple[bytes, Sequence[Buffer]]:
+        self._out_of_band, self._apart, self._files = out_of_band, apart, files
         try:
             self.dump(obj)
             if len(self._pieces) == 1 and not self._buffers:
@@ -74,7 +77,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         if obj is self._apart and obj is not None:
-            data, buffers = dumps(obj, out_of_band=self._out_of_band)
+            data, buffers = dumps(obj, out_of_band=self._out_of_band, files=self._files)
             if len(data) >= OUT_OF_BAND:
                 return _load_apart, (pickle.PickleBuffer(data), list(map(self._stand_in, buffers)))
         if isinstance(obj, (FunctionType, type)):
@@ -106,9 +109,17 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
     def _reduce_numpy(self, obj: Any) -> Any:
-        if not arrays.is_plain(obj) or obj.nbytes < self._out_of_band:
-            return NotImplemented
+        source = arrays.mapped(obj) if self._files is not None else None
+        if source is None:
+            if not arrays.is_plain(obj) or obj.nbytes < self._out_of_band:
+                return NotImplemented
+        elif self._files and (file := arrays.locate(obj, source)) is not None:
+            return arrays.open_file, file
         memory, rest = arrays.leave_out(obj)
+        if source is not None:
+            rest = (*rest, source.mode == "c")
+            if obj.nbytes < self._out_of_band:
+                return arrays.restore, (memory.array.tobytes(), *rest)
         return arrays.restore, (self._stand_in(memory), *rest)
 
     def _stand_in(self, buffer: Buffer) -> pickle.PickleBuffer:
@@ -243,11 +254,13 @@ _local = threading.local()
 
 
 def dumps(
-    obj: object, *, out_of_band: int = OUT_OF_BAND, apart: object = None
+    obj: object, *, out_of_band: int = OUT_OF_BAND, apart: object = None, files: bool | None = None
 ) -> tuple[bytes, Sequence[Buffer]]:
     """Return `obj` as (pickle, buffers of `out_of_band` bytes and more).
 
-    `apart` is an instance that `obj` may refer to: its own pickle is one of the buffers if it is as large.
+    `apart` is an instance that `obj` may refer to: its own pickle is one of the buffers if it is as large. `files`
+    tells whether the other side sees the files of this machine. If so, a `numpy.memmap` is mapped there again. If not,
+    it arrives as a copy that is read-only, so that nobody writes into it in vain; with None as a plain copy.
     """
     pickler = getattr(_local, "pickler", None)
     if pickler is None:
@@ -255,7 +268,7 @@ def dumps(
     try:
         # While a dump runs, the pickler is taken: an object's __reduce__ may itself call into skyward.
         _local.pickler = None
-        result: tuple[bytes, Sequence[Buffer]] = pickler.dumps(obj, out_of_band, apart)
+        result: tuple[bytes, Sequence[Buffer]] = pickler.dumps(obj, out_of_band, apart, files)
     except BaseException:
         pickler = None  # its memo may hold half of what failed
         raise

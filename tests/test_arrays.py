@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from distributed import Client, LocalCluster
 
 import skyward as sky
 from skyward import pickling
+from skyward.cluster import joined
 from skyward.engine.store import Keeper, Store
 
 MATRIX = np.arange(1_200_000.0).reshape(1200, 1000)
@@ -209,3 +211,112 @@ def test_a_result_that_is_a_view_or_bytes_arrives_whole(any_pool: sky.ComputePoo
     np.testing.assert_array_equal(dates, np.arange(300_000).astype("M8[s]"))
     assert (some, more) == (b"x" * MIB, bytearray(b"y" * MIB))
     assert (type(some), type(more)) == (bytes, bytearray)
+
+
+# --- maps of files ------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Any], Any]] = {
+    "all": lambda m: m,
+    "one element": lambda m: m[3, 4:5],
+    "rows": lambda m: m[10:20],
+    "slices": lambda m: m[::3, 1::2],
+    "transposed": lambda m: m.T,
+    "backwards": lambda m: m[1:][::-1, ::-1],
+    "array": np.asarray,
+    "view of a view": lambda m: np.asarray(m)[5:].view("M8[s]")[:, ::2],
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Any:
+    """A map whose first element is not the file's."""
+    path = tmp_path / "data"
+    np.arange(5003.0).tofile(path)
+    return np.memmap(path, float, "r+", offset=24, shape=(100, 50))
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_part_of_a_mapped_file_is_mapped_again(file: Any, part: Callable[[Any], Any]) -> None:
+    mine = part(file)
+
+    data, buffers = pickling.dumps(mine, files=True)
+    theirs = pickling.loads(data)
+    theirs[...] = np.zeros(1).astype(theirs.dtype)
+
+    assert buffers == []
+    assert type(theirs) is np.memmap
+    assert (theirs.dtype, theirs.shape, theirs.strides) == (mine.dtype, mine.shape, mine.strides)
+    assert not mine.astype(float).any()
+    assert np.count_nonzero(file) == file.size - mine.size
+
+
+def test_a_file_that_was_removed_or_replaced_is_not_mapped_again(file: Any, tmp_path: Path) -> None:
+    data, _ = pickling.dumps(file, files=True)
+    (tmp_path / "new").write_bytes(bytes(5003 * 8))
+    (tmp_path / "new").rename(tmp_path / "data")
+    with pytest.raises(OSError, match="another one where the call runs"):
+        pickling.loads(data)
+
+    (tmp_path / "data").unlink()
+    copy = pickling.loads(*pickling.dumps(file, files=True))
+
+    np.testing.assert_array_equal(copy, file)
+    assert not copy.flags.writeable
+
+
+def write(array: Any) -> tuple[float, float]:
+    before = float(array[0, 0])
+    array[0, 0] = 7
+    return before, float(array[0, 0])
+
+
+def test_calls_on_this_machine_write_into_the_callers_file(any_pool: sky.ComputePool, file: Any) -> None:
+    def fill(array: Any, i: int) -> None:
+        array[i] = i + 1
+
+    before = any_pool.engine.store.written_bytes
+
+    sky.gather(*(sky.compute(fill)(file, i) for i in range(100))) >> any_pool
+
+    np.testing.assert_array_equal(file, np.repeat(np.arange(1.0, 101), 50).reshape(100, 50))
+    np.testing.assert_array_equal(np.fromfile(file.filename)[3:], file.ravel())
+    assert any_pool.engine.store.written_bytes == before
+
+
+def test_a_map_arrives_in_its_mode(any_pool: sky.ComputePool, file: Any) -> None:
+    own = np.memmap(file.filename, float, "c", offset=24, shape=file.shape)
+    fixed = np.memmap(file.filename, float, "r", offset=24, shape=file.shape)
+    view = file[1:]
+    view.flags.writeable = False
+
+    assert sky.gather(*(sky.compute(write)(own) for _ in range(4))) >> any_pool == ((3.0, 7.0),) * 4
+    for array in (fixed, view):
+        with pytest.raises(ValueError, match="read-only"):
+            sky.compute(write)(array) >> any_pool
+
+    assert file[0, 0] == own[0, 0] == 3
+
+
+def test_where_files_are_not_shared_a_map_arrives_as_a_read_only_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepare = joined.prepare
+    monkeypatch.setattr(joined, "prepare", lambda *args, **options: bool(prepare(*args, **options)) and False)
+    small = np.memmap(tmp_path / "small", float, "w+", shape=(100, 50))  # stays in the pickle
+    large = np.memmap(tmp_path / "large", float, "w+", shape=(4000, 50))
+    small[:] = large[:] = 5
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+        sky.ComputePool(sky.Dask(client), display="quiet") as pool,
+    ):
+        for file in (small, large):
+            assert sky.compute(np.sum)(file) >> pool == file.sum()
+            for array in (file, file[::2], np.asarray(file)):
+                with pytest.raises(ValueError, match="read-only"):
+                    sky.compute(write)(array) >> pool
+            own = np.memmap(file.filename, float, "c", shape=file.shape)
+            assert sky.gather(*(sky.compute(write)(own) for _ in range(2))) >> pool == ((5.0, 7.0),) * 2
+
+    assert small[0, 0] == large[0, 0] == 5

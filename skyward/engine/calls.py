@@ -111,10 +111,10 @@ class Packer:
         try:
             function = self._function(fn)
             apart = owner if owner is self._large else None
-            data, buffers = pickling.dumps((args, kwargs), out_of_band=self._out_of_band, apart=apart)
+            data, buffers = self._dumps((args, kwargs), apart)
             if len(data) >= pickling.OUT_OF_BAND and owner is not None:
                 self._large = owner
-                data, buffers = pickling.dumps((args, kwargs), out_of_band=self._out_of_band, apart=owner)
+                data, buffers = self._dumps((args, kwargs), owner)
         except (SerializationError, MemoryError):
             raise
         except Exception as exc:  # whatever an object's own __reduce__ raises
@@ -122,6 +122,9 @@ class Packer:
         refs = tuple(self._keeper.put(b) for b in buffers)
         size = len(data) + self._store.written_bytes - before
         return Item(call, index, function, data, refs, size, sink)
+
+    def _dumps(self, obj: object, apart: object = None) -> tuple[bytes, Sequence[pickling.Buffer]]:
+        return pickling.dumps(obj, out_of_band=self._out_of_band, apart=apart, files=self._store.has_files)
 
     def close(self) -> None:
         """Let go of what is kept for the group. Nothing more is packed."""
@@ -138,7 +141,7 @@ class Packer:
         ):
             return known.ref
         state = None if self._unchanged else captured(fn)
-        data, buffers = pickling.dumps(fn, out_of_band=self._out_of_band)
+        data, buffers = self._dumps(fn)
         refs = tuple(self._keeper.put(b) for b in buffers)
         hasher = xxhash.xxh3_128(data)
         for ref in refs:

@@ -271,7 +271,7 @@ def test_a_large_argument_is_sent_again_after_its_worker_is_lost(site: Site, boo
 
 
 @pytest.mark.usefixtures("data_folder")
-def test_a_large_argument_lies_once_on_each_machine(site: Site, boot: Boot) -> None:
+def test_a_large_argument_lies_once_on_each_machine(site: Site, boot: Boot, tmp_path: Path) -> None:
     import numpy as np
 
     machines = boot(3)
@@ -290,6 +290,11 @@ def test_a_large_argument_lies_once_on_each_machine(site: Site, boot: Boot) -> N
             sizes = {int(size) for size in machine.run("stat -c %s /tmp/skyward-*/shelf/*").split()}
             assert array.nbytes in sizes
             assert sizes <= {array.nbytes, array.nbytes // 2, 2_000_000}  # calls may not have run on all machines
+
+        file = np.memmap(tmp_path / "file", np.int64, "w+", shape=10)
+        assert total(file) >> pool == (0, False)
+        with pytest.raises(ValueError, match="read-only"):
+            sky.compute(np.ndarray.fill)(file, 1) >> pool
 
 
 @pytest.mark.usefixtures("data_folder")
