@@ -164,7 +164,6 @@ class Session:
             direct=direct,
             wait_for_worker=wait_for_worker,
             on_output=self.output.receive,
-            cores_per_slot=own.cores_per_slot if own is not None else 1,
             accelerator=accelerator.name if accelerator else None,
             accelerators_per_node=accelerator.count if accelerator else 0,
             parts_per_node=spec.parts_per_node if own is not None else 1,

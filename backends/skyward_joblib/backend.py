@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend, ThreadingBackend
+from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, SequentialBackend
 from joblib.parallel import BatchedCalls, parallel_config
 
 import skyward as sky
 from skyward import guard
 from skyward.engine import Call
+from skyward.variables import variables
 from skyward_joblib.arrays import access
 from skyward_joblib.resolve import engine_for
 
@@ -47,7 +48,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
 
     def __init__(
         self,
-        nesting_level: int | None = 0,
+        nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
         *,
         pool: Any = None,
@@ -56,7 +57,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
     ) -> None:
         if backend_kwargs:
             _refuse(backend_kwargs)
-        super().__init__(nesting_level=nesting_level or 0, inner_max_num_threads=inner_max_num_threads)
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
         self._pool = pool
         self._client = client
         self._engine: Engine | None = None
@@ -105,7 +106,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             # Each `Parallel` has its own: one may be read as a generator, or be in another thread, while another runs.
             if pool is None and client is None:
                 pool, client = self._pool, self._client
-            own = type(self)(self.nesting_level, self.inner_max_num_threads, pool=pool, client=client)
+            own = type(self)(self.nesting_level or 0, self.inner_max_num_threads, pool=pool, client=client)
             own.parallel = parallel
             raise FallbackToBackend(own)
         effective = self.effective_n_jobs(n_jobs)
@@ -197,31 +198,6 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             self._group = self._engine.group(limit=self._group.limit, access=self._group.access)
             self._group.may_grow = self._may_grow
         self._in_flight = self._tasks_in_flight = 0
-
-    # --- inside tasks ---------------------------------------------------------------------------------------
-
-    def get_nested_backend(self) -> tuple[Any, int | None]:
-        level = (self.nesting_level or 0) + 1
-        cores = self._engine.cores_per_slot if self._engine is not None else 1
-        if level > 1:
-            return SequentialBackend(nesting_level=level), None
-        return SlotThreads(cores, nesting_level=level), None
-
-
-class SlotThreads(ThreadingBackend):  # type: ignore[misc]
-    """Threads for work nested in a task: no more than the slot has cores."""
-
-    def __init__(self, cores: int, nesting_level: int | None = None) -> None:
-        super().__init__(nesting_level=nesting_level)
-        self._cores = cores
-
-    def __reduce__(self) -> Any:
-        return SlotThreads, (self._cores, self.nesting_level)
-
-    def effective_n_jobs(self, n_jobs: int | None) -> int:
-        if n_jobs is not None and n_jobs < 0:
-            n_jobs = max(1, self._cores + 1 + n_jobs)
-        return min(int(super().effective_n_jobs(n_jobs)), self._cores)
 
 
 class BatchSizes:
@@ -358,5 +334,9 @@ def _limit_threads(threads: int | None) -> contextlib.ExitStack:
     if threads is not None:
         import threadpoolctl
 
+        # The variables are for libraries that are loaded later, and for processes that the task starts.
+        environment = variables(dict.fromkeys(ParallelBackendBase.MAX_NUM_THREADS_VARS, str(threads)))
+        environment.__enter__()
+        stack.callback(environment.__exit__, None, None, None)
         stack.enter_context(threadpoolctl.threadpool_limits(limits=threads))
     return stack

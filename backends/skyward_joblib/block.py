@@ -68,7 +68,7 @@ class BlockBackend(SkywardBackend):
     """
 
     def __init__(self, block: Block | None, outer: ParallelBackendBase | None) -> None:
-        super().__init__()
+        super().__init__(nesting_level=0)
         self._block = block
         self._outer = outer
 

@@ -140,7 +140,6 @@ class AgentCluster(SkyCluster):
         self._places: dict[str, int] = {}  # nodes of all workers that ever were
         self._excused: set[str] = set()  # workers that had to go: their machines were taken away, or not wanted
         self._address: asyncio.Future[str] | None = None  # of the scheduler, as nodes reach it
-        self._cores: dict[Agent, int] = {}
         self.dashboard_port: int | None = None  # on the scheduler's host, on its loopback
         self.folder = ""  # where it is all on this host: what ends with it
         self._dashboard = ""
@@ -331,8 +330,6 @@ class AgentCluster(SkyCluster):
 
     def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
         match event["event"]:
-            case "ready":
-                self._cores[agent] = event["cores"]
             case "exited":
                 self.on_output(event["output"])
                 self._exited[event["address"]].set()
@@ -408,7 +405,6 @@ class AgentCluster(SkyCluster):
         self._agents.remove(agent)
         if gone:
             self._excuse(agent.nodes)
-        self._cores.pop(agent, None)
         was_counted = agent.nodes <= self._nodes
         self._nodes -= agent.nodes
         for address in self._addresses(agent):
@@ -606,11 +602,6 @@ class AgentCluster(SkyCluster):
 
     def machine(self, node: int) -> Machine | None:
         return next((agent.facts for agent in self._agents if node in agent.nodes), None)
-
-    @property
-    def cores_per_slot(self) -> int:
-        """How many cores a call may use, on the node that has fewest; at least 1."""
-        return max(1, min(self._cores.values(), default=1) // self._per_node)
 
     @property
     def dashboard_link(self) -> str:

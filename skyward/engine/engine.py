@@ -87,8 +87,6 @@ class Engine:
         when the function that it is given returns true.
     on_output
         Hears, in the loop, what tasks have printed, before their outcomes are delivered.
-    cores_per_slot
-        Cores that a call may use.
     head_port
         Port on the first node for what the calls of a broadcast agree on among themselves.
     """
@@ -107,7 +105,6 @@ class Engine:
         direct: bool = True,
         wait_for_worker: Callable[[Callable[[], bool]], Awaitable[Any]] | None = None,
         on_output: Callable[[Any], None] = lambda _: None,
-        cores_per_slot: int = 1,
         head_port: int = 29500,
         accelerator: str | None = None,
         accelerators_per_node: int = 0,
@@ -115,7 +112,6 @@ class Engine:
     ) -> None:
         self.client = client
         self.retries = retries
-        self.cores_per_slot = cores_per_slot
         self.store = Store(*share)
         self.decoder = Decoder()
         self.last_activity = now()

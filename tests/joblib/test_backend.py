@@ -19,6 +19,7 @@ import joblib
 import numpy as np
 import pytest
 from joblib import Parallel, delayed, parallel_config
+from joblib._parallel_backends import ThreadingBackend
 from skyward_joblib import SkywardBackend
 
 import skyward as sky
@@ -267,6 +268,19 @@ def test_nested_work_stays_on_its_slot() -> None:
     assert all(inner == {pid} for pid, inner in found)
 
 
+def test_nested_work_has_the_threads_it_asks_for_or_those_of_its_slot() -> None:
+    def outer() -> list[int]:
+        found = []
+        for n_jobs in (None, 2, -1):
+            inner = Parallel(n_jobs=n_jobs)
+            found.append(inner._effective_n_jobs())
+            assert type(inner._backend) is ThreadingBackend
+        return found
+
+    slot = max(1, joblib.cpu_count() // 4)
+    assert Parallel(n_jobs=2)(delayed(outer)() for _ in range(2)) == [[1, 2, slot]] * 2
+
+
 def test_nested_work_may_ask_for_processes_of_its_own() -> None:
     def outer() -> list[int]:
         return list(Parallel(n_jobs=2, backend="loky")(delayed(square)(i) for i in range(3)))
@@ -287,6 +301,8 @@ def test_work_that_needs_shared_memory_runs_on_threads_here(caplog: pytest.LogCa
 def test_inner_threads_can_be_limited(pool: sky.ComputePool) -> None:
     def threads() -> list[int]:
         import threadpoolctl
+
+        assert {os.environ[v] for v in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == {"1"}
 
         np.zeros((2, 2)) @ np.zeros((2, 2))
         return [p["num_threads"] for p in threadpoolctl.threadpool_info()]

@@ -25,9 +25,6 @@ NOT_FOR_US = {
     "test_dispatch_multiprocessing": "shares a multiprocessing.Manager, which only child processes may talk to",
     "test_initializer_parallel": "the same, and `initializer` is an option of loky's executor; ours refuses it",
     "test_initializer_context": "`initializer` is an option of loky's executor; ours refuses it by name",
-    "test_nested_backend_context_manager": "asserts the exact class of the nested backend; ours is a subclass, capped",
-    "test_backend_nesting_level": "the same",
-    "test_nested_parallelism_limit": "the same",
     "test_parallel_with_interactively_defined_functions": (
         "starts a process of its own, in which no pool is active; tests/joblib has the same on a pool"
     ),
