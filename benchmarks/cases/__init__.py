@@ -8,6 +8,7 @@ from benchmarks.cases import (
     estimators,
     gather,
     latency,
+    layouts,
     memory,
     method,
     model,
@@ -18,6 +19,7 @@ from benchmarks.cases import (
 )
 
 _MODULES = (
-    latency, gather, durations, noops, array, memory, method, model, results, broadcast, stream, estimators, start,
+    latency, gather, durations, noops, array, layouts, memory, method, model, results, broadcast, stream, estimators,
+    start,
 )  # fmt: skip
 CASES: dict[str, Case] = {module.CASE.name: module.CASE for module in _MODULES}
