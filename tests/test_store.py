@@ -16,6 +16,7 @@ import pytest
 
 import skyward as sky
 from skyward import pickling
+from skyward.engine import calls
 from skyward.engine import store as store_module
 from skyward.engine.calls import Call, Packer
 from skyward.engine.store import Keeper, Store
@@ -212,6 +213,20 @@ class Refusing:
 
     def write(self, _: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_large_arguments_without_arrays_travel_beside_the_pickle_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_APART_BYTES", 1000)
+    store = Store()
+    value = [list(range(1000)), np.ones(SMALL), b"x" * (1 << 20)]
+
+    item = Packer(store).pack(Call(len, (value,)))
+    (copy,), kwargs = pickling.loads(item.arguments, [store.data(ref.digest) for ref in item.buffers])
+
+    assert len(item.arguments) < 100
+    assert len(item.buffers) == 3
+    np.testing.assert_equal(copy, value)
+    assert kwargs == {}
 
 
 def test_only_bytes_that_were_not_stored_before_count_as_waiting() -> None:

@@ -22,6 +22,8 @@ from skyward.wire import Access, BlobRef, FunctionRef, Kind, Outcome
 
 logger = logging.getLogger(__name__)
 
+_APART_BYTES = 64 << 20
+"""Pickled arguments of so many bytes travel as large buffers do: messages would be copied several times."""
 _FUNCTIONS_BYTES = 16 << 20
 """Bytes of pickled functions after which a group forgets those that it knows. Chosen, not measured."""
 
@@ -120,6 +122,9 @@ class Packer:
         except Exception as exc:  # whatever an object's own __reduce__ raises
             raise pickling.explain_call(fn, args, kwargs, exc) from exc
         refs = tuple(self._keeper.put(b) for b in buffers)
+        if len(data) >= _APART_BYTES:
+            refs = (self._store.put(memoryview(data)), *refs)
+            data = pickling.loader(len(buffers))
         size = len(data) + self._store.written_bytes - before
         return Item(call, index, function, data, refs, size, sink)
 
