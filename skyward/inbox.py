@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import pickle
 import threading
 import time
 from concurrent.futures import Future
 from typing import Any
 
-from skyward import interrupts, runtime
-from skyward.wire import INTERRUPT, RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
+from skyward import interrupts, runtime, sources
+from skyward.wire import INTERRUPT, LEAVE, RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
 
 _here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
+_ANSWER_S = 0.02
+"""Seconds that an answer has to be sent before the process ends; the one who asked takes its end for an answer too."""
 _NO_FAILURE = frozenset({Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN})
 
 
@@ -34,6 +37,7 @@ def install(worker: Any) -> None:
     worker.handlers[RUN] = run
     worker.handlers[TAKE_BACK] = take_back
     worker.handlers[INTERRUPT] = interrupt
+    worker.handlers[LEAVE] = leave
 
 
 async def _run(worker: Any, chunk: Chunk) -> Outcomes:
@@ -92,6 +96,14 @@ async def take_back(keys: list[str]) -> None:
 async def interrupt(keys: list[str]) -> int:
     """Stop the chunks `keys`, as far as they run here, and return how many did."""
     return interrupts.interrupt(keys)
+
+
+async def leave() -> None:
+    """End this process when this has been answered, if no call may begin here any more."""
+    if sources.is_outdated:
+        while interrupts.runs_any():  # one that has seceded, or the next chunk on its way back
+            await asyncio.sleep(_ANSWER_S)
+        asyncio.get_running_loop().call_later(_ANSWER_S, os._exit, 77)  # as for a call that does not stop
 
 
 def attend(key: str) -> None:

@@ -106,6 +106,11 @@ def runs_one_of(keys: list[str]) -> bool:
     return any(key in _running for key in keys)
 
 
+def runs_any() -> bool:
+    """Tell whether a chunk runs here."""
+    return bool(_running)
+
+
 def _raise_in(key: str, found: Running) -> bool:
     """Raise in the chunk's thread, and tell whether that is settled; not while it imports a module.
 

@@ -1,24 +1,24 @@
 """Pickle what travels between caller and workers. Knows cloudpickle and nothing else of skyward but its errors.
 
-Code that the other side can't import, because it is the caller's own project, travels by value; buffers, numpy arrays
-and bytes of `OUT_OF_BAND` bytes and more are left out of the pickle and handed over beside it, uncopied.
+Code is pickled by name where the other side can import it, the caller's own modules included, whose sources travel
+beside the pickle: see `skyward.engine.sources`. Buffers, numpy arrays and bytes of `OUT_OF_BAND` bytes and more are
+left out of the pickle and handed over beside it, uncopied.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
+import dis
 import functools
 import importlib.util
 import inspect
 import pickle
-import site
 import sys
-import sysconfig
 import threading
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
+from typing import Any, TypeVar
 
 import cloudpickle
 
@@ -28,15 +28,18 @@ from skyward.errors import SerializationError
 OUT_OF_BAND = 1 << 20
 """Buffers from this size on (bytes) travel beside the pickle; joblib's memmapping starts at the same size."""
 
-_OWN = ("skyward", "skyward_joblib")
+_MOST_WRAPPERS = 16
+"""Decorators around a function that are looked through. Chosen, not measured."""
 _by_value_lock = threading.RLock()
 
 Buffer = pickle.PickleBuffer | arrays.Memory
 """What is left out of a pickle; its method `raw` returns the bytes."""
+Refer = Callable[[str], bool]
+"""Hears the name of each module that a pickle refers to, and tells whether what that defines has to go by value."""
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """A cloudpickle pickler that is used again and again, and sends the caller's own modules by value."""
+    """A cloudpickle pickler that is used again and again, and tells which modules its pickles refer to."""
 
     def __init__(self) -> None:
         self._pieces: list[Any] = []
@@ -45,6 +48,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._out_of_band = OUT_OF_BAND
         self._apart: object = None
         self._files: bool | None = None
+        self._refer: Refer = _by_name
         super().__init__(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._keep_in_band)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
@@ -57,9 +61,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return False
 
     def dumps(
-        self, obj: object, out_of_band: int, apart: object, files: bool | None
+        self, obj: object, refer: Refer, out_of_band: int, apart: object, files: bool | None
     ) -> tuple[bytes, Sequence[Buffer]]:
-        self._out_of_band, self._apart, self._files = out_of_band, apart, files
+        self._refer, self._out_of_band, self._apart, self._files = refer, out_of_band, apart, files
         try:
             self.dump(obj)
             if len(self._pieces) == 1 and not self._buffers:
@@ -72,41 +76,49 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             self._pieces.clear()
             self._buffers.clear()
             self._left_out.clear()
-            self._apart = None
+            self._refer, self._apart = _by_name, None
             self.clear_memo()  # which keeps alive what was pickled
 
     def reducer_override(self, obj: Any) -> Any:
         if obj is self._apart and obj is not None:
-            data, buffers = dumps(obj, out_of_band=self._out_of_band, files=self._files)
+            data, buffers = dumps(obj, self._refer, out_of_band=self._out_of_band, files=self._files)
             if len(data) >= OUT_OF_BAND:
                 return _load_apart, (pickle.PickleBuffer(data), list(map(self._stand_in, buffers)))
-        if isinstance(obj, (FunctionType, type)):
-            name = getattr(obj, "__module__", None)
-        elif isinstance(obj, ModuleType) and is_project_module(obj.__name__):
-            return _reduce_module(obj)
-        elif type(obj).__module__ == "numpy":
+        if isinstance(obj, (FunctionType, type, TypeVar)):
+            return self._reduce_code(obj)
+        if type(obj).__module__ == "numpy":
             return self._reduce_numpy(obj)
-        elif isinstance(obj, BaseException) and _carries_traceback(type(obj)):
+        if isinstance(obj, BaseException) and _carries_traceback(type(obj)):
             return obj.__reduce_ex__(5)
-        else:
-            return super().reducer_override(obj)
-        if not name or not is_project_module(name):
-            if isinstance(obj, type) and issubclass(obj, Warning) and name != "builtins":
-                return _find_warning, (name, obj.__qualname__)
-            return super().reducer_override(obj)
-        # cloudpickle's registry is global; it is changed only for this one object, so that the caller's own
-        # use of cloudpickle elsewhere is as it was.
-        module = sys.modules[name]
-        with _by_value_lock:
-            already = name in cloudpickle.list_registry_pickle_by_value()
-            if not already:
-                cloudpickle.register_pickle_by_value(module)
-            try:
-                return super().reducer_override(obj)
-            finally:
-                if not already:
-                    cloudpickle.unregister_pickle_by_value(module)
+        # A module, or an object that may be pickled as the name of a global.
+        name = obj.__name__ if isinstance(obj, ModuleType) else type(obj).__module__
+        if isinstance(name, str):
+            self._refer(name)
+        return super().reducer_override(obj)
 
+    def _reduce_code(self, obj: Any) -> Any:
+        name = getattr(obj, "__module__", None)
+        if isinstance(name, str) and self._refer(name):
+            with _by_value(sys.modules[name]):
+                self._refer_to_imports(obj)
+                return super().reducer_override(obj)
+        if isinstance(obj, type):
+            if issubclass(obj, Warning) and name not in ("builtins", "__main__") and "<locals>" not in obj.__qualname__:
+                return _find_warning, (name, obj.__qualname__)
+        elif isinstance(obj, FunctionType):
+            wrappers = count_wrappers(obj)
+            if wrappers is None:
+                self._refer_to_imports(obj)
+            elif wrappers:
+                return _unwrap, (name, obj.__qualname__, wrappers)
+        return super().reducer_override(obj)
+
+    def _refer_to_imports(self, obj: Any) -> None:
+        """Tell of the modules that a function by value imports when it is called, relative to its package too."""
+        if isinstance(obj, FunctionType):
+            for name in (obj.__globals__.get("__package__"), *_imported(obj.__code__)):
+                if name:
+                    self._refer(name)
 
     def _reduce_numpy(self, obj: Any) -> Any:
         source = arrays.mapped(obj) if self._files is not None else None
@@ -129,6 +141,63 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         stand_in = pickle.PickleBuffer(bytearray())  # one that is read-only would make the array read-only
         self._left_out[id(stand_in)] = buffer
         return stand_in
+
+
+def _by_name(name: str) -> bool:  # noqa: ARG001 - for what the other side can import for certain
+    return False
+
+
+@contextlib.contextmanager
+def _by_value(module: ModuleType) -> Iterator[None]:
+    # cloudpickle's registry is global; it is changed only for one object, so that the caller's own use of cloudpickle
+    # elsewhere is as it was.
+    with _by_value_lock:
+        already = module.__name__ in cloudpickle.list_registry_pickle_by_value()
+        if not already:
+            cloudpickle.register_pickle_by_value(module)
+        try:
+            yield
+        finally:
+            if not already:
+                cloudpickle.unregister_pickle_by_value(module)
+
+
+def count_wrappers(fn: FunctionType) -> int | None:
+    """Return how many decorators are around a function at its name: 0 if it is found there itself, None if not at all.
+
+    A decorator counts if it has set ``__wrapped__``, as `functools.wraps` and `skyward.compute` do.
+    """
+    found: Any = sys.modules.get(fn.__module__) if fn.__module__ != "__main__" else None
+    try:
+        for part in fn.__qualname__.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        return None
+    for count in range(_MOST_WRAPPERS):
+        if found is fn:
+            return count
+        found = getattr(found, "__wrapped__", None)
+    return None
+
+
+def _unwrap(module: str, name: str, wrappers: int) -> Any:
+    found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    for _ in range(wrappers):
+        found = found.__wrapped__
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _imported(code: CodeType) -> tuple[str, ...]:
+    """Return the modules that code imports, and what it takes out of them, as dotted names."""
+    names: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            names.append(instruction.argval)
+        elif instruction.opname == "IMPORT_FROM":
+            names.append(f"{names[-1]}.{instruction.argval}")
+    inner = (name for const in code.co_consts if isinstance(const, CodeType) for name in _imported(const))
+    return tuple(dict.fromkeys((*names, *inner)))
 
 
 _BYTES = ((b"B", 4, b"bytes"), (b"\x8e", 8, b"bytes"), (b"\x96", 8, b"bytearray"))
@@ -191,75 +260,16 @@ def _carries_traceback(kind: type[BaseException]) -> bool:
     return getattr(copyreg.dispatch_table.get(kind), "__module__", None) == "tblib.pickling_support"
 
 
-def _reduce_module(module: ModuleType) -> Any:
-    # The contents are set after the module is made: modules refer to themselves and to each other in circles.
-    return _make_module, (module.__name__,), _contents(module), None, None, _fill_module
-
-
-def _make_module(name: str) -> ModuleType:
-    return ModuleType(name)
-
-
-def _fill_module(module: ModuleType, contents: dict[str, Any]) -> None:
-    vars(module).update(contents)
-
-
-_NOT_CONTENTS = {"__builtins__", "__cached__", "__loader__", "__spec__"}
-_unsendable: dict[str, tuple[int, frozenset[str] | None]] = {}
-"""By module: a hash of its contents, and the names that can't travel; None while that is being found out."""
-
-
-def _contents(module: ModuleType) -> dict[str, Any]:
-    """Return what the module holds, without what can't travel: a lock in a module must not keep it at home."""
-    held = {k: v for k, v in vars(module).items() if k not in _NOT_CONTENTS}
-    state = hash(tuple((k, id(v)) for k, v in held.items()))
-    known = _unsendable.get(module.__name__)
-    if known is None or known[0] != state:
-        _unsendable[module.__name__] = (state, None)
-        failing = frozenset(k for k, v in held.items() if _failure(v) is not None)
-        known = _unsendable[module.__name__] = (state, failing)
-    if known[1] is None:  # reached from itself: an empty one will do to find out about the others
-        return {}
-    return {k: v for k, v in held.items() if k not in known[1]}
-
-
-@functools.cache
-def _installed_roots() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    roots = {paths[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")}
-    roots.update(site.getsitepackages() if hasattr(site, "getsitepackages") else ())
-    roots.add(site.getusersitepackages())
-    roots.add(str(Path(sys.base_prefix) / "lib"))
-    return tuple(sorted({str(Path(r).resolve()) + "/" for r in roots} | {r.rstrip("/") + "/" for r in roots}))
-
-
-@functools.cache
-def _is_project_file(file: str) -> bool:
-    path = str(Path(file).resolve())
-    roots = _installed_roots()
-    return not (path.startswith(roots) or file.startswith(roots) or "/dist-packages/" in path)
-
-
-def is_project_module(name: str) -> bool:
-    """Tell whether module `name` is the caller's own code, which workers can't be expected to have installed.
-
-    True for modules loaded from a Python file outside the standard library and every site-packages folder.
-    ``__main__`` needs no help: cloudpickle always sends it by value.
-    """
-    if name == "__main__" or name.partition(".")[0] in _OWN:
-        return False
-    module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    if not file or not file.endswith((".py", ".pyc")):
-        return False
-    return _is_project_file(file)
-
-
 _local = threading.local()
 
 
 def dumps(
-    obj: object, *, out_of_band: int = OUT_OF_BAND, apart: object = None, files: bool | None = None
+    obj: object,
+    refer: Refer = _by_name,
+    *,
+    out_of_band: int = OUT_OF_BAND,
+    apart: object = None,
+    files: bool | None = None,
 ) -> tuple[bytes, Sequence[Buffer]]:
     """Return `obj` as (pickle, buffers of `out_of_band` bytes and more).
 
@@ -273,7 +283,7 @@ def dumps(
     try:
         # While a dump runs, the pickler is taken: an object's __reduce__ may itself call into skyward.
         _local.pickler = None
-        result: tuple[bytes, Sequence[Buffer]] = pickler.dumps(obj, out_of_band, apart, files)
+        result: tuple[bytes, Sequence[Buffer]] = pickler.dumps(obj, refer, out_of_band, apart, files)
     except BaseException:
         pickler = None  # its memo may hold half of what failed
         raise

@@ -13,6 +13,7 @@ import mmap
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from skyward import functions, interrupts, isolation, pickling, raised, shelf, task
+from skyward import functions, interrupts, isolation, pickling, raised, shelf, sources, task
 from skyward.errors import SerializationError, SpecError, VersionMismatchError, WorkerDiedError
 from skyward.variables import variables
 from skyward.wire import (
@@ -72,7 +73,7 @@ def run_batch(chunk: Chunk, *blobs: Any, job: task.Job | None = None) -> Outcome
     except interrupts.Interrupted:  # between two calls
         pass
     outcomes += [Outcome(why)] * (len(chunk.calls) - len(outcomes))
-    return Outcomes(outcomes, take_output())
+    return Outcomes(outcomes, take_output(), sources.is_outdated)
 
 
 def _run_calls(
@@ -96,6 +97,14 @@ def _run_calls(
     token = task.running.set(task.Task(layout, address, part, job.peers if job else ()))
     try:
         shipped = _Shipped(chunk, blobs)
+        try:
+            if not shipped.install_sources(_scratch(worker)):
+                outcomes += [Outcome(Kind.NOT_RUN)] * len(chunk.calls)
+                return
+        except OSError as exc:  # no room for an archive
+            kind, data, buffers, text = _pack_error(exc, None)
+            outcomes += [Outcome(kind, data, buffers, traceback=text, machine=machine)] * len(chunk.calls)
+            return
         if part and part.barrier and job is None:
             _pass_barrier(worker, layout.pool_id, part)
         with _limit(chunk), _whole_node(part):
@@ -187,6 +196,7 @@ def _run_isolated(
             environment = task.world().environment()
         finally:
             task.running.reset(token)
+        environment[shelf.VARIABLE] = _scratch(worker)
         if cores := _node_cores(part):
             environment |= thread_environment(cores)
         found = isolation.run(chunk.key, (chunk, job), blobs, environment=environment, stop=lambda: me.why)
@@ -268,6 +278,11 @@ def _worker() -> Any:
         return None
 
 
+def _scratch(worker: Any) -> str:
+    """Return a folder for files of the pool: that of the node, or one that Dask removes with the worker."""
+    return os.environ.get(shelf.VARIABLE) or str(worker.local_directory if worker else tempfile.gettempdir())
+
+
 _layouts: dict[bytes, Layout] = {}
 
 
@@ -289,6 +304,7 @@ def _machine_name(layout: Layout, address: str) -> str:
 
 _functions: OrderedDict[tuple[str, Access | None], Any] = OrderedDict()
 """Functions that calls may share; None for one that each call unpickles: calls could change it, or it is large."""
+_facts = b""  # with which the functions were unpickled
 _FUNCTIONS_KEPT = 128  # chosen, not measured: a run seldom has more than a few
 _maps: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
 
@@ -298,12 +314,19 @@ class _Shipped:
 
     def __init__(self, chunk: Chunk, blobs: tuple[Any, ...]) -> None:
         self._access = chunk.access
-        self._blobs: Mapping[str, Any] = {}
-        if blobs:
-            digests: dict[str, None] = {}
-            for refs in [*(f.buffers for f in chunk.functions), *(c.buffers for c in chunk.calls)]:
-                digests.update((r.digest, None) for r in refs if r.path is None)
-            self._blobs = dict(zip(digests, blobs, strict=True))
+        self._chunk = chunk
+        self._blobs: Mapping[str, Any] = dict(zip(chunk.not_in_files(), blobs, strict=True)) if blobs else {}
+
+    def install_sources(self, folder: str) -> bool:
+        """Make the caller's own modules importable; return False if this process has to end for that."""
+        global _facts
+        facts = self._chunk.facts
+        if not sources.install(facts, self._buffer, folder, may_restart=interrupts.may_restart):
+            return False
+        if facts != _facts:
+            _facts = facts
+            _functions.clear()  # of modules that may have been imported again
+        return True
 
     def load(self, data: bytes, refs: tuple[BlobRef, ...]) -> Any:
         return pickling.loads(data, [self._buffer(r) for r in refs]) if refs else pickling.loads(data)

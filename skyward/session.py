@@ -167,6 +167,7 @@ class Session:
             accelerator=accelerator.name if accelerator else None,
             accelerators_per_node=accelerator.count if accelerator else 0,
             parts_per_node=spec.parts_per_node if own is not None else 1,
+            included=[Path(path).name.partition(".")[0] for path in spec.image.include],
         )
         stack.callback(engine.close)
         cluster.on_change = engine.roster_changed

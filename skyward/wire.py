@@ -36,6 +36,25 @@ class Access(NamedTuple):
     over: int
 
 
+class Source(NamedTuple):
+    """An own module of the caller's, or package: the first on its dotted name that is no namespace package."""
+
+    name: str
+    version: str  # a hash of its contents
+    file: str  # of the module or of the package's `__init__`: the caller's, or in the archive if there is one
+    is_package: bool
+    archive: BlobRef | None
+
+
+class Facts(NamedTuple):
+    """What a worker knows of the caller's own modules."""
+
+    sender: str  # the caller's process
+    path: tuple[str, ...]  # for `sys.path`
+    sources: tuple[Source, ...]
+    gone: tuple[str, ...]  # modules that were own
+
+
 class FunctionRef(NamedTuple):
     """A pickled function; `digest` keys the worker's cache of those that calls may share."""
 
@@ -76,6 +95,8 @@ class Participant(NamedTuple):
 
 RUN, TAKE_BACK, INTERRUPT, RAN = "skyward_run", "skyward_take_back", "skyward_interrupt", "skyward-ran"
 """What a worker is asked to do with a chunk, and what it tells the scheduler afterwards."""
+LEAVE = "skyward_leave"
+"""What a worker is asked to do when its own modules are outdated: end its process."""
 KEEP, READ, FETCH, DROP = "skyward_keep", "skyward_read", "skyward_fetch", "skyward_drop"
 """What a worker is asked to do with a large buffer."""
 PIECE = 32 << 20
@@ -100,6 +121,13 @@ class Chunk:
     participant: Participant | None = None
     isolation: Isolation | None = None
     access: Access | None = None  # None: read-only
+    facts: bytes = b""  # pickled `Facts`; bytes, as `layout`
+    archives: tuple[BlobRef, ...] = ()  # of the facts
+
+    def not_in_files(self) -> dict[str, None]:
+        """Return the digests of the large buffers that it needs and that are not in files which the worker sees."""
+        refs = (*(f.buffers for f in self.functions), *(c.buffers for c in self.calls), self.archives)
+        return {ref.digest: None for group in refs for ref in group if ref.path is None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +185,21 @@ class Outcome(NamedTuple):
 
 @dataclass(slots=True)
 class Outcomes:
-    """One outcome per call of a chunk, and what was printed until then. Large buffers leave the pickle uncopied."""
+    """One outcome per call of a chunk, and what was printed until then. Large buffers leave the pickle uncopied.
+
+    `is_outdated`: the process has older versions of own modules; no call has run.
+    """
 
     items: list[Outcome] = field(default_factory=list)
     output: Any = None
+    is_outdated: bool = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if int(protocol) < 5:
             items = [o._replace(buffers=tuple(bytes(b) for b in o.buffers)) if o.buffers else o for o in self.items]
-            return Outcomes, (items, self.output)
+            return Outcomes, (items, self.output, self.is_outdated)
         items = [
             o._replace(buffers=tuple(pickle.PickleBuffer(b) for b in o.buffers)) if o.buffers else o
             for o in self.items
         ]
-        return Outcomes, (items, self.output)
+        return Outcomes, (items, self.output, self.is_outdated)

@@ -367,7 +367,6 @@ def test_a_category_of_warnings_travels_without_its_module(monkeypatch: pytest.M
     category = type("Odd", (Warning,), {"__module__": module.__name__})
     module.Odd = category  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(pickling, "is_project_module", lambda name: False)
     sent, _ = pickling.dumps([category, DeprecationWarning])
 
     monkeypatch.delitem(sys.modules, module.__name__)

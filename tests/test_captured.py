@@ -11,6 +11,7 @@ import pytest
 
 from skyward.engine.calls import Call, Packer
 from skyward.engine.captured import captured
+from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 
 level = 1
@@ -121,7 +122,7 @@ def _sent(packer: Packer, fn: Any) -> tuple[str, bytes]:
 @pytest.mark.parametrize("make", CHANGES)
 def test_a_function_whose_state_changes_between_two_calls_is_sent_again(make: Any) -> None:
     fn, change = make()
-    packer = Packer(Store())
+    packer = Packer(store := Store(), Sources(store, ship=True))
     change(1)
     first, same = (_sent(packer, fn) for _ in range(2))
     change(2)
@@ -136,7 +137,7 @@ def test_a_function_whose_state_changes_between_two_calls_is_sent_again(make: An
     "fn", [leveled, through_another, through_a_class, math.sqrt, functools.partial(by_default, factor=2), Scale.common]
 )
 def test_a_function_of_constants_is_not_pickled_again(fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    packer = Packer(Store())
+    packer = Packer(store := Store(), Sources(store, ship=True))
     ref = packer.pack(Call(fn)).function
     monkeypatch.setattr("skyward.engine.calls.captured", lambda fn: captured(fn) or pytest.fail("it can change"))
 
@@ -145,7 +146,7 @@ def test_a_function_of_constants_is_not_pickled_again(fn: Any, monkeypatch: pyte
 
 def test_calls_that_are_all_there_share_one_look_at_their_function() -> None:
     fn, change = bound_method()
-    packer = Packer(Store(), unchanged=True)
+    packer = Packer(store := Store(), Sources(store, ship=True), unchanged=True)
     first = packer.pack(Call(fn)).function
     change(2)
 

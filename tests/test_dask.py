@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -110,6 +111,32 @@ def test_large_arrays_reach_the_workers(cluster: LocalCluster) -> None:
         sums = sky.gather(*(sky.compute(lambda a, k: int(a.sum()) + k)(array, k) for k in range(6))) >> pool
 
     assert sums == tuple(int(array.sum()) + k for k in range(6))
+
+
+@pytest.mark.parametrize("sees_files", [True, False])
+def test_own_modules_are_imported_by_name_and_again_when_they_change(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sees_files: bool
+) -> None:
+    name = f"own_joined_{sees_files}"
+    file = tmp_path / f"{name}.py"
+    text = "import enum, os, {0}\nclass Kind(enum.Enum): A = 1\ndef work(k): return k is {0}.Kind.A, k, __file__, {1}"
+    file.write_text(text.format(name, 1))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(name)
+    look = joining.prepare
+    monkeypatch.setattr(joining, "prepare", lambda *args, **options: look(*args, **options) and sees_files)
+
+    with joined(cluster) as pool:
+        first = sky.compute(module.work)(module.Kind.A) >> pool
+        everywhere = sky.compute(module.work)(module.Kind.A) @ pool.slots
+        file.write_text(text.format(name, 2))
+        second = sky.compute(module.work)(module.Kind.A) @ pool.slots
+
+    assert first[::3] == (True, 1)
+    assert first[1] is module.Kind.A
+    assert (Path(first[2]) == file) is sees_files
+    assert [found[::3] for found in everywhere] == [(True, 1)] * 2
+    assert [found[::3] for found in second] == [(True, 2)] * 2
 
 
 def test_cancelling_harms_no_worker_that_is_not_ours(cluster: LocalCluster) -> None:

@@ -16,6 +16,7 @@ from joblib import Parallel, delayed
 import skyward as sky
 from skyward import pickling
 from skyward.engine.calls import Call, Packer
+from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 from skyward.functions import is_constant
 
@@ -274,7 +275,7 @@ class Table:
 
 def test_the_object_of_a_bound_method_is_stored_once_for_all_calls(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    packer, table = Packer(store), Table(3_000)
+    packer, table = Packer(store, Sources(store, ship=True)), Table(3_000)
 
     items = [packer.pack(Call(table.look_up, (i,)), i) for i in range(20)]
 

@@ -19,6 +19,7 @@ from skyward import pickling
 from skyward.engine import calls
 from skyward.engine import store as store_module
 from skyward.engine.calls import Call, Packer
+from skyward.engine.sources import Sources
 from skyward.engine.store import Keeper, Store
 from skyward.wire import BlobRef
 
@@ -98,7 +99,7 @@ def test_a_changed_column_of_a_matrix_is_noticed(shape: tuple[int, int]) -> None
 def test_large_arrays_of_a_function_are_dropped_when_its_calls_have_ended() -> None:
     store = Store(keep_bytes=0)
     array = np.ones(SMALL)
-    packer = Packer(store)
+    packer = Packer(store, Sources(store, ship=True))
 
     def first() -> float:
         return float(array[0])
@@ -230,7 +231,7 @@ def test_large_arguments_without_arrays_travel_beside_the_pickle_too(monkeypatch
 
 
 def test_only_bytes_that_were_not_stored_before_count_as_waiting() -> None:
-    packer = Packer(Store())
+    packer = Packer(store := Store(), Sources(store, ship=True))
     array = np.ones(SMALL)
 
     sizes = [packer.pack(Call(len, (array,))).size for _ in range(2)]

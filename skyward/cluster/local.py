@@ -89,7 +89,7 @@ def local_cluster(
 def _environment(pool_id: str, site: Path | None) -> dict[str, str]:
     """Return the caller's variables, with its import path: on this machine tasks may well see all that it sees."""
     path = [str(site)] if site else []
-    path += [p for p in sys.path if p]
+    path += [os.path.abspath(p) for p in sys.path]  # noqa: PTH100 - '' is the cwd
     roots = [Path(__file__).parent.parent.parent]
     roots.append(roots[0] / "backends")  # in a source checkout the joblib backend lies beside the package
     path += [str(r) for r in roots if r.is_dir()]

@@ -74,13 +74,14 @@ class Broadcaster:
             for worker, address in enumerate(workers)
         ]
         barrier = uuid.uuid4().hex if len(targets) > 1 else None
+        addresses = [target[0] for target in targets]  # which change when workers are renewed
         tasks: dict[asyncio.Task[Outcome | BaseException], int] = {}
         keys: list[str] = []
-        for index, (address, worker, per_node) in enumerate(targets):
+        for index, (_, worker, per_node) in enumerate(targets):
             key = f"{item.call.label}-{uuid.uuid4().hex}"
             keys.append(key)
             part = Participant(index, len(targets), worker, per_node, barrier)
-            running = self._engine._loop.create_task(self._run_part(key, item, part, address))
+            running = self._engine._loop.create_task(self._run_part(key, item, part, addresses))
             tasks[running] = index
         is_job = getattr(item.call.fn, ISOLATION, None) is not None
         results: dict[int, Outcome] = {}
@@ -99,8 +100,8 @@ class Broadcaster:
                     else:
                         failures.append(outcome)
                         until = min(until, now() + (_VERDICT_S if is_job else 0.0))
-                gone = {t[0] for t in targets} - self._workers()
-                if pending and gone & {targets[tasks[t]][0] for t in pending}:
+                gone = set(filter(None, addresses)) - self._workers()
+                if pending and gone & {addresses[tasks[t]] for t in pending}:
                     raise MachineLostError(
                         f"a worker ({', '.join(sorted(gone))}) was lost during a broadcast of {item.call.label}(); "
                         "the others were ended. A broadcast is not rerun by itself: call it again.",
@@ -114,7 +115,8 @@ class Broadcaster:
                 return [first]
         finally:
             has_inbox = self._engine._alive is not None
-            unfinished = {keys[i]: targets[i][0] if has_inbox else None for i in map(tasks.__getitem__, pending)}
+            left_over = map(tasks.__getitem__, pending)
+            unfinished = {keys[i]: (addresses[i] or None) if has_inbox else None for i in left_over}
             for task in pending:
                 task.cancel()
             if unfinished:
@@ -148,13 +150,18 @@ class Broadcaster:
             ) from None
 
     async def _run_part(
-        self, key: str, item: Item, part: Participant, address: str
+        self, key: str, item: Item, part: Participant, addresses: list[str]
     ) -> Outcome | BaseException:
+        address = addresses[part.rank]
         self._engine._placement.add(address)
         try:
             chunk = self._engine._chunk(key, [item], part)
             chunk.isolation = getattr(item.call.fn, ISOLATION, None)
             result = await self._engine._run_part(chunk, address)
+            if result.is_outdated and not self._engine.is_joined:
+                addresses[part.rank] = ""  # gone with our knowledge
+                addresses[part.rank] = await asyncio.wait_for(self._engine.renewed(address), _RESTART_S)
+                return await self._run_part(key, item, part, addresses)
         except WorkerGoneError:
             return WorkerDiedError(
                 f"the worker of part {part.rank} of {part.size} died during the broadcast of "

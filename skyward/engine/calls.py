@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import time
 import warnings
@@ -15,6 +16,7 @@ import xxhash
 
 from skyward import guard, pickling, raised
 from skyward.engine.captured import captured
+from skyward.engine.sources import REST_S, Sources
 from skyward.engine.store import Keeper, Store
 from skyward.engine.writable import WritableArrays
 from skyward.errors import SerializationError, TaskExitError
@@ -79,12 +81,23 @@ class Packer:
     """Packs the calls of one group: each function once, each large buffer once per identity.
 
     With `unchanged`, the caller's code does not run between two calls, so functions and arrays stay as they were.
-    Otherwise both are looked at again for each call: see `Keeper` and `captured`. `access` is how calls see the large
-    buffers; None: read-only.
+    Otherwise both are looked at again for each call: see `Keeper` and `captured`. Own modules are looked at for the
+    first call, if `eager`, and then after a rest: see `Sources.look`. `access` is how calls see the large buffers;
+    None: read-only.
     """
 
-    def __init__(self, store: Store, *, unchanged: bool = False, access: Access | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        sources: Sources,
+        *,
+        unchanged: bool = False,
+        access: Access | None = None,
+        eager: bool = True,
+    ) -> None:
         self._store = store
+        self._sources = sources
+        self._rest_s = 0.0 if eager else REST_S
         self._unchanged = unchanged
         self._keeper: Keeper | WritableArrays = Keeper(store, unchanged=unchanged)
         if access is not None and access.mode == "r+":
@@ -117,6 +130,8 @@ class Packer:
             if len(data) >= pickling.OUT_OF_BAND and owner is not None:
                 self._large = owner
                 data, buffers = self._dumps((args, kwargs), owner)
+            self._sources.look(self._rest_s)
+            self._rest_s = math.inf if self._unchanged else REST_S
         except (SerializationError, MemoryError):
             raise
         except Exception as exc:  # whatever an object's own __reduce__ raises
@@ -129,7 +144,9 @@ class Packer:
         return Item(call, index, function, data, refs, size, sink)
 
     def _dumps(self, obj: object, apart: object = None) -> tuple[bytes, Sequence[pickling.Buffer]]:
-        return pickling.dumps(obj, out_of_band=self._out_of_band, apart=apart, files=self._store.has_files)
+        return pickling.dumps(
+            obj, self._sources.refer, out_of_band=self._out_of_band, apart=apart, files=self._store.has_files
+        )
 
     def close(self) -> None:
         """Let go of what is kept for the group. Nothing more is packed."""

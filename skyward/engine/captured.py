@@ -7,8 +7,9 @@ import sys
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from skyward.engine.own import goes_by_value
 from skyward.functions import CONSTANTS, parts_of
-from skyward.pickling import is_project_module
+from skyward.pickling import count_wrappers
 
 
 def captured(fn: Any) -> list[Any] | None:
@@ -28,7 +29,7 @@ def captured(fn: Any) -> list[Any] | None:
             continue
         seen.add(id(value))
         if kind is FunctionType:
-            found += parts_of(value, with_globals=_is_by_value(value.__module__))
+            found += parts_of(value, with_globals=_is_by_value(value))
         elif kind is tuple:
             found += value
         elif kind is functools.partial:
@@ -38,18 +39,24 @@ def captured(fn: Any) -> list[Any] | None:
         elif kind is BuiltinFunctionType:
             found.append(value.__self__)  # its module, or the object that it is a method of
         elif isinstance(value, type):
-            if _is_by_value(value.__module__):
+            if _is_by_value(value):
                 found += value.__bases__
                 attributes += vars(value).values()
         elif isinstance(value, ModuleType):
-            if _is_by_value(value.__name__):
+            if _is_module_by_value(value.__name__):
                 attributes += vars(value).values()
         else:
             return None
     return found + attributes
 
 
+def _is_by_value(code: FunctionType | type) -> bool:
+    """Tell whether a function or class travels by value, and with it the globals or attributes that it has."""
+    if _is_module_by_value(code.__module__) or "<locals>" in code.__qualname__:
+        return True
+    return isinstance(code, FunctionType) and count_wrappers(code) is None
+
+
 @functools.lru_cache(maxsize=1024)
-def _is_by_value(module: str | None) -> bool:
-    """Tell whether functions of a module travel by value, and with them the globals that they use."""
-    return module == "__main__" or module not in sys.modules or is_project_module(module)
+def _is_module_by_value(module: str | None) -> bool:
+    return module is None or module == "__main__" or module not in sys.modules or goes_by_value(module, ship=True)

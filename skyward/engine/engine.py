@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import math
 import threading
 import uuid
 from collections import deque
@@ -27,6 +28,7 @@ from skyward.engine.flights import UNREACHABLE_S, Flight, Flights
 from skyward.engine.group import CallFuture, Group
 from skyward.engine.placement import Placement
 from skyward.engine.progress import Progress, Single
+from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 from skyward.engine.transport import SETTLE_S, Transport, WorkerGoneError
 from skyward.errors import PoolError
@@ -40,6 +42,8 @@ _CHUNK_CALLS = 20_000
 _CHUNK_BYTES = 16 << 20
 _ENDING_S = interrupts.GRACE_S + 10.0
 """Seconds after which a worker that was to end because of a cancelled call has ended, or goes on. By feel."""
+_ASK_AGAIN_S = 1.0
+"""Seconds after which a worker that is to end is asked again. Chosen, not measured."""
 _VERDICT_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
 _CANCEL_CALLS = 5_000
@@ -89,6 +93,8 @@ class Engine:
         Hears, in the loop, what tasks have printed, before their outcomes are delivered.
     head_port
         Port on the first node for what the calls of a broadcast agree on among themselves.
+    included
+        Own modules and packages that are on the machines already.
     """
 
     def __init__(
@@ -109,10 +115,12 @@ class Engine:
         accelerator: str | None = None,
         accelerators_per_node: int = 0,
         parts_per_node: int = 1,
+        included: Sequence[str] = (),
     ) -> None:
         self.client = client
         self.retries = retries
         self.store = Store(*share)
+        self.sources = Sources(self.store, ship=not share, included=included)
         self.decoder = Decoder()
         self.last_activity = now()
         self._slots = slots
@@ -201,7 +209,7 @@ class Engine:
         self._check_open()
         future = CallFuture()
         group = group or self._futures_group
-        packer = group.packer if group is not self._futures_group else Packer(self.store)
+        packer = group.packer if group is not self._futures_group else Packer(self.store, self.sources, eager=False)
         item = packer.pack(call, sink=future)
         future.on_cancel = functools.partial(self._cancel, group, item)
         group.put(item)
@@ -216,7 +224,7 @@ class Engine:
         """
         self._check_open()
         self._check_thread()
-        packer = Packer(self.store)
+        packer = Packer(self.store, self.sources)
         item = packer.pack(call)
         running = asyncio.run_coroutine_threadsafe(self._broadcast(item, every_slot), self._loop)
         try:
@@ -477,7 +485,19 @@ class Engine:
         calls = [WireCall(order[i.function.digest], i.arguments, i.buffers) for i in items]
         timeout = items[0].call.timeout
         budget = None if len(items) == 1 else Estimates.BUDGET_S
-        return Chunk(key, tuple(functions.values()), calls, self._layout, budget, timeout, part, access=access)
+        facts, archives = self.sources.facts
+        return Chunk(
+            key,
+            tuple(functions.values()),
+            calls,
+            self._layout,
+            budget,
+            timeout,
+            part,
+            access=access,
+            facts=facts,
+            archives=archives,
+        )
 
     async def _run_chunk(self, flight: Flight) -> None:
         key, group, items = flight.key, flight.group, flight.items
@@ -486,6 +506,8 @@ class Engine:
         if not isinstance(result, Outcomes) and self.client.status != "running" and not flight.is_dropped:
             # The scheduler is out of reach. Whoever runs it will say what has become of it: that is the better answer.
             await asyncio.wait([self._over], timeout=_VERDICT_S)
+        if isinstance(result, Outcomes) and result.is_outdated and flight.address is not None:
+            self._end_worker(flight.address)
         is_excused = not flight.is_dropped and await self._flights.is_excused(flight, result)
         if flight.is_dropped:
             self._pump()  # cancelled or failed meanwhile, and delivered then; its slot has come free
@@ -500,6 +522,24 @@ class Engine:
         else:
             self._lost(group, items, result, now() - began)
         self._pump()
+
+    def _end_worker(self, address: str) -> None:
+        """Have a worker that has older versions of own modules ended, which brings a new one."""
+        self._placement.shun(address, math.inf)
+        self._ending[address] = now() + _ENDING_S
+        self._start(self._ask_to_end(address))
+
+    async def _ask_to_end(self, address: str) -> None:
+        while self._alive is not None and address in self._alive():
+            await self._transport.end_worker(address)
+            await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def renewed(self, address: str) -> str:
+        """Have a worker ended, and return the address of the one that has come in its place."""
+        self._end_worker(address)
+        while (found := self._placement.successor(address)) is None:
+            await asyncio.sleep(0.02)
+        return found
 
     async def _run_part(self, chunk: Chunk, address: str) -> Outcomes:
         """Run a part of a broadcast on its worker, before all else that waits there."""
@@ -563,6 +603,7 @@ class Engine:
             return
         if not isinstance(cause, WorkerGoneError):
             large = {ref.digest for item in items for ref in item.refs}
+            large.update(ref.digest for ref in self.sources.facts[1])
             if self._transport.lose(large) and all(item.losses < self.retries for item in items):
                 # The worker that held a large argument may be lost, and with it the task that needed it.
                 logger.debug("%s runs again with new copies of its large arguments: %s", batch_label(items), cause)

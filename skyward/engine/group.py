@@ -94,7 +94,7 @@ class Group:
         self.engine = engine
         self.limit = limit
         self.access = access
-        self.packer = Packer(engine.store, unchanged=unchanged, access=access)
+        self.packer = Packer(engine.store, engine.sources, unchanged=unchanged, access=access)
         self.pending: OrderedDict[Item, None] = OrderedDict()  # so that any of them can be dropped at once
         self._bytes_put = 0
         self._bytes_taken = 0  # two counters, each written by one thread only

@@ -88,6 +88,12 @@ class Placement:
         """Return the nodes that there are now."""
         return {self._places[address].node for level in self._levels for address in level}
 
+    def successor(self, address: str) -> str | None:
+        """Return the worker that is in the place of one that is gone; None: not yet."""
+        _, node, number, *_ = self._places[address]
+        present = (self._places[a] for level in self._levels for a in level if a != address)
+        return next((s.address for s in present if (s.node, s.number) == (node, number)), None)
+
     def name(self, address: str) -> str:
         slot = self._places.get(address)
         return f"{slot.node}-{slot.number}" if slot is not None else address

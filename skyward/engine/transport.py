@@ -21,7 +21,7 @@ from distributed.core import send_recv
 from skyward import inbox, interrupts, isolation, runtime
 from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.store import Store
-from skyward.wire import INTERRUPT, RUN, TAKE_BACK, Chunk, Outcomes
+from skyward.wire import INTERRUPT, LEAVE, RUN, TAKE_BACK, Chunk, Outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Transport:
             One did not arrive.
         """
         self.forget_dropped()
-        if digests := _not_in_files(chunk):
+        if digests := chunk.not_in_files():
             try:
                 await self.delivery.bring(digests, node, address)
             except OSError as exc:
@@ -84,7 +84,7 @@ class Transport:
 
     async def arguments(self, chunk: Chunk) -> list[Any]:
         """Return the chunk and the futures of those large buffers that lie on the cluster rather than in files."""
-        digests = _not_in_files(chunk)
+        digests = chunk.not_in_files()
         self.forget_dropped()
         for digest in digests:
             if digest not in self._scattered or self._scattered[digest].cancelled():
@@ -173,6 +173,13 @@ class Transport:
         except OSError as exc:  # its chunks are lost then, and whoever waits for them is told
             logger.debug("%s can't be asked for chunks: %s", address, exc)
 
+    async def end_worker(self, address: str) -> None:
+        """Ask a worker whose own modules are outdated to end; its nanny starts another."""
+        try:
+            await self._send(address, LEAVE)
+        except OSError as exc:  # it has ended
+            logger.debug("%s can't be asked to end: %s", address, exc)
+
     def attend(self, key: str, address: str) -> Any:
         """Tell the scheduler of a chunk that runs on a worker: by a task that lasts as long. Returns its future."""
         return self.client.submit(inbox.attend, key, key=key, workers=[address], pure=False)
@@ -252,14 +259,6 @@ class Transport:
         """Let go of what was scattered, and of what is on its way."""
         self._scattered.clear()
         self.delivery.close()
-
-
-def _not_in_files(chunk: Chunk) -> dict[str, None]:
-    """Return the digests of the large buffers that a chunk needs and that are not in files which the worker sees."""
-    digests: dict[str, None] = {}
-    for refs in [*(f.buffers for f in chunk.functions), *(c.buffers for c in chunk.calls)]:
-        digests.update((r.digest, None) for r in refs if r.path is None)
-    return digests
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
