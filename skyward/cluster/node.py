@@ -323,7 +323,7 @@ class _Agent:
                 "distributed.logging": {"distributed": "warning"},
             }
         )
-        self._tell("ready", cores=int(os.environ["SKYWARD_NODE_CORES"]))
+        self._tell("ready")
         if config.metrics:
             self._spawn(self._tell_metrics())
         if config.notice:
