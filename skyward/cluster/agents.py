@@ -182,6 +182,10 @@ class LocalAgent:
         self._stopping = True
         process = self._process
         if process is not None:
+            if process.poll() is None:  # it hangs, and what it has adopted would be init's
+                from skyward.cluster.descendants import kill_descendants
+
+                kill_descendants(process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, 9)
             process.wait()

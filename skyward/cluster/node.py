@@ -31,7 +31,7 @@ from typing import Any
 
 from skyward import logs, shelf
 from skyward.bootstrap import POWER_OFF
-from skyward.cluster import metrics, notice, reach
+from skyward.cluster import descendants, metrics, notice, reach
 from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.relay import INTERPRETER, Switchboard
 from skyward.cluster.watch import Watch
@@ -70,6 +70,7 @@ def main() -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(_environment(config))
+    descendants.adopt_orphans()
     _start_forkserver(config)
     try:
         asyncio.run(_run(config, events))
@@ -128,7 +129,7 @@ def _end(config: AgentConfig, *, alone: bool = False) -> None:
         _kill_all(config.pool_id)  # what is still open can't be sent
         # None of those that are killed with the pool: it goes on when this process ends.
         unmarked = {name: value for name, value in os.environ.items() if name != "SKYWARD_POOL"}
-        command = ["sh", "-c", f"{UNMOUNT_ALONE}; {POWER_OFF}"]
+        command = ["sh", "-c", f"{UNMOUNT_ALONE}; {POWER_OFF}", descendants.LEAVE]
         with contextlib.suppress(OSError):
             subprocess.run(command, stdin=subprocess.DEVNULL, env=unmarked, start_new_session=True)
     _kill_all(config.pool_id)
@@ -136,19 +137,17 @@ def _end(config: AgentConfig, *, alone: bool = False) -> None:
 
 
 def _kill_all(pool_id: str) -> None:
-    """Kill what descends from us: it has the pool's id with it, or is of our process group, which we lead.
-
-    Only multiprocessing's tracker may live: it ends when all others have, and removes their semaphores first.
-    """
+    """Kill what we have started: it is below us, has the pool's id with it, or is of the process group that we lead."""
     import psutil
 
+    descendants.kill_descendants(os.getpid())
     ours = os.getpgrp() if os.getpgrp() == os.getpid() else None
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
             if process.pid == os.getpid():
                 continue
             descends = os.getpgid(process.pid) == ours or process.environ().get("SKYWARD_POOL") == pool_id
-            if descends and "resource_tracker" not in " ".join(process.cmdline()):
+            if descends and descendants.TRACKER not in " ".join(process.cmdline()):
                 process.kill()
 
 
@@ -169,7 +168,7 @@ def _start_forkserver(config: AgentConfig) -> None:
         # Its socket would lie in a folder of its own, which nobody removes when we are killed.
         multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distributed.worker", "skyward.cluster.slot"])
+    context.set_forkserver_preload(["skyward.cluster.adoption", "distributed.worker", "skyward.cluster.slot"])
     forkserver.ensure_running()
 
 

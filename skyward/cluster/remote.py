@@ -24,6 +24,7 @@ from skyward.bootstrap import HOME, LAST_LINES, NEUTRAL, POOL, POWER_OFF, Progre
 from skyward.cluster import bootlogs
 from skyward.cluster.agents import Heard
 from skyward.cluster.config import AgentConfig, NodeSpec
+from skyward.cluster.descendants import SEPARATE
 from skyward.cluster.flush import flush
 from skyward.cluster.heartbeat import Heartbeat, Heartbeats, touch
 from skyward.cluster.listing import Listing
@@ -696,12 +697,18 @@ def _logs_command(folder: str, *, cloud: bool) -> str:
     return f'for log in {logs}; do [ ! -r "$log" ] || {{ echo "== $log"; tail -c 500000 "$log"; echo; }}; done'
 
 
+_PARENT_OF = r"s/^\([0-9]*\) (.*) [^Z] \([0-9]*\) .*/\1:\2/p"
+"""Makes a line ``pid:parent`` of the state of a process that has not ended, for sed: see proc(5)."""
+
+
 def clean_command(pool_id: str) -> str:
     """Return the shell command that ends all of a pool on a machine: its processes, however far away, and its files.
 
-    Every process that descends from the agent has the pool's id in its environment. The processes that run this
-    command may have it too: they are spared.
+    The processes of a pool have its id in their environment, or descend from those that do: what has cleared its
+    environment and lost its parent is a child of the agent, or of the process that workers are forked from. The
+    processes that run this command may have the id too: they are spared. So is what has an end of its own.
     """
+    separate = " ".join(f"-e {name}" for name in SEPARATE)
     mark = shlex.quote(f"{POOL}={pool_id}")
     # grep alone is not enough: behind a ForceCommand this whole command is in the environment of what sshd starts.
     clean = (
@@ -711,6 +718,12 @@ def clean_command(pool_id: str) -> str:
         f"for pid in $(grep -lsaF {mark} /proc/[0-9]*/environ | tr -dc '0-9\\n'); do "
         f'case $own in *" $pid "*) continue;; esac; '
         f"2> /dev/null tr '\\0' '\\n' < /proc/$pid/environ | grep -qxF {mark} && found=\"$found $pid\"; done; "
+        f"tree=; for pid in $found; do grep -qsaF -e skyward.cluster.node -e multiprocessing /proc/$pid/cmdline && "
+        f'tree="$tree $pid"; done; more=$tree; while [ -n "$more" ]; do more=; '
+        f"for pair in $(2> /dev/null sed -n {shlex.quote(_PARENT_OF)} /proc/[0-9]*/stat); do "
+        f'pid=${{pair%:*}}; case "$own$found $tree " in *" $pid "*) continue;; esac; '
+        f'case "$tree " in *" ${{pair#*:}} "*) grep -qsaF {separate} /proc/$pid/cmdline || '
+        f'{{ tree="$tree $pid"; found=" $pid$found"; more=yes; }};; esac; done; done; '
         f'[ -z "$found" ] && break; '
         # multiprocessing's tracker ends by itself when all others have, and only then removes their semaphores.
         f"for pid in $found; do [ $try -gt 6 ] || ! grep -qsaF resource_tracker /proc/$pid/cmdline && "

@@ -22,6 +22,7 @@ from sklearn.svm import SVC
 import skyward as sky
 from tests import hostile
 from tests.cloudbox import Machine
+from tests.daemons import start_daemon
 from tests.joblib.modes import MIB, SEEN, seen
 from tests.machines.conftest import IMAGE, Site
 
@@ -107,6 +108,19 @@ def test_calls_see_where_they_are(pool: sky.ComputePool, machines: list[Machine]
     assert {i.head_addr for i in infos if i} == {machines[0].address}
     assert [i.id for i in pool.instances] == [f"root@{m.address}" for m in machines]
     assert sky.compute(lambda: sky.shard(list(range(6))))() @ pool == ([0, 3], [1, 4], [2, 5])
+
+
+def test_a_daemon_without_environment_ends_with_its_pool(
+    site: Site, pool: sky.ComputePool, machines: list[Machine]
+) -> None:
+    stays = sky.compute(start_daemon)() @ pool
+    with sky.ComputePool(site.provider(machines[0]), image=IMAGE, display="quiet") as own:
+        ends = sky.compute(start_daemon)() >> own
+        machines[0].run(f"kill -0 {ends}")
+
+    state = machines[0].run(f"grep -s ^State: /proc/{ends}/status || echo ended").strip()
+    assert state == "ended" or "zombie" in state
+    machines[0].run(f"kill -0 {stays[0]}")  # another pool's
 
 
 def test_joblib_counts_the_cores_of_the_slot(pool: sky.ComputePool) -> None:
