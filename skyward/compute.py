@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextvars import ContextVar, copy_context
@@ -62,6 +63,15 @@ class Target(BroadcastTarget, Protocol):
 _current: ContextVar[Any] = ContextVar("skyward_current_pool", default=None)
 _entered: list[tuple[Any, Any]] = []  # every target whose block is open in this process, with the one around it
 _entered_lock = threading.Lock()
+
+
+def _unlock() -> None:
+    global _entered_lock
+    _entered_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may hold it just then
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def enter(target: Any) -> None:

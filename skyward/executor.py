@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
+from skyward import forks
 from skyward.compute import ComputeFunction, compute
 from skyward.pool import ComputePool, PoolOptions
 from skyward.providers import ProviderLike
@@ -41,6 +42,12 @@ class Executor(concurrent.futures.Executor):
         self._pending: set[Future[Any]] = set()
         # An executor that is forgotten, or alive when the interpreter exits, must not keep its machines.
         self._end = weakref.finalize(self, _stop, self.pool)
+        forks.tell(self)
+
+    def forked(self) -> None:
+        """Wait for nothing in a child that was forked: the futures are the parent's."""
+        self._lock = threading.Lock()
+        self._pending = set()
 
     def _start(self) -> None:
         with self._lock:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
+from skyward import forks
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
 from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError, VolumeError
 from skyward.task import host_of
@@ -253,6 +255,7 @@ class ComputePool:
 
             self._session = Session(self)
             self._output = self._session.output
+            forks.tell(self)
             try:
                 self._session.start()
             except BaseException as exc:
@@ -285,6 +288,17 @@ class ComputePool:
             if reason is None and self._loss is not None:
                 loss, self._loss = self._loss, None
                 raise loss
+
+    def forked(self) -> None:
+        """Leave the pool to the parent of this process, which was forked from it."""
+        self._lock = threading.RLock()
+        session, self._session = self._session, None
+        if session is not None:
+            self._ended = PoolError(
+                f"this pool belongs to process {os.getppid()}, from which this process was forked. Use it there, or "
+                "start this process with multiprocessing's method 'spawn' and open a pool in it."
+            )
+            session.forked(self._ended)
 
     def _abandon(self) -> None:
         """Let a start that runs in another thread fail soon. Does not wait for it."""

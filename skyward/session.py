@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 _LOOK_AT_COST_S = 1.0
 _TELL_COST_S = 30.0
 
+_left: list[Session] = []
+"""Sessions of the parent, in a process that was forked."""
+
 
 class Session:
     """What an active pool holds: cluster, client, engine, timers. Made to be thrown away."""
@@ -320,6 +323,14 @@ class Session:
                 self.emit(events.InstanceStopping(instance_id=self._there[node]))
         finally:  # whatever Ctrl-C does
             self._stack.close()
+
+    def forked(self, reason: BaseException) -> None:
+        """Let go of everything, in a child that was forked: the parent goes on with it."""
+        _left.append(self)  # so that nothing of it is finalized here
+        if hasattr(self, "engine"):
+            self.engine.forked(reason)
+        if hasattr(self, "client"):
+            self.client.status = "closed"  # or it would close what the parent uses when this process ends
 
     def _has_unsent(self) -> bool:
         cluster: Any = getattr(self, "cluster", None)

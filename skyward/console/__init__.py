@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any, Protocol
 
-from skyward import events
+from skyward import events, forks
 from skyward.console import records
 from skyward.console.model import About, Model
 from skyward.console.streams import Streams, is_notebook, is_terminal
@@ -61,6 +61,7 @@ class Console:
         self._screen: Any = None
         self._streams = Streams()
         self._end_warnings = records.show(self)
+        forks.tell(self)
         if not self.shows:
             return
         if display == "auto" and is_notebook():
@@ -69,6 +70,14 @@ class Console:
             self._go_live(one_line=display == "spinner")
         else:
             self._go_plain()
+
+    def forked(self) -> None:
+        """Show nothing in a child that was forked, whose own output goes where it would go without this."""
+        self._lock = threading.RLock()
+        self._view = None
+        screen, self._screen = self._screen, None
+        if screen is not None:
+            screen.let_go()
 
     def _go_live(self, *, one_line: bool) -> None:
         from skyward.console.live import LiveView

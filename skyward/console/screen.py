@@ -65,13 +65,17 @@ class Screen:
         """Leave the terminal as it was, with what was written there. May be called twice."""
         with self._lock:
             self.clear()
-            self.is_closed = True
-            for name, through in self._through.items():
-                if getattr(sys, name) is through:  # otherwise somebody has put his own there, who knows of ours
-                    setattr(sys, name, _open_one(self._streams[name]))
-            if self._input is not None and builtins.input is self._input[1]:
-                builtins.input = self._input[0]
-            self._input = None
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let nothing pass through here any more. Takes no lock."""
+        self.is_closed = True
+        for name, through in self._through.items():
+            if getattr(sys, name) is through:  # otherwise somebody has put his own there, who knows of ours
+                setattr(sys, name, _open_one(self._streams[name]))
+        if self._input is not None and builtins.input is self._input[1]:
+            builtins.input = self._input[0]
+        self._input = None
 
     @property
     def terminal(self) -> Any:

@@ -148,6 +148,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._broadcaster = Broadcaster(self)
         self._failure: BaseException | None = None
+        self.left: BaseException | None = None  # why there is no event loop: this is a forked child
         self._over: asyncio.Future[None] = self._loop.create_future()  # done when there is a failure
         self._read = threading.Event()
         self.progress = Progress(self._loop)
@@ -299,6 +300,10 @@ class Engine:
         self._loop.call_soon_threadsafe(end)
         done.wait(10)  # a loop that takes longer is gone, and with it whatever would be waited for
 
+    def forked(self, reason: BaseException) -> None:
+        """Refuse everything with `reason`, in a child that was forked: the event loop is in the parent."""
+        self._failure = self.left = reason
+
     # --- between threads ------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -313,7 +318,7 @@ class Engine:
             )
 
     def _call_soon(self, fn: Callable[..., None], *args: Any) -> None:
-        if not self._loop.is_closed():
+        if self.left is None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(fn, *args)
 
     def _wake(self, group: Group) -> None:

@@ -6,6 +6,7 @@ import concurrent.futures
 import functools
 import itertools
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyward import guard
 from skyward.engine.calls import Item, Packer
+from skyward.errors import PoolError
 from skyward.wire import Access, Kind, Outcome
 
 if TYPE_CHECKING:
@@ -33,6 +35,22 @@ class CallFuture(concurrent.futures.Future[Any]):
         self.sent = False
         self.on_cancel: Callable[[], None] | None = None
         self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._check_process()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check_process()
+        return super().exception(timeout)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise PoolError(
+                f"this future belongs to process {self._process}, from which this process was forked: ask for its "
+                "result there"
+            )
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         super().add_done_callback(functools.partial(_call_back, fn))

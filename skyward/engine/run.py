@@ -101,6 +101,8 @@ def _outcomes(
             if fed == ended:
                 finished = True
                 return
+            if engine.left is not None:
+                raise engine.left
             delivery = list(inbox.get())
             while not inbox.empty():
                 delivery += inbox.get()
