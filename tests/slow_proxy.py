@@ -28,11 +28,13 @@ class SlowProxy:
         self.carried = 0
         self._target = host, port
         self._turn: asyncio.Lock
+        self._writers: list[asyncio.StreamWriter] = []
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # CancelledError too: asyncio's streams log it.
         with contextlib.suppress(OSError, asyncio.CancelledError), contextlib.closing(writer):
             there_reader, there_writer = await asyncio.open_connection(*self._target)
+            self._writers += [writer, there_writer]
             with contextlib.closing(there_writer):
                 await asyncio.gather(self._send(reader, there_writer), self._answer(there_reader, writer))
 
@@ -63,6 +65,9 @@ class SlowProxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # in which their sockets are closed
 
 
 @contextmanager
