@@ -42,6 +42,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         Threads that numeric libraries may use inside a task; None: the cores of a slot.
     """
 
+    nesting_level: int | None
     default_n_jobs = -1
     supports_retrieve_callback = True
     supports_inner_max_num_threads = True
@@ -102,26 +103,33 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
     ) -> int:
         if unknown := options.keys() - _FOR_OTHERS:
             _refuse(unknown)
-        if self.parallel is not parallel:
-            # Each `Parallel` has its own: one may be read as a generator, or be in another thread, while another runs.
-            if pool is None and client is None:
-                pool, client = self._pool, self._client
-            own = type(self)(self.nesting_level or 0, self.inner_max_num_threads, pool=pool, client=client)
-            own.parallel = parallel
-            raise FallbackToBackend(own)
+        if (pool, client) not in ((None, None), (self._pool, self._client)):
+            self._fall_back(parallel, pool, client)
         effective = self.effective_n_jobs(n_jobs)
         if effective == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
+        engine = engine_for(self._pool, self._client)
+        how = access(max_nbytes, mmap_mode, engine)
+        with _taking:
+            if is_free := self.parallel in (None, parallel):
+                self.parallel = parallel
+        if not is_free:
+            self._fall_back(parallel, self._pool, self._client)
+        self.nesting_level = self.nesting_level or 0
         self._asked = n_jobs
         self._started_with = effective
         self._in_flight = self._tasks_in_flight = 0
-        self._engine = engine_for(self._pool, self._client)
+        self._engine = engine
         # A count below zero grows with the pool, so only a count that was named is a limit.
-        self._group = self._engine.group(
-            limit=n_jobs if n_jobs > 0 else None, access=access(max_nbytes, mmap_mode, self._engine)
-        )
+        self._group = engine.group(limit=n_jobs if n_jobs > 0 else None, access=how)
         self._group.may_grow = self._may_grow
         return effective
+
+    def _fall_back(self, parallel: Any, pool: Any, client: Any) -> NoReturn:
+        """Let `parallel` have its own backend: this one serves another, in another thread or read as a generator."""
+        own = type(self)(self.nesting_level, self.inner_max_num_threads, pool=pool, client=client)
+        own.parallel = parallel
+        raise FallbackToBackend(own)
 
     def _may_grow(self) -> bool:
         return getattr(self.parallel, "_original_iterator", None) is not None
@@ -131,6 +139,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
             self._group.close()
         self._group = self._engine = None
         self._batches = BatchSizes()
+        self.parallel = None  # from here on it may serve another
 
     # --- work -----------------------------------------------------------------------------------------------
 
@@ -176,7 +185,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         their way there: the last tasks of short ones, which joblib cuts into many.
         """
         engine, parallel = self._engine, self.parallel
-        if engine is None:
+        if engine is None or parallel is None:
             return
         now = _count(self._asked, engine)
         has_grown = now > self._started_with
@@ -224,6 +233,8 @@ class BatchSizes:
         """Tell whether so many tasks are known to take less than `SHORT_S`."""
         return self._tasks > 0 and tasks * self._seconds < self.SHORT_S * self._tasks
 
+
+_taking = threading.Lock()  # held while a backend begins to serve a `Parallel`
 
 _FOR_OTHERS = {"prefer", "require", "verbose", "temp_folder", "context"}
 """Options that joblib hands to each backend and sees to itself, or that mean nothing on a pool: see its docs."""

@@ -122,6 +122,20 @@ def test_short_batches_alone_go_far_ahead(seconds: float, tasks: int, goes_far_a
     assert (most > 2 * 4) == goes_far_ahead  # joblib has two batches a slot on their way
 
 
+def test_a_backend_that_is_named_serves_one_call_itself_and_others_by_its_like() -> None:
+    with parallel_config(backend=SkywardBackend()) as config:
+        first = Parallel(return_as="generator")(delayed(square)(i) for i in range(20))
+        second = Parallel(return_as="generator")(delayed(square)(i) for i in range(20))
+        serving = config["backend"].parallel
+        assert list(first) == list(second) == [i * i for i in range(20)]
+        third = Parallel(n_jobs=2)
+        third(delayed(square)(i) for i in range(4))
+
+    assert serving is not None
+    assert third._backend is config["backend"]
+    assert config["backend"].parallel is None
+
+
 def test_lambdas_closures_and_local_classes_travel() -> None:
     factor = 3
 
