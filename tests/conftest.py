@@ -34,6 +34,25 @@ def pool() -> Iterator[sky.ComputePool]:
         yield pool
 
 
+@pytest.fixture(scope="module")
+def joined() -> Iterator[sky.ComputePool]:
+    """A pool on a Dask cluster that was there before, with one worker."""
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        sky.ComputePool(sky.Dask(cluster), display="quiet") as pool,
+    ):
+        yield pool
+
+
+@pytest.fixture(params=["pool", "joined"])
+def any_pool(request: pytest.FixtureRequest) -> sky.ComputePool:
+    """Each of `pool` and `joined` in turn."""
+    found: sky.ComputePool = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(scope="session")
 def _browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
     if reason := chromium.why_not():

@@ -10,11 +10,10 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from distributed import LocalCluster
 from joblib import Parallel, delayed, parallel_config
 
 import skyward as sky
@@ -52,21 +51,6 @@ def in_child(work: Work) -> str:
 @sky.compute
 def double(x: int) -> int:
     return 2 * x
-
-
-@pytest.fixture(scope="module")
-def joined() -> Iterator[sky.ComputePool]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
-        sky.ComputePool(sky.Dask(cluster), display="quiet") as pool,
-    ):
-        yield pool
-
-
-@pytest.fixture(params=["pool", "joined"])
-def any_pool(request: pytest.FixtureRequest) -> sky.ComputePool:
-    pool: sky.ComputePool = request.getfixturevalue(request.param)
-    return pool
 
 
 def _joblib(pool: sky.ComputePool) -> Any:

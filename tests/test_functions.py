@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import LocalCluster
 from joblib import Parallel, delayed
 
 import skyward as sky
@@ -177,15 +176,6 @@ def test_parallel_sends_an_object_with_each_batch(pool: sky.ComputePool) -> None
         values = Parallel(n_jobs=2, batch_size=1)(delayed(simulation.draw)(i) for i in range(CALLS))
 
     assert values == [first] * CALLS
-
-
-@pytest.fixture(scope="module")
-def joined() -> Iterator[sky.ComputePool]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
-        sky.ComputePool(sky.Dask(cluster), display="quiet") as pool,
-    ):
-        yield pool
 
 
 def test_on_a_joined_cluster_calls_see_nothing_of_earlier_ones(joined: sky.ComputePool) -> None:

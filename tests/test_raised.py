@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from distributed import LocalCluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,21 +22,6 @@ TIMEOUT_S = 60
 @sky.compute
 def double(x: int) -> int:
     return 2 * x
-
-
-@pytest.fixture(scope="module")
-def joined() -> Iterator[sky.ComputePool]:
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
-        sky.ComputePool(sky.Dask(cluster), display="quiet") as pool,
-    ):
-        yield pool
-
-
-@pytest.fixture(params=["pool", "joined"])
-def any_pool(request: pytest.FixtureRequest) -> sky.ComputePool:
-    pool: sky.ComputePool = request.getfixturevalue(request.param)
-    return pool
 
 
 # --- anything, anywhere -------------------------------------------------------------------------------------
