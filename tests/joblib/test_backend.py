@@ -122,7 +122,7 @@ def test_short_batches_alone_go_far_ahead(seconds: float, tasks: int, goes_far_a
     assert (most > 2 * 4) == goes_far_ahead  # joblib has two batches a slot on their way
 
 
-def test_a_backend_that_is_named_serves_one_call_itself_and_others_by_its_like() -> None:
+def test_a_named_backend_serves_one_call_itself_and_gives_others_their_own() -> None:
     with parallel_config(backend=SkywardBackend()) as config:
         first = Parallel(return_as="generator")(delayed(square)(i) for i in range(20))
         second = Parallel(return_as="generator")(delayed(square)(i) for i in range(20))
