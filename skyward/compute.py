@@ -82,13 +82,15 @@ def enter(target: Any) -> None:
 
 
 def leave(target: Any) -> None:
-    """Make the target that was current before `enter` the current one again."""
+    """End `enter`: the target around this one is current again, unless one inside it still is. In any order."""
     with _entered_lock:
         at = max((i for i, (t, _) in enumerate(_entered) if t is target), default=None)
         if at is None:
             return
         _, around = _entered.pop(at)
-    _current.set(around)
+        _entered[:] = [(t, around if outer is target else outer) for t, outer in _entered]
+    if _current.get() is target:
+        _current.set(around)
 
 
 def current_pool() -> Any:

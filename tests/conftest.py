@@ -40,7 +40,7 @@ def joined() -> Iterator[sky.ComputePool]:
     from distributed import LocalCluster
 
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
         sky.ComputePool(sky.Dask(cluster), display="quiet") as pool,
     ):
         yield pool

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import Any
 
 import cloudpickle
 import pytest
 
 import skyward as sky
+from skyward.compute import current_pool, enter, leave
 
 
 @sky.compute
@@ -217,8 +218,6 @@ def test_a_call_over_its_time_raises_a_timeout_error(pool: sky.ComputePool) -> N
 
 
 def test_the_module_is_the_pool_of_the_innermost_block(pool: sky.ComputePool) -> None:
-    from skyward.compute import enter, leave
-
     class Recorder:
         def run(self, pending: Any) -> str:
             return "inner"
@@ -324,3 +323,19 @@ def test_wrong_targets_are_told_what_is_right(pool: sky.ComputePool) -> None:
         double(1) >> pool.slots  # type: ignore[operator]
     with pytest.raises(TypeError, match=r"can't run `double.*` on a int"):
         double(1) >> 3  # type: ignore[operator]
+
+
+def test_targets_may_be_left_in_any_order() -> None:
+    first, second = object(), object()
+    enter(first)
+    enter(second)
+
+    leave(first)
+    found = [current_pool()]
+    thread = threading.Thread(target=Context().run, args=(lambda: found.append(current_pool()),))
+    thread.start()
+    thread.join()
+    leave(second)
+
+    assert found == [second, second]
+    assert current_pool() not in (first, second)

@@ -221,7 +221,7 @@ def test_large_arguments_without_arrays_travel_beside_the_pickle_too(monkeypatch
     store = Store()
     value = [list(range(1000)), np.ones(SMALL), b"x" * (1 << 20)]
 
-    item = Packer(store).pack(Call(len, (value,)))
+    item = Packer(store, Sources(store, ship=True)).pack(Call(len, (value,)))
     (copy,), kwargs = pickling.loads(item.arguments, [store.data(ref.digest) for ref in item.buffers])
 
     assert len(item.arguments) < 100

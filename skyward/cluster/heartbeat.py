@@ -114,8 +114,12 @@ class Heartbeat:
         await self._link.close()
 
     def note_beat(self) -> None:
-        """Note a heartbeat that is sent another way."""
-        self._heard_at = _now()
+        """Note a heartbeat that was sent another way, if the machine may be there to hear it.
+
+        After a silence of the limit it is not: its connection may not be known to be lost yet.
+        """
+        if self.silence_s < self._limit_s:
+            self._heard_at = _now()
 
     @property
     def silence_s(self) -> float:
