@@ -78,12 +78,12 @@ def test_the_lock_of_another_host_is_taken_when_it_shows_no_change(
 
 
 def test_the_lock_of_another_host_that_lives_is_waited_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "STALE_S", 1)
+    monkeypatch.setattr(lock, "STALE_S", 3)
     owner = home / "lock.d" / "far_1234_5.1.ab"
     owner.parent.mkdir()
     owner.write_text("0")
     script = start(home, "echo mine")
-    beats = iter(range(260))  # two in 0.02 s
+    beats = iter(range(460))  # two in 0.02 s
 
     def beat() -> bool:
         owner.write_text(str(next(beats, "")))

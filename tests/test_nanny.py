@@ -18,6 +18,7 @@ import skyward as sky
 from tests.waiting import wait_until
 
 
+@pytest.mark.filterwarnings("ignore:There is no current event loop")  # as in any process from Python 3.12 on
 def test_a_call_has_the_main_thread_with_its_signals_and_event_loop(pool: sky.ComputePool) -> None:
     async def answer() -> int:
         return 5

@@ -112,6 +112,7 @@ def printed(pool: sky.ComputePool, work: Callable[[], Any]) -> list[tuple[str, s
     return heard
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # from Python 3.12 on
 def test_programs_and_c_code_and_descriptors_are_heard_in_order(pool: sky.ComputePool) -> None:
     def speak() -> None:
         import ctypes
