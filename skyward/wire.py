@@ -75,12 +75,13 @@ class Isolation(NamedTuple):
     """What a chunk needs that runs in a process of its own.
 
     `setup` names the module whose `session` makes the process ready; `packages` are those that have to be there, in the
-    same version on all participants.
+    same version on all participants. `environment` is read by packages when they are imported.
     """
 
     setup: str
     options: dict[str, Any]
     packages: tuple[str, ...]
+    environment: dict[str, str] = {}  # noqa: RUF012 - a NamedTuple's default, and never changed
 
 
 class Participant(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
@@ -41,6 +42,10 @@ class Distributed:
         functools.update_wrapper(self, fn)
         self.skyward_isolation = isolation
 
+    def __reduce__(self) -> Any:
+        # The state comes second: it may import modules of the user's that import the framework.
+        return _received, (self.skyward_isolation,), self.__dict__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fn: Callable[..., Any] = self.__wrapped__  # type: ignore[attr-defined]
         if runtime.prepare is not None:  # a process of its own, which is ready
@@ -51,8 +56,16 @@ class Distributed:
             return run_coroutine(value) if inspect.iscoroutine(value) else value
 
 
+def _received(isolation: Isolation) -> Distributed:
+    """Return a function that is still to get its state."""
+    if task.running.get() is not None:
+        os.environ.update(isolation.environment)
+    return Distributed.__new__(Distributed)
+
+
 def _decorate(fn: Any, setup: str, packages: tuple[str, ...], **options: Any) -> Any:
-    isolation = Isolation(f"skyward.integrations.setup.{setup}", options, packages)
+    environment = {"KERAS_BACKEND": str(options["backend"])} if setup == "keras" else {}
+    isolation = Isolation(f"skyward.integrations.setup.{setup}", options, packages, environment)
     if isinstance(fn, ComputeFunction):
         return ComputeFunction(Distributed(fn.fn, isolation), retries=fn.retries, timeout=fn.timeout)
     return Distributed(fn, isolation)
