@@ -431,7 +431,7 @@ def test_a_suspended_caller_is_told_what_its_machines_did(site: Site, boot: Boot
         provider = sky.SSH("root@{machine.address}", key={str(site.key)!r}, known_hosts={str(site.known_hosts)!r})
         options = {{"image": sky.Image(pip={list(IMAGE.pip)!r}), "display": "quiet", "retries": 0}}
         with (
-            sky.ComputePool(provider, heartbeat_timeout=3, **options) as pool,
+            sky.ComputePool(provider, heartbeat_timeout=8, **options) as pool,
             sky.ComputePool(provider, heartbeat_timeout=60, **options) as patient,
         ):
             before = sky.compute(os.getpid)() >> patient
@@ -459,7 +459,7 @@ def test_a_suspended_caller_is_told_what_its_machines_did(site: Site, boot: Boot
 
     running, later, is_alive = output.splitlines()
     told = rf"pool {name} has ended: this process was suspended or could not send heartbeats for \d+ s "
-    told += r"\(limit heartbeat_timeout=3 s\), so its machines shut themselves down"
+    told += r"\(limit heartbeat_timeout=8 s\), so its machines shut themselves down"
     assert re.match(told, running)
     assert re.match(told, later)
     assert is_alive == "True"
