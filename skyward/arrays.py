@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Array = Any  # numpy's, which is not imported where nobody uses it
+Array = Any  # numpy's, which is imported only where it is used
 
 _PIECE_BYTES = 1 << 20
 

@@ -275,7 +275,7 @@ def dumps(
 
     `apart` is an instance that `obj` may refer to: its own pickle is one of the buffers if it is as large. `files`
     tells whether the other side sees the files of this machine. If so, a `numpy.memmap` is mapped there again. If not,
-    it arrives as a copy that is read-only, so that nobody writes into it in vain; with None as a plain copy.
+    it arrives as a copy that is read-only, so that a write raises instead of being lost; with None as a plain copy.
     """
     pickler = getattr(_local, "pickler", None)
     if pickler is None:

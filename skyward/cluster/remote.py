@@ -706,7 +706,7 @@ def clean_command(pool_id: str) -> str:
 
     The processes of a pool have its id in their environment, or descend from those that do: what has cleared its
     environment and lost its parent is a child of the agent, or of the process that workers are forked from. The
-    processes that run this command may have the id too: they are spared. So is what has an end of its own.
+    processes that run this command may have the id too: they are spared, as are processes that something else ends.
     """
     separate = " ".join(f"-e {name}" for name in SEPARATE)
     mark = shlex.quote(f"{POOL}={pool_id}")

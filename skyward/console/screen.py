@@ -71,7 +71,7 @@ class Screen:
         """Let nothing pass through here any more. Takes no lock."""
         self.is_closed = True
         for name, through in self._through.items():
-            if getattr(sys, name) is through:  # otherwise somebody has put his own there, who knows of ours
+            if getattr(sys, name) is through:  # otherwise user code has replaced the stream
                 setattr(sys, name, _open_one(self._streams[name]))
         if self._input is not None and builtins.input is self._input[1]:
             builtins.input = self._input[0]

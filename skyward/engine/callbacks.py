@@ -42,7 +42,7 @@ class Callbacks:
             for item, outcome in delivery:
                 try:
                     self._settle(item, outcome)
-                except BaseException:  # nobody's other calls may wait for ever
+                except BaseException:  # other calls must still get their outcomes
                     guard.log(logger, "the outcome of %s() was not delivered", item.call.label)
             del delivery, item, outcome  # must not live on while this waits for the next
 

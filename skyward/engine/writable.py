@@ -1,4 +1,4 @@
-"""Large arrays that workers write into: each in a file of its own, not found by content."""
+"""Large arrays that workers write into: each in its own file, not found by content."""
 
 from __future__ import annotations
 
