@@ -1,11 +1,16 @@
-"""What the caller knows of its heartbeats. Those of pools are in machines/test_heartbeat.py."""
+"""What the two ends of heartbeats know. Those of pools are in machines/test_heartbeat.py."""
 
 from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
 
 import pytest
 
 from skyward.cluster import heartbeat
 from skyward.cluster.heartbeat import Heartbeat
+from skyward.cluster.watch import SOCKET, Watch
 from skyward.providers.base import Login
 
 
@@ -21,3 +26,25 @@ def test_a_beat_sent_after_the_limit_ends_no_silence(monkeypatch: pytest.MonkeyP
     beat.note_beat()
 
     assert (in_time, beat.silence_s) == (0.0, 11.0)
+
+
+def test_a_watch_that_ends_answers_no_more_heartbeats(tmp_path: Path) -> None:
+    """The end takes a while; an answer in it would tell the caller that the machine has heard in time."""
+    ending, ended = threading.Event(), threading.Event()
+
+    def end() -> None:
+        ending.set()
+        ended.wait(60)
+
+    Watch(tmp_path, 1.0, end)
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(60)
+        caller.connect(str(tmp_path / SOCKET))
+        caller.sendall(b"\n")
+        in_time = caller.recv(64)
+        assert ending.wait(60)
+        caller.sendall(b"\n")
+        late = caller.recv(64)
+    ended.set()
+
+    assert (in_time, late) == (b"\n", b"")

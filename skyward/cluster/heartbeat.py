@@ -103,6 +103,7 @@ class Heartbeat:
         self._task: asyncio.Task[None] | None = None
         self._pause = self.period_s  # before the next try to connect
         self._heard_at = _now()
+        self._was_answered = False  # by an agent
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._beat())
@@ -132,7 +133,10 @@ class Heartbeat:
             try:
                 await self._beat_until_lost()
             except NotListening:
-                await self._tell_first_watch()
+                if self._was_answered:
+                    self.trouble = "the agent is not running any more"
+                else:
+                    await self._tell_first_watch()
             except Exception as exc:  # whatever it is, machines would end if heartbeats did
                 self.trouble = str(exc) or type(exc).__name__
                 logger.debug("no connection for heartbeats to %s", self._link.login, exc_info=True)
@@ -148,6 +152,7 @@ class Heartbeat:
                 if not await self._answer(reader):
                     self.trouble = "it was lost"
                     return
+                self._was_answered = True
                 self._delivered(sent_at)
                 await asyncio.sleep(self.period_s)
 

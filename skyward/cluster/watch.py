@@ -29,15 +29,19 @@ class Watch:
         self._limit_s = limit_s
         self._end = end
         self._heard_at = time.monotonic()
+        self._is_over = False
+        self._lock = threading.Lock()
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(folder / SOCKET))
         self._server.listen()
         for work in (self._accept, self._count):
             threading.Thread(target=work, name="heartbeat-watch", daemon=True).start()
 
-    def heard(self) -> None:
-        """Note a heartbeat that came another way."""
-        self._heard_at = time.monotonic()
+    def heard(self) -> bool:
+        """Note a heartbeat, which may have come another way. Return whether it came in time."""
+        with self._lock:
+            self._heard_at = time.monotonic()
+            return not self._is_over
 
     def _accept(self) -> None:
         while True:
@@ -50,12 +54,17 @@ class Watch:
 
     def _answer(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            while beat := connection.recv(64):
-                self.heard()
+            while (beat := connection.recv(64)) and self.heard():
                 connection.sendall(beat)
 
     def _count(self) -> None:
-        while time.monotonic() - self._heard_at < self._limit_s:
+        while not self._has_ended():
             time.sleep(min(1.0, self._limit_s / 10))
         logger.error("no heartbeat from the caller for %g s", self._limit_s)
         self._end()
+
+    def _has_ended(self) -> bool:
+        """Return whether no heartbeat came in time. From then on none is answered: the end takes a while."""
+        with self._lock:
+            self._is_over = time.monotonic() - self._heard_at >= self._limit_s
+            return self._is_over
