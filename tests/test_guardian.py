@@ -75,8 +75,8 @@ Starter = Callable[[str], Guardian]
 
 
 @pytest.fixture
-def start_guardian() -> Iterator[Starter]:
-    """Start a guardian that does not outlive the test."""
+def start_guardian(data: Path) -> Iterator[Starter]:
+    """Start a guardian that does not outlive the test. A test that fails shows its log."""
     started: list[Guardian] = []
 
     def start(pool_id: str) -> Guardian:
@@ -88,6 +88,8 @@ def start_guardian() -> Iterator[Starter]:
         guardian._process.kill()
         guardian._process.wait()
         guardian.dismiss()
+    with contextlib.suppress(FileNotFoundError):
+        print((data / LOG).read_text())
 
 
 @pytest.fixture
@@ -267,8 +269,8 @@ def test_it_closes_at_once_what_has_started_nothing(pool_id: str, start_guardian
 
     guardian.hand_over()
 
-    wait_until(lambda: journal.read(pool_id) is None)
-    assert "nothing was started" in (data / LOG).read_text()
+    wait_until(lambda: "nothing was started" in (data / LOG).read_text())
+    assert journal.read(pool_id) is None
 
 
 def test_an_entry_that_it_cannot_read_is_told_in_its_log(pool_id: str, start_guardian: Starter, data: Path) -> None:

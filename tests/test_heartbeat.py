@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import threading
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from skyward.cluster import heartbeat
 from skyward.cluster.heartbeat import Heartbeat
+from skyward.cluster.ssh import end_tasks
 from skyward.cluster.watch import SOCKET, Watch
 from skyward.providers.base import Login
 
@@ -48,3 +51,23 @@ def test_a_watch_that_ends_answers_no_more_heartbeats(tmp_path: Path) -> None:
     ended.set()
 
     assert (in_time, late) == (b"\n", b"")
+
+
+def test_a_task_that_loses_a_cancellation_is_ended() -> None:
+    cancelled = 0
+
+    async def loses_one() -> None:
+        nonlocal cancelled
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1000)
+        cancelled += 1
+        await asyncio.sleep(1000)
+
+    async def end() -> bool:
+        task = asyncio.create_task(loses_one())
+        await asyncio.sleep(0)
+        await end_tasks([task])
+        return task.cancelled()
+
+    assert asyncio.run(end())
+    assert cancelled == 1

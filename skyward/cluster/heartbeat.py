@@ -17,7 +17,7 @@ from typing import Any
 
 import asyncssh
 
-from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.ssh import Link, NotListening, end_tasks
 from skyward.cluster.watch import BEAT, SOCKET
 from skyward.errors import BootstrapError
 from skyward.providers.base import Login
@@ -110,8 +110,7 @@ class Heartbeat:
 
     async def stop(self) -> None:
         assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait({self._task})
+        await end_tasks([self._task])
         await self._link.close()
 
     def note_beat(self) -> None:

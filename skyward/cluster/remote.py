@@ -31,7 +31,7 @@ from skyward.cluster.listing import Listing
 from skyward.cluster.node import CONFIG, LOG, SOCKET
 from skyward.cluster.security import CLOCKS_S
 from skyward.cluster.slots import node_spec
-from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
+from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening, end_tasks
 from skyward.cluster.tunnel import Tunnel
 from skyward.cluster.watch import BEAT
 from skyward.cluster.wheel import Wheel
@@ -449,9 +449,7 @@ class RemoteAgent:
                 heard(self._ended(why, self._heartbeats.silence_s))
                 return
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await end_tasks(tasks)
             await self._converse(heard, reader, writer)
 
     def _ended(self, why: str, silence_s: float, *, gone: bool = False) -> dict[str, Any]:
@@ -555,7 +553,7 @@ class RemoteAgent:
             self.send({"do": "stop"})
             self._talking.cancel()
         if self._heartbeat is not None and self._beating is not None:
-            self._beating.cancel()
+            await end_tasks([self._beating])
             await self._heartbeats.stop(self._heartbeat)
         try:
             left = await self._clean_up()

@@ -9,7 +9,7 @@ import posixpath
 import secrets
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ _KEEPALIVE_S = 5
 _KEEPALIVES = 3
 _SSH_FAILED = 255
 """The status of ssh itself when it is SSH that failed."""
+_CANCEL_AGAIN_S = 1.0
 _NOISE = 2_000
 """Characters kept of what a login prints. Chosen, not measured."""
 _COPY = """
@@ -182,9 +183,7 @@ class Link:
     async def close(self) -> None:
         """Close everything. May be called twice."""
         self._closed = True
-        for closing in self._closing:
-            closing.cancel()
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        await end_tasks(self._closing)
         if self._connection is not None:
             await _close(self._connection)
         # asyncssh has killed them, and does not wait: they would be left over when the event loop ends now.
@@ -357,6 +356,19 @@ class Link:
             process.close()
             raise
         return process.stdout, process.stdin
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks that use asyncssh, and wait for their end.
+
+    Each is cancelled until it ends: `asyncio.wait_for`, with which asyncssh connects, swallows a cancellation in Python
+    3.11 that comes together with what it waits for (cpython issue 86296).
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 async def _close_after(process: Any, connection: Any) -> None:

@@ -9,7 +9,7 @@ import secrets
 import asyncssh
 
 from skyward.cluster.relay import Relay, StreamEnded, meet_as_caller
-from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.ssh import Link, NotListening, end_tasks
 from skyward.errors import BootstrapError
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,4 @@ class Tunnel:
         """Close all ports and connections. May be called twice."""
         for server in self._servers:
             server.close()
-        for task in self._carrying:
-            task.cancel()
-        await asyncio.gather(*self._carrying, return_exceptions=True)
+        await end_tasks(self._carrying)
