@@ -199,9 +199,10 @@ def test_signals_do_not_end_it(pool_id: str, start_guardian: Starter, host: Host
     open_entry(pool_id, host)
     guardian = start_guardian(pool_id)
     pid = guardian._process.pid
-    wait_until(lambda: ignores(pid, signal.SIGHUP))  # the last one that it sets
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    wait_until(lambda: all(ignores(pid, number) for number in numbers))  # under nohup SIGHUP is from the start
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in numbers:
         os.kill(pid, number)
     guardian.hand_over()
 
