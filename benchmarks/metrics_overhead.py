@@ -10,7 +10,7 @@ import os
 import platform
 import time
 
-from skyward.cluster import metrics
+from skyward.node import metrics
 
 SAMPLES = 500
 

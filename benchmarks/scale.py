@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tests.clo
 import boto3
 
 import skyward as sky
-from skyward.cluster import journal
-from skyward.cluster.record import Record
-from skyward.plan import make_plan
+from skyward.cleanup import journal
+from skyward.cleanup.record import Record
+from skyward.launch.plan import make_plan
+from skyward.launch.provisioner import Provisioner
 from skyward.providers.base import LaunchOrder, Machine, Need, Offer
-from skyward.provision import Provisioner
-from skyward.spec import PoolSpec
+from skyward.spec.pool import PoolSpec
 from tests.clouds.emulated import TYPES, Emulated
 
 

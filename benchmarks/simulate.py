@@ -17,11 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from skyward import pickling
 from skyward.engine import Call, Engine, engine
 from skyward.engine.calls import Estimates
 from skyward.engine.run import stream
-from skyward.wire import Chunk, Kind, Outcome, Outcomes, Slot
+from skyward.transfer import pickling
+from skyward.transfer.wire import Chunk, Kind, Outcome, Outcomes, Slot
 
 CALL_S = 0.001
 DONE = Outcome(Kind.VALUE, pickling.dumps(None)[0], seconds=CALL_S, machine="node 0, slot 0")

@@ -29,10 +29,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tests.cloudbox
 
 import skyward as sky
-from skyward.bootstrap import Recipe
 from skyward.cluster.requirements import recipe
 from skyward.cluster.wheel import own_wheel
-from skyward.spec import Image
+from skyward.scripts.bootstrap import Recipe
+from skyward.spec.image import Image
 from tests.cloudbox import Machine, Network, cloud_config, why_not
 
 IMAGE = Image(pip=["numpy", "scikit-learn"])

@@ -18,14 +18,14 @@ from skyward.version import __version__ as __version__
 if TYPE_CHECKING:
     from skyward import conc as conc
     from skyward import integrations as integrations
-    from skyward.accelerators import GPU as GPU
-    from skyward.accelerators import NVIDIA as NVIDIA
-    from skyward.accelerators import Accelerator as Accelerator
-    from skyward.accelerators import Architecture as Architecture
-    from skyward.accelerators import Auto as Auto
-    from skyward.accelerators import Trainium as Trainium
-    from skyward.accelerators import is_nvidia as is_nvidia
-    from skyward.accelerators import is_trainium as is_trainium
+    from skyward.accelerators.model import GPU as GPU
+    from skyward.accelerators.model import NVIDIA as NVIDIA
+    from skyward.accelerators.model import Accelerator as Accelerator
+    from skyward.accelerators.model import Architecture as Architecture
+    from skyward.accelerators.model import Auto as Auto
+    from skyward.accelerators.model import Trainium as Trainium
+    from skyward.accelerators.model import is_nvidia as is_nvidia
+    from skyward.accelerators.model import is_trainium as is_trainium
     from skyward.compute import ComputeFunction as ComputeFunction
     from skyward.compute import PendingBatch as PendingBatch
     from skyward.compute import PendingCompute as PendingCompute
@@ -84,42 +84,42 @@ if TYPE_CHECKING:
     from skyward.events import emit as emit
     from skyward.events import use_callback as use_callback
     from skyward.executor import Executor as Executor
+    from skyward.launch.plan import select_available as select_available
+    from skyward.launch.plan import select_cheapest as select_cheapest
+    from skyward.launch.plan import select_first as select_first
+    from skyward.launch.selection import select_instance as select_instance
+    from skyward.launch.selection import select_instances as select_instances
     from skyward.multipool import MultiPool as MultiPool
-    from skyward.plan import select_available as select_available
-    from skyward.plan import select_cheapest as select_cheapest
-    from skyward.plan import select_first as select_first
     from skyward.pool import ComputePool as ComputePool
-    from skyward.providers.aws import AWS as AWS
+    from skyward.providers.aws.provider import AWS as AWS
     from skyward.providers.dask import Dask as Dask
-    from skyward.providers.digitalocean import DigitalOcean as DigitalOcean
+    from skyward.providers.digitalocean.provider import DigitalOcean as DigitalOcean
     from skyward.providers.local import Local as Local
     from skyward.providers.ssh import SSH as SSH
-    from skyward.providers.verda import Verda as Verda
-    from skyward.selection import select_instance as select_instance
-    from skyward.selection import select_instances as select_instances
-    from skyward.spec import Allocation as Allocation
-    from skyward.spec import ExitedInstance as ExitedInstance
-    from skyward.spec import Image as Image
-    from skyward.spec import Instance as Instance
-    from skyward.spec import InstanceSpec as InstanceSpec
-    from skyward.spec import LogConfig as LogConfig
-    from skyward.spec import S3Volume as S3Volume
-    from skyward.spec import Volume as Volume
-    from skyward.task import InstanceInfo as InstanceInfo
-    from skyward.task import current_accelerator as current_accelerator
-    from skyward.task import instance_info as instance_info
+    from skyward.providers.verda.provider import Verda as Verda
+    from skyward.spec.allocation import Allocation as Allocation
+    from skyward.spec.image import Image as Image
+    from skyward.spec.instance import ExitedInstance as ExitedInstance
+    from skyward.spec.instance import Instance as Instance
+    from skyward.spec.instance import InstanceSpec as InstanceSpec
+    from skyward.spec.log import LogConfig as LogConfig
+    from skyward.spec.volume import S3Volume as S3Volume
+    from skyward.spec.volume import Volume as Volume
+    from skyward.worker.context import InstanceInfo as InstanceInfo
+    from skyward.worker.context import current_accelerator as current_accelerator
+    from skyward.worker.context import instance_info as instance_info
 
 _HOME = {
     "conc": "skyward",
     "integrations": "skyward",
-    "Accelerator": "skyward.accelerators",
-    "Architecture": "skyward.accelerators",
-    "Auto": "skyward.accelerators",
-    "GPU": "skyward.accelerators",
-    "NVIDIA": "skyward.accelerators",
-    "Trainium": "skyward.accelerators",
-    "is_nvidia": "skyward.accelerators",
-    "is_trainium": "skyward.accelerators",
+    "Accelerator": "skyward.accelerators.model",
+    "Architecture": "skyward.accelerators.model",
+    "Auto": "skyward.accelerators.model",
+    "GPU": "skyward.accelerators.model",
+    "NVIDIA": "skyward.accelerators.model",
+    "Trainium": "skyward.accelerators.model",
+    "is_nvidia": "skyward.accelerators.model",
+    "is_trainium": "skyward.accelerators.model",
     "ComputeFunction": "skyward.compute",
     "PendingBatch": "skyward.compute",
     "PendingCompute": "skyward.compute",
@@ -180,28 +180,28 @@ _HOME = {
     "Executor": "skyward.executor",
     "ComputePool": "skyward.pool",
     "MultiPool": "skyward.multipool",
-    "select_available": "skyward.plan",
-    "select_cheapest": "skyward.plan",
-    "select_first": "skyward.plan",
-    "AWS": "skyward.providers.aws",
+    "select_available": "skyward.launch.plan",
+    "select_cheapest": "skyward.launch.plan",
+    "select_first": "skyward.launch.plan",
+    "AWS": "skyward.providers.aws.provider",
     "Dask": "skyward.providers.dask",
-    "DigitalOcean": "skyward.providers.digitalocean",
+    "DigitalOcean": "skyward.providers.digitalocean.provider",
     "Local": "skyward.providers.local",
     "SSH": "skyward.providers.ssh",
-    "Verda": "skyward.providers.verda",
-    "InstanceInfo": "skyward.task",
-    "current_accelerator": "skyward.task",
-    "instance_info": "skyward.task",
-    "select_instance": "skyward.selection",
-    "select_instances": "skyward.selection",
-    "Allocation": "skyward.spec",
-    "ExitedInstance": "skyward.spec",
-    "Image": "skyward.spec",
-    "Instance": "skyward.spec",
-    "InstanceSpec": "skyward.spec",
-    "LogConfig": "skyward.spec",
-    "S3Volume": "skyward.spec",
-    "Volume": "skyward.spec",
+    "Verda": "skyward.providers.verda.provider",
+    "InstanceInfo": "skyward.worker.context",
+    "current_accelerator": "skyward.worker.context",
+    "instance_info": "skyward.worker.context",
+    "select_instance": "skyward.launch.selection",
+    "select_instances": "skyward.launch.selection",
+    "Allocation": "skyward.spec.allocation",
+    "ExitedInstance": "skyward.spec.instance",
+    "Image": "skyward.spec.image",
+    "Instance": "skyward.spec.instance",
+    "InstanceSpec": "skyward.spec.instance",
+    "LogConfig": "skyward.spec.log",
+    "S3Volume": "skyward.spec.volume",
+    "Volume": "skyward.spec.volume",
 }
 """Where each name comes from; a submodule comes from `skyward` itself."""
 

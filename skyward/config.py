@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skyward.errors import SpecError
-from skyward.usual import Usual
+from skyward.spec.usual import Usual
 
 PROJECT_FILE = "skyward.toml"
 USER_FILE = "config.toml"
@@ -196,8 +196,8 @@ def _file_error(path: Path, text: str) -> SpecError:
 
 def _check(key: str) -> Callable[[Any], Any]:
     """Return the check of a key's value, which raises `ValueError` with what is accepted."""
-    from skyward import spec
-    from skyward.validation import check_choice, check_count, check_positive, check_seconds
+    from skyward.spec import pool as spec
+    from skyward.spec.validation import check_choice, check_count, check_positive, check_seconds
 
     checks: Mapping[str, Callable[[Any], Any]] = {
         "provider": _check_provider,
@@ -241,7 +241,7 @@ def _check_region(value: Any) -> str | dict[str, str]:
 
 
 def _check_allocation(value: Any) -> str | float:
-    from skyward.spec import Allocation
+    from skyward.spec.allocation import Allocation
 
     Allocation.parse(value)
     found: str | float = value

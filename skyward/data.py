@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar, overload
 
-from skyward import task
 from skyward.errors import SpecError
+from skyward.worker import context
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -22,7 +22,7 @@ C = TypeVar("C")
 def _place(node: int | None, total_nodes: int | None) -> tuple[int, int]:
     """Return (index, count) of this participant, or what was given instead."""
     if node is None and total_nodes is None:
-        return task.participant()
+        return context.participant()
     ok = isinstance(node, int) and isinstance(total_nodes, int) and 0 <= node < total_nodes
     if not ok or node is None or total_nodes is None:
         accepted = "both of node and total_nodes, with 0 <= node < total_nodes, or neither"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 import threading
 from collections import Counter
@@ -16,10 +15,11 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 from skyward import forks
-from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute, enter, leave
+from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute
+from skyward.current import enter, leave
 from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError, VolumeError
-from skyward.task import host_of
-from skyward.usual import usual
+from skyward.spec.usual import usual
+from skyward.worker.context import host_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from skyward import events
-    from skyward.accelerators import Accelerator
+    from skyward.accelerators.model import Accelerator
     from skyward.cluster.cluster import SkyCluster
+    from skyward.console.output import Output
     from skyward.engine import Call, Engine
-    from skyward.output import Output
-    from skyward.plan import Plan
+    from skyward.launch.plan import Plan
     from skyward.providers import ProviderLike
     from skyward.session import Session
-    from skyward.spec import Allocation, Image, Instance, LogConfig, Volume
+    from skyward.spec.allocation import Allocation
+    from skyward.spec.image import Image
+    from skyward.spec.instance import Instance
+    from skyward.spec.log import LogConfig
+    from skyward.spec.volume import Volume
 
-logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -162,7 +165,8 @@ class ComputePool:
     ) -> None:
         from skyward.config import load
         from skyward.providers import resolve
-        from skyward.spec import Image, PoolSpec
+        from skyward.spec.image import Image
+        from skyward.spec.pool import PoolSpec
 
         settings = load()
         filled, configured = settings.fill(
@@ -419,7 +423,7 @@ class ComputePool:
         session = self._session
         if session is None:
             return ()
-        from skyward.spec import Instance
+        from skyward.spec.instance import Instance
 
         cluster = session.cluster
         hosts = {slot.node: slot.address for slot in reversed(cluster.slots())}
@@ -451,7 +455,7 @@ class ComputePool:
         CredentialsError, ProviderError, AllProvidersFailedError
             The clouds could not be asked.
         """
-        from skyward.plan import make_plan
+        from skyward.launch.plan import make_plan
 
         if not isinstance(self.provider, tuple):
             accepted = "sky.AWS(), sky.DigitalOcean(), sky.Verda() or several of them, for a pool with a plan"

@@ -18,26 +18,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyward import events
+from skyward.cleanup.signals import unwind_on_termination
 from skyward.console import About, Console, open_console
+from skyward.console.dashboard import Figures
+from skyward.console.logfile import LogFile
+from skyward.console.output import Output
 from skyward.errors import PoolBudgetError, PoolError, PoolTimeoutError, VolumeError
-from skyward.figures import Figures
-from skyward.logfile import LogFile
-from skyward.output import Output
 from skyward.providers.base import Cloud, Machine
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
 from skyward.providers.ssh import SSH
-from skyward.termination import unwind_on_termination
 
 # Dask and what needs it is imported where it is used: a local pool's agent starts meanwhile.
 if TYPE_CHECKING:
     from distributed import Client
 
+    from skyward.cleanup.record import Record
     from skyward.cluster.cluster import AgentCluster, SkyCluster
-    from skyward.cluster.record import Record
     from skyward.engine import Engine
+    from skyward.launch.provisioner import Provisioner
     from skyward.pool import ComputePool
-    from skyward.provision import Provisioner
 
 
 _LOOK_AT_COST_S = 1.0
@@ -114,7 +114,7 @@ class Session:
             for folder in share:
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if isinstance(pool.provider, Local):
-            from skyward.cluster import journal
+            from skyward.cleanup import journal
 
             stack.callback(journal.close, self.pool_id)  # what `_note` opens, after all else has ended
         started = time.monotonic()
@@ -123,8 +123,8 @@ class Session:
         self.cluster = cluster = self._make_cluster(share)
         from skyward.cluster import joined
         from skyward.cluster.cluster import AgentCluster
-        from skyward.cluster.slot import LOG_TOPIC
         from skyward.engine import Engine
+        from skyward.worker.preload import LOG_TOPIC
 
         own = cluster if isinstance(cluster, AgentCluster) else None
         stack.callback(cluster.stop)
@@ -192,7 +192,7 @@ class Session:
         self.emit(events.PoolStarted())
 
     def _send_figures(self, message: dict[str, Any]) -> None:
-        from skyward.cluster.figures import FIGURES
+        from skyward.scheduler.page_data import FIGURES
 
         def send() -> None:
             if self.client.status == "running":
@@ -216,7 +216,7 @@ class Session:
 
     def _note(self, cluster: AgentCluster) -> None:
         """Put on record that the pool is up."""
-        from skyward.cluster.record import note_local
+        from skyward.cleanup.record import note_local
 
         if self._record is not None:
             self._record.running(cluster.dashboard_port)
@@ -237,8 +237,8 @@ class Session:
 
                 return local_cluster(provider, spec, self.pool_id, share, self._emit_here)
             case SSH():
+                from skyward.cleanup.record import Record
                 from skyward.cluster.machines import machine_cluster
-                from skyward.cluster.record import Record
 
                 machines = provider.machines(spec.nodes)
                 self._record = record = Record(self.pool_id, provider.name, self._expires, machines)
@@ -255,13 +255,13 @@ class Session:
 
     def _launch_cluster(self, clouds: tuple[Cloud, ...]) -> AgentCluster:
         from skyward import paths
-        from skyward.cluster import guardian
+        from skyward.cleanup import guardian
+        from skyward.cleanup.record import Record
         from skyward.cluster.machines import machine_cluster
-        from skyward.cluster.record import Record
-        from skyward.plan import make_plan
-        from skyward.provision import Provisioner
-        from skyward.spec import S3Volume
-        from skyward.volumes import buckets
+        from skyward.launch.plan import make_plan
+        from skyward.launch.provisioner import Provisioner
+        from skyward.scripts.volumes import buckets
+        from skyward.spec.volume import S3Volume
 
         spec = self.pool.spec
         plan = make_plan(clouds, spec)

@@ -9,8 +9,8 @@ from typing import Any
 
 from skyward.cluster.agents import Heard
 from skyward.cluster.cluster import AgentCluster
-from skyward.cluster.config import NodeSpec
 from skyward.errors import BootstrapError
+from skyward.node.config import NodeSpec
 from skyward.providers.base import Login, Machine
 
 

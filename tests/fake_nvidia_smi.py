@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from skyward.catalogue import find
+from skyward.accelerators.catalog import find
 
 STATE = Path(os.environ["FAKE_NVIDIA_SMI"])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from skyward.task import World
-from skyward.variables import variables
+from skyward.worker.context import World
+from skyward.worker.variables import variables
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward import pickling
+from skyward.transfer import pickling
 
 
 @sky.compute

@@ -14,7 +14,7 @@ import cloudpickle
 import pytest
 
 import skyward as sky
-from skyward.compute import current_pool, enter, leave
+from skyward.current import current_pool, enter, leave
 
 
 @sky.compute

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import skyward as sky
-from skyward import runtime
 from skyward.integrations.frameworks import Distributed
 from skyward.integrations.setup.torch import device_of
-from skyward.task import Peer, World
-from skyward.wire import Isolation
+from skyward.transfer.wire import Isolation
+from skyward.worker import runtime
+from skyward.worker.context import Peer, World
 
 PLAIN = Isolation("tests.plain_setup", {}, ())
 

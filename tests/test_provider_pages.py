@@ -42,7 +42,7 @@ def _aws_actions() -> set[str]:
         for service in SERVICES
         for operation in session.get_service_model(service).operation_names
     }
-    nodes = list(_nodes(*PROVIDERS.glob("aws*.py"), ACCOUNTS))
+    nodes = list(_nodes(*PROVIDERS.glob("aws/*.py"), ACCOUNTS))
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     paged = {
         str(node.args[0].value)
@@ -87,7 +87,7 @@ def test_the_scopes_for_digitalocean_are_those_of_every_call() -> None:
 
     called = {
         f"{node.value.attr}{node.attr}".replace("_", "").lower()
-        for node in _nodes(*PROVIDERS.glob("digitalocean*.py"), ACCOUNTS)
+        for node in _nodes(*PROVIDERS.glob("digitalocean/*.py"), ACCOUNTS)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)
     } & set(scopes)
 

@@ -18,7 +18,7 @@ from joblib.parallel import BatchedCalls, parallel_config
 import skyward as sky
 from skyward import guard
 from skyward.engine import Call
-from skyward.variables import variables
+from skyward.worker.variables import variables
 from skyward_joblib.arrays import access
 from skyward_joblib.resolve import engine_for
 

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import skyward as sky
-from skyward.compute import current_pool
+from skyward.current import current_pool
 
 if TYPE_CHECKING:
     from skyward.engine import Engine

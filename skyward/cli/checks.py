@@ -17,7 +17,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from skyward import config, paths, providers
-from skyward.cluster import journal
+from skyward.cleanup import journal
 from skyward.errors import CredentialsError, ProviderError, SpecError
 from skyward.providers.base import Cloud
 from skyward.version import __version__
@@ -252,7 +252,7 @@ def _output(command: Sequence[str]) -> tuple[int, str]:
 
 
 def _record() -> Iterator[Check]:
-    from skyward.cluster.guardian import LOG
+    from skyward.cleanup.guardian import LOG
 
     folder = paths.data_folder()
     try:

@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 
 import click
 
+from skyward.cleanup import journal
+from skyward.cleanup.journal import Entry
 from skyward.cli.output import as_json, statuses
 from skyward.cli.pools import machine_of, pool_argument, with_keys
-from skyward.cluster import journal
-from skyward.cluster.journal import Entry
 
 _LOOK_S = 1.0
 _LOAD_S = 30.0
@@ -60,10 +60,10 @@ async def _is_there(url: str) -> None:
 
 
 async def _keep_open(entry: Entry, show: Callable[[int], Awaitable[None]]) -> None:
-    from skyward.cluster.node import SOCKET
     from skyward.cluster.remote import pool_folder
     from skyward.cluster.ssh import Link
     from skyward.cluster.tunnel import Tunnel
+    from skyward.node.agent import SOCKET
 
     link = Link(machine_of(entry, "0").login)
     tunnel = Tunnel(link, f"{pool_folder(entry.pool_id)}/{SOCKET}")

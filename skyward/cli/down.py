@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
+from skyward.cleanup import journal
+from skyward.cleanup.journal import Entry
 from skyward.cli.output import as_json, statuses
 from skyward.cli.pools import all_pools, complete_pool, here, named
 from skyward.cli.ps import owner
-from skyward.cluster import journal
-from skyward.cluster.journal import Entry
 from skyward.errors import SkywardError
 
 
@@ -71,7 +71,7 @@ def _left_as_it_was(entry: Entry) -> dict[str, Any]:
 
 def _end(entry: Entry) -> dict[str, Any]:
     """End a pool, and return how that went."""
-    from skyward.cluster.release import release  # not for `ps`: it loads asyncssh
+    from skyward.cleanup.end import release  # not for `ps`: it loads asyncssh
 
     error, left = None, []
     try:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import click
 
 from skyward import paths
-from skyward.bootstrap import HOME, POOL
+from skyward.cleanup import journal
+from skyward.cleanup.journal import Entry
 from skyward.cli.output import statuses
 from skyward.cli.pools import complete_node, machine_of, pool_argument, with_keys
-from skyward.cluster import journal
-from skyward.cluster.journal import Entry
 from skyward.errors import SkywardError
 from skyward.providers.base import Machine
+from skyward.scripts.bootstrap import HOME, POOL
 
 if TYPE_CHECKING:
     from skyward.cluster.ssh import Link
@@ -129,8 +129,8 @@ def _local_lines(entry: Entry, follow: bool) -> Iterator[str]:
 
 def _paths(entry: Entry) -> dict[str, str]:
     """Return where logs are on a machine, as a shell sees it, in the order in which they begin."""
-    from skyward.cluster.node import LOG
     from skyward.cluster.remote import pool_folder
+    from skyward.node.agent import LOG
 
     return {
         "bootstrap": f'"{HOME}/logs/bootstrap.log"',

@@ -37,8 +37,8 @@ def offers(names: tuple[str, ...], limit: int, as_json: bool, **options: Any) ->
 
     The cheapest first, spot machines included.
     """
-    from skyward.plan import make_plan, offers_table
-    from skyward.spec import PoolSpec
+    from skyward.launch.plan import make_plan, offers_table
+    from skyward.spec.pool import PoolSpec
 
     try:
         spec = PoolSpec(selection="cheapest", allocation="cheapest", **options)  # type: ignore[arg-type]  # settled there

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import CompletionItem
 
+from skyward.cleanup import journal
+from skyward.cleanup.journal import Entry
 from skyward.cli.output import tell_failed
-from skyward.cluster import journal
-from skyward.cluster.journal import Entry
 from skyward.providers.base import Machine
 
 here = click.option("--here", is_flag=True, help="Ask no clouds: only what was started on this computer.")
@@ -37,7 +37,7 @@ def all_pools(here: bool, *, of_any_cloud: bool = False) -> list[Entry]:
     if here:
         return found
     from skyward import providers
-    from skyward.cluster.sightings import sightings
+    from skyward.cleanup.discover import sightings
 
     clouds = providers.clouds()
     seen, failed = sightings(clouds)

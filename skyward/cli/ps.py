@@ -13,9 +13,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from skyward.cleanup.journal import Entry
 from skyward.cli.output import as_json, print_table, statuses
 from skyward.cli.pools import all_pools, here
-from skyward.cluster.journal import Entry
 
 
 @click.command(epilog=statuses(two=""))

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import click
 
+from skyward.cleanup import journal
+from skyward.cleanup.journal import Entry
 from skyward.cli.output import statuses
 from skyward.cli.pools import complete_node, machine_of, pool_argument, with_keys
-from skyward.cluster import journal
-from skyward.cluster.journal import Entry
 from skyward.providers.base import Login
 
 _COMMAND = "skyward.cli.ssh.command"

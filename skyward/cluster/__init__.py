@@ -1,0 +1,1 @@
+"""From machines to a Dask cluster, on the caller's side."""

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from skyward.cluster import bootlogs
-from skyward.cluster.config import AgentConfig
+from skyward.cluster import boot_logs
+from skyward.node.config import AgentConfig
 from skyward.providers.base import Machine
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class LocalAgent:
         Whoever calls also calls `stop`, or `kill` where there is no event loop.
         """
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "skyward.cluster.node"],
+            [sys.executable, "-m", "skyward.node.agent"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=self._environment,
@@ -136,7 +136,7 @@ class LocalAgent:
 
     def _keep_file(self, step: str, error: str) -> Path | None:
         """Keep the log that agent, scheduler and workers write; None if it is gone, or empty."""
-        from skyward.cluster.node import LOG
+        from skyward.node.agent import LOG
 
         text = ""
         with contextlib.suppress(OSError):
@@ -144,7 +144,7 @@ class LocalAgent:
         return self._keep([f"failed at {step}: {error}", "", text]) if text else None
 
     def _keep(self, lines: Sequence[str]) -> Path | None:
-        return bootlogs.keep(self._config.pool_id, self.machine, "\n".join([*lines, ""]))
+        return boot_logs.keep(self._config.pool_id, self.machine, "\n".join([*lines, ""]))
 
     async def answers(self) -> bool:
         return True  # this host does
@@ -183,7 +183,7 @@ class LocalAgent:
         process = self._process
         if process is not None:
             if process.poll() is None:  # it hangs, and what it has adopted would be init's
-                from skyward.cluster.descendants import kill_descendants
+                from skyward.node.descendants import kill_descendants
 
                 kill_descendants(process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):

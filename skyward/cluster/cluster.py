@@ -17,13 +17,13 @@ from distributed.core import Status, rpc
 from distributed.deploy import Cluster
 from distributed.deploy.adaptive import Adaptive
 
-from skyward.bootstrap import LAST_LINES
 from skyward.cluster.agents import Agent
-from skyward.cluster.config import NodeSpec
 from skyward.cluster.failures import LOST, WORKERS, StartFailures
 from skyward.errors import BootstrapError, PoolError, PoolTimeoutError, SkywardError, VolumeError
+from skyward.node.config import NodeSpec
 from skyward.providers.base import Machine
-from skyward.wire import Slot
+from skyward.scripts.bootstrap import LAST_LINES
+from skyward.transfer.wire import Slot
 
 R = TypeVar("R")
 logger = logging.getLogger(__name__)

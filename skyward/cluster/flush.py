@@ -10,7 +10,7 @@ import asyncssh
 
 from skyward.cluster.ssh import Link
 from skyward.errors import BootstrapError, VolumeError
-from skyward.volumes import UNMOUNT, Left, read_left
+from skyward.scripts.volumes import UNMOUNT, Left, read_left
 
 SILENT_S = 45.0
 """Seconds without a word from a machine after which its data is given up. Chosen, not measured: a router restarts in

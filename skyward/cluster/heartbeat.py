@@ -18,8 +18,8 @@ from typing import Any
 import asyncssh
 
 from skyward.cluster.ssh import Link, NotListening, end_tasks
-from skyward.cluster.watch import BEAT, SOCKET
 from skyward.errors import BootstrapError
+from skyward.node.watch import BEAT, SOCKET
 from skyward.providers.base import Login
 
 logger = logging.getLogger(__name__)

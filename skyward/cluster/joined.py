@@ -18,12 +18,12 @@ from distributed.core import Status
 from distributed.objects import SchedulerInfo
 from packaging.requirements import Requirement
 
-from skyward.cluster.barrier import barrier_plugin, remove_barrier
 from skyward.cluster.cluster import SkyCluster
 from skyward.errors import PoolError, PoolTimeoutError, VersionMismatchError
 from skyward.providers.dask import Dask
+from skyward.scheduler.barrier import barrier_plugin, remove_barrier
+from skyward.transfer.wire import Slot
 from skyward.version import __version__
-from skyward.wire import Slot
 
 logger = logging.getLogger(__name__)
 

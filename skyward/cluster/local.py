@@ -13,13 +13,13 @@ import dask.system
 
 from skyward import events
 from skyward.cluster.agents import LocalAgent, instance_id
-from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.overlay import missing, overlay
-from skyward.cluster.security import make_credentials
 from skyward.cluster.slots import node_spec
+from skyward.node.config import AgentConfig, NodeSpec
+from skyward.node.tls import make_credentials
 from skyward.providers.local import Local
-from skyward.runtime import thread_environment
-from skyward.spec import PoolSpec
+from skyward.spec.pool import PoolSpec
+from skyward.worker.runtime import thread_environment
 
 if TYPE_CHECKING:
     from skyward.cluster.cluster import AgentCluster

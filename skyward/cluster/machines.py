@@ -6,19 +6,20 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
-from skyward.accelerators import is_nvidia
+from skyward.accelerators.model import is_nvidia
 from skyward.cluster import remote
 from skyward.cluster.cluster import AgentCluster
-from skyward.cluster.config import AgentConfig, NodeSpec
 from skyward.cluster.heartbeat import Heartbeats
 from skyward.cluster.listing import Listing
 from skyward.cluster.remote import RemoteAgent, Shipment
 from skyward.cluster.requirements import recipe
-from skyward.cluster.security import make_credentials
 from skyward.cluster.slots import node_spec
 from skyward.cluster.wheel import own_wheel
+from skyward.node.config import AgentConfig, NodeSpec
+from skyward.node.tls import make_credentials
 from skyward.providers.base import Machine
-from skyward.spec import PoolSpec, S3Volume
+from skyward.spec.pool import PoolSpec
+from skyward.spec.volume import S3Volume
 
 
 class Source(Protocol):

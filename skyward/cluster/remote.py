@@ -18,29 +18,40 @@ from typing import Any, NoReturn
 
 import asyncssh
 
-from skyward import devices, events
-from skyward.accelerators import Accelerator
-from skyward.bootstrap import HOME, LAST_LINES, NEUTRAL, POOL, POWER_OFF, Progress, Recipe, read_progress, script
-from skyward.cluster import bootlogs
+from skyward import events
+from skyward.accelerators import devices
+from skyward.accelerators.devices import Reading
+from skyward.accelerators.model import Accelerator
+from skyward.cluster import boot_logs
 from skyward.cluster.agents import Heard
-from skyward.cluster.config import AgentConfig, NodeSpec
-from skyward.cluster.descendants import SEPARATE
 from skyward.cluster.flush import flush
 from skyward.cluster.heartbeat import Heartbeat, Heartbeats, touch
 from skyward.cluster.listing import Listing
-from skyward.cluster.node import CONFIG, LOG, SOCKET
-from skyward.cluster.security import CLOCKS_S
 from skyward.cluster.slots import node_spec
 from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening, end_tasks
 from skyward.cluster.tunnel import Tunnel
-from skyward.cluster.watch import BEAT
 from skyward.cluster.wheel import Wheel
-from skyward.devices import Reading
 from skyward.errors import BootstrapError, VolumeError
-from skyward.mig import partition_script
+from skyward.node.agent import CONFIG, LOG, SOCKET
+from skyward.node.config import AgentConfig, NodeSpec
+from skyward.node.descendants import SEPARATE
+from skyward.node.tls import CLOCKS_S
+from skyward.node.watch import BEAT
 from skyward.providers.base import Machine
-from skyward.spec import S3Volume
-from skyward.volumes import Left, buckets, mount_script, size
+from skyward.scripts.bootstrap import (
+    HOME,
+    LAST_LINES,
+    NEUTRAL,
+    POOL,
+    POWER_OFF,
+    Progress,
+    Recipe,
+    read_progress,
+    script,
+)
+from skyward.scripts.mig import partition_script
+from skyward.scripts.volumes import Left, buckets, mount_script, size
+from skyward.spec.volume import S3Volume
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +73,8 @@ _LOG_S = 10.0
 """Seconds that the logs of a machine that failed may take to arrive. By feel: nobody waits longer for bad news."""
 _HEARD_LINES = 10_000
 _READ_DEVICES = shlex.quote(
-    "import sys; sys.path.insert(0, sys.argv[1]); from skyward.devices import read; print(read(sys.argv[2]).to_json())"
+    "import sys; sys.path.insert(0, sys.argv[1]); from skyward.accelerators.devices import read; "
+    "print(read(sys.argv[2]).to_json())"
 )
 _TOOLS = (
     "awk", "cat", "date", "df", "dirname", "env", "grep", "head", "ln", "ls", "mkdir", "mv", "readlink", "rm", "rmdir",
@@ -236,7 +248,7 @@ class RemoteAgent:
                 async with asyncio.timeout(_LOG_S):
                     done = await self._link.run(_logs_command(self._config.folder, cloud=not self.facts.lives_on))
                     heard += ["", done.output]
-        return await asyncio.to_thread(bootlogs.keep, self._config.pool_id, self.facts.id, "\n".join(heard) + "\n")
+        return await asyncio.to_thread(boot_logs.keep, self._config.pool_id, self.facts.id, "\n".join(heard) + "\n")
 
     async def _log_in_when_booted(self) -> None:
         """Log in to a machine that may still boot: until then it may refuse, or not be what we expect."""
@@ -376,7 +388,7 @@ class RemoteAgent:
         command = (
             f"{NEUTRAL}; mkdir -p {folder}/work {folder}/tmp && cd {folder}/work || exit 1; "
             f"SKYWARD_POOL={config.pool_id} TMPDIR={folder}/tmp PYTHONPATH={self._shipment.recipe.import_path} "
-            f"{_DETACHED} {self._shipment.recipe.interpreter} -m skyward.cluster.node --serve {folder} "
+            f"{_DETACHED} {self._shipment.recipe.interpreter} -m skyward.node.agent --serve {folder} "
             f"> {folder}/{LOG} 2>&1 < /dev/null & set -- $! {_facts_of('$!')}; echo $1 ${{21}}"
         )
         done = await self._link.run(command)
@@ -716,7 +728,7 @@ def clean_command(pool_id: str) -> str:
         f"for pid in $(grep -lsaF {mark} /proc/[0-9]*/environ | tr -dc '0-9\\n'); do "
         f'case $own in *" $pid "*) continue;; esac; '
         f"2> /dev/null tr '\\0' '\\n' < /proc/$pid/environ | grep -qxF {mark} && found=\"$found $pid\"; done; "
-        f"tree=; for pid in $found; do grep -qsaF -e skyward.cluster.node -e multiprocessing /proc/$pid/cmdline && "
+        f"tree=; for pid in $found; do grep -qsaF -e skyward.node.agent -e multiprocessing /proc/$pid/cmdline && "
         f'tree="$tree $pid"; done; more=$tree; while [ -n "$more" ]; do more=; '
         f"for pair in $(2> /dev/null sed -n {shlex.quote(_PARENT_OF)} /proc/[0-9]*/stat); do "
         f'pid=${{pair%:*}}; case "$own$found $tree " in *" $pid "*) continue;; esac; '

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from skyward.bootstrap import Recipe
 from skyward.cluster.wheel import Wheel
-from skyward.spec import Image
-from skyward.validation import Problems
+from skyward.scripts.bootstrap import Recipe
+from skyward.spec.image import Image
+from skyward.spec.validation import Problems
 
 _BOTH_SIDES = ("dask", "distributed", "cloudpickle", "tornado", "msgpack")
 """What has to be the same version on both sides for pickles and messages to be understood."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from skyward.accelerators import Accelerator
-from skyward.cluster.config import NodeSpec
-from skyward.devices import environments, resources
+from skyward.accelerators.devices import environments, resources
+from skyward.accelerators.model import Accelerator
+from skyward.node.config import NodeSpec
 
 
 def node_spec(

@@ -16,11 +16,11 @@ from typing import Any
 import asyncssh
 from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
 
-from skyward.bootstrap import LAST_LINES
-from skyward.cluster.relay import INTERPRETER
 from skyward.cluster.shell import Framed, sh_command
 from skyward.errors import BootstrapError
+from skyward.node.relay import INTERPRETER
 from skyward.providers.base import Login
+from skyward.scripts.bootstrap import LAST_LINES
 
 logger = logging.getLogger(__name__)
 # asyncssh tells of every connection at INFO; its own name is used to find out more.

@@ -8,9 +8,9 @@ import secrets
 
 import asyncssh
 
-from skyward.cluster.relay import Relay, StreamEnded, meet_as_caller
 from skyward.cluster.ssh import Link, NotListening, end_tasks
 from skyward.errors import BootstrapError
+from skyward.node.relay import Relay, StreamEnded, meet_as_caller
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 
 from skyward.console.wording import money
-from skyward.spec import Instance
+from skyward.spec.instance import Instance
 
 _MOST = 20
 _HEADINGS = ("node", "machine", "state", "type", "lease", "USD/h", "address")

@@ -3,6 +3,6 @@
 from skyward.engine.calls import Call
 from skyward.engine.engine import Engine
 from skyward.engine.group import Group
-from skyward.wire import Access
+from skyward.transfer.wire import Access
 
 __all__ = ["Access", "Call", "Engine", "Group"]

@@ -14,7 +14,7 @@ from skyward.engine.calls import Item, now
 from skyward.engine.failures import WHY_DIED, not_run
 from skyward.engine.transport import WorkerGoneError
 from skyward.errors import MachineLostError, WorkerDiedError
-from skyward.wire import Kind, Outcome, Participant, barrier_handler
+from skyward.transfer.wire import Kind, Outcome, Participant, barrier_handler
 
 if TYPE_CHECKING:
     from skyward.engine.engine import Engine

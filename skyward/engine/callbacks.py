@@ -8,8 +8,8 @@ import threading
 
 from skyward import guard
 from skyward.engine.calls import Decoder, Item
-from skyward.engine.group import CallFuture, Delivery
-from skyward.wire import Kind, Outcome
+from skyward.engine.future import CallFuture, Delivery
+from skyward.transfer.wire import Kind, Outcome
 
 logger = logging.getLogger(__name__)
 

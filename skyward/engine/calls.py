@@ -14,13 +14,15 @@ from typing import Any
 
 import xxhash
 
-from skyward import guard, pickling, raised
+from skyward import guard
 from skyward.engine.captured import captured
 from skyward.engine.sources import REST_S, Sources
 from skyward.engine.store import Keeper, Store
 from skyward.engine.writable import WritableArrays
 from skyward.errors import SerializationError, TaskExitError
-from skyward.wire import Access, BlobRef, FunctionRef, Kind, Outcome
+from skyward.transfer import pickling
+from skyward.transfer.wire import Access, BlobRef, FunctionRef, Kind, Outcome
+from skyward.worker import raised
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from skyward.engine.own import goes_by_value
-from skyward.functions import CONSTANTS, parts_of
-from skyward.pickling import count_wrappers
+from skyward.transfer.functions import CONSTANTS, parts_of
+from skyward.transfer.pickling import count_wrappers
 
 
 def captured(fn: Any) -> list[Any] | None:

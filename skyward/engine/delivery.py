@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from skyward.engine.store import Store
-from skyward.wire import DROP, FETCH, KEEP, PIECE
+from skyward.transfer.wire import DROP, FETCH, KEEP, PIECE
 
 _READERS = 2
 """Nodes that a node sends a buffer to at once. By feel: more would share its line."""

@@ -19,21 +19,23 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from skyward import interrupts, pickling
 from skyward.engine.broadcast import Broadcaster
 from skyward.engine.callbacks import Callbacks
 from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_label, now
 from skyward.engine.failures import died, not_run
 from skyward.engine.flights import UNREACHABLE_S, Flight, Flights
-from skyward.engine.group import CallFuture, Group
+from skyward.engine.future import CallFuture
+from skyward.engine.group import Group
 from skyward.engine.placement import Placement
 from skyward.engine.progress import Progress, Single
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 from skyward.engine.transport import SETTLE_S, Transport, WorkerGoneError
 from skyward.errors import PoolError
-from skyward.task import host_of
-from skyward.wire import Access, Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
+from skyward.transfer import pickling
+from skyward.transfer.wire import Access, Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
+from skyward.worker import interrupts
+from skyward.worker.context import host_of
 
 logger = logging.getLogger(__name__)
 

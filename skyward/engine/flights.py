@@ -13,7 +13,7 @@ from skyward.engine.calls import Estimates, Item, now
 from skyward.engine.group import Group
 from skyward.engine.placement import Placement
 from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
-from skyward.wire import Chunk, Outcomes
+from skyward.transfer.wire import Chunk, Outcomes
 
 UNREACHABLE_S = 1.0
 """Seconds for which a worker that could not be reached gets nothing more. By feel: it is back by then, or gone."""

@@ -2,94 +2,21 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import itertools
-import logging
-import os
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from skyward import guard
 from skyward.engine.calls import Item, Packer
-from skyward.errors import PoolError
-from skyward.wire import Access, Kind, Outcome
+from skyward.engine.future import Delivery
+from skyward.transfer.wire import Access, Kind, Outcome
 
 if TYPE_CHECKING:
     from skyward.engine.callbacks import Callbacks
     from skyward.engine.engine import Engine
 
-logger = logging.getLogger(__name__)
 
 _VALUE, _CANCELLED = Kind.VALUE, Kind.CANCELLED  # looked up once: this is done for every call
-Delivery = Sequence[tuple[Item, "Outcome | BaseException"]]
-
-
-class CallFuture(concurrent.futures.Future[Any]):
-    """A future whose `cancel` also ends a call that runs already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent = False
-        self.on_cancel: Callable[[], None] | None = None
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-
-    def result(self, timeout: float | None = None) -> Any:
-        self._check_process()
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._check_process()
-        return super().exception(timeout)
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise PoolError(
-                f"this future belongs to process {self._process}, from which this process was forked: ask for its "
-                "result there"
-            )
-
-    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
-        super().add_done_callback(functools.partial(_call_back, fn))
-
-    def running(self) -> bool:
-        return self.sent and not self.done()
-
-    def cancel(self) -> bool:
-        with self._lock:
-            if self.cancelled():
-                return True
-            if not super().cancel():
-                return False
-            self.set_running_or_notify_cancel()  # tells those who wait
-            on_cancel, self.on_cancel = self.on_cancel, None
-        if on_cancel is not None:
-            on_cancel()
-        return True
-
-    def settle(self, ok: bool, value: Any) -> None:
-        """Set the result or exception, unless cancelled meanwhile."""
-        with self._lock:
-            if self.done() or not self.set_running_or_notify_cancel():
-                return
-            self.on_cancel = None  # it refers back to this future
-        if ok:
-            self.set_result(value)
-        else:
-            self.set_exception(value)
-
-
-def _call_back(fn: Callable[[concurrent.futures.Future[Any]], object], future: CallFuture) -> None:
-    """Call a callback of a future. The standard library logs an Exception; anything else would end the thread."""
-    try:
-        fn(future)
-    except BaseException as exc:
-        if isinstance(exc, Exception) or guard.ends_program(exc):
-            raise
-        guard.log(logger, "exception calling callback for %r", future)
 
 
 class Group:
@@ -186,8 +113,8 @@ class Group:
         """Drop what has not begun and interrupt what runs; futures of this group become cancelled.
 
         A running call gets an exception that user code does not catch; one that does not react within
-        `skyward.interrupts.GRACE_S` seconds loses its worker process, which is started afresh. What is put into the
-        group afterwards is dropped too. From any thread; does not wait.
+        `skyward.worker.interrupts.GRACE_S` seconds loses its worker process, which is started afresh. What is put
+        into the group afterwards is dropped too. From any thread; does not wait.
         """
         self.is_cancelled = True
         self.size, self.may_grow = None, _never

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-from skyward.wire import Slot
+from skyward.transfer.wire import Slot
 
 
 class Placement:

@@ -12,8 +12,9 @@ from typing import Any
 
 from skyward.engine.calls import Call, Item
 from skyward.engine.engine import Engine
-from skyward.engine.group import Delivery, Group
-from skyward.wire import Outcome
+from skyward.engine.future import Delivery
+from skyward.engine.group import Group
+from skyward.transfer.wire import Outcome
 
 _CHUNKS_AHEAD = 4
 """Chunks per slot that may be on their way: some run, some wait, and some are being made meanwhile."""

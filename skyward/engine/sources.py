@@ -1,7 +1,7 @@
 """Which of the caller's own modules calls refer to, as source: what workers need to import them by name.
 
 Where workers see the caller's files they import from the same folders. Elsewhere, each own package or module goes to
-each node once, as an archive that is known by its content. `skyward.sources` is what workers do with that.
+each node once, as an archive that is known by its content. `skyward.transfer.sources` is what workers do with that.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import xxhash
 from skyward.engine.own import CODE, NEVER_OWN, goes_by_value, installed_roots, is_installed, locate
 from skyward.engine.store import Store
 from skyward.errors import SerializationError
-from skyward.sources import this_process
-from skyward.wire import BlobRef, Facts, Source
+from skyward.transfer.sources import this_process
+from skyward.transfer.wire import BlobRef, Facts, Source
 
 MAX_BYTES = 64 << 20
 """Most bytes of one package, with its data, that travel with calls. Chosen, not measured."""

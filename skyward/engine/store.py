@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from skyward.arrays import Memory
 from skyward.errors import PoolError
-from skyward.pickling import Buffer
-from skyward.wire import BlobRef
+from skyward.transfer.arrays import Memory
+from skyward.transfer.pickling import Buffer
+from skyward.transfer.wire import BlobRef
 
 logger = logging.getLogger(__name__)
 

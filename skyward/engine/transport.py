@@ -18,10 +18,10 @@ from typing import Any
 from distributed.comm import CommClosedError
 from distributed.core import send_recv
 
-from skyward import inbox, interrupts, isolation, runtime
 from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.store import Store
-from skyward.wire import INTERRUPT, LEAVE, RUN, TAKE_BACK, Chunk, Outcomes
+from skyward.transfer.wire import INTERRUPT, LEAVE, RUN, TAKE_BACK, Chunk, Outcomes
+from skyward.worker import handlers, interrupts, ranks, runtime
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Transport:
 
     def attend(self, key: str, address: str) -> Any:
         """Tell the scheduler of a chunk that runs on a worker: by a task that lasts as long. Returns its future."""
-        return self.client.submit(inbox.attend, key, key=key, workers=[address], pure=False)
+        return self.client.submit(handlers.attend, key, key=key, workers=[address], pure=False)
 
     async def run(self, key: str, arguments: Sequence[Any], **where: Any) -> Outcomes:
         """Run a chunk as the Dask task `key`; what Dask itself raises is passed on, but for the end of a worker.
@@ -243,7 +243,7 @@ class Transport:
     async def end_processes(self, keys: list[str], *, is_good: bool) -> None:
         """End the processes of their own that chunks had: their job is over."""
         try:
-            await self.client._run(isolation.end, keys, is_good=is_good, on_error="ignore")
+            await self.client._run(ranks.end, keys, is_good=is_good, on_error="ignore")
         except Exception:  # the cluster is going away, and they with it
             logger.debug("the end of %d processes was not told", len(keys), exc_info=True)
 

@@ -6,10 +6,10 @@ import uuid
 import weakref
 from typing import Any
 
-from skyward.arrays import Memory
 from skyward.engine.store import Store
-from skyward.pickling import Buffer
-from skyward.wire import BlobRef
+from skyward.transfer.arrays import Memory
+from skyward.transfer.pickling import Buffer
+from skyward.transfer.wire import BlobRef
 
 
 class WritableArrays:

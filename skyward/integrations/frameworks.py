@@ -15,11 +15,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from skyward import runtime, task
 from skyward.compute import ComputeFunction, refuse_generator, run_coroutine
 from skyward.errors import SpecError
-from skyward.validation import check_choice
-from skyward.wire import Isolation
+from skyward.spec.validation import check_choice
+from skyward.transfer.wire import Isolation
+from skyward.worker import context, runtime
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,14 +51,14 @@ class Distributed:
         if runtime.prepare is not None:  # a process of its own, which is ready
             return fn(*args, **kwargs)
         isolation = self.skyward_isolation
-        with _one_at_a_time, importlib.import_module(isolation.setup).session(task.world(), **isolation.options):
+        with _one_at_a_time, importlib.import_module(isolation.setup).session(context.world(), **isolation.options):
             value = fn(*args, **kwargs)
             return run_coroutine(value) if inspect.iscoroutine(value) else value
 
 
 def _received(isolation: Isolation) -> Distributed:
     """Return a function that is still to get its state."""
-    if task.running.get() is not None:
+    if context.running.get() is not None:
         os.environ.update(isolation.environment)
     return Distributed.__new__(Distributed)
 

@@ -101,7 +101,7 @@ def ask_all(clouds: Sequence[Cloud], question: Callable[[Cloud], T]) -> list[T |
 
 
 def _cloud(name: str) -> Callable[..., Cloud]:
-    kind: Callable[..., Cloud] = getattr(import_module(f"skyward.providers.{name}"), _CLOUDS[name])
+    kind: Callable[..., Cloud] = getattr(import_module(f"skyward.providers.{name}.provider"), _CLOUDS[name])
     return kind
 
 

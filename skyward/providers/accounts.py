@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skyward.errors import CredentialsError
-from skyward.providers.aws import AWS
+from skyward.providers.aws.provider import AWS
 from skyward.providers.base import Cloud
-from skyward.providers.digitalocean import DigitalOcean
-from skyward.providers.verda import Verda
+from skyward.providers.digitalocean.provider import DigitalOcean
+from skyward.providers.verda.provider import Verda
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ def account(cloud: Cloud) -> Account:
 
 
 def _aws(cloud: AWS) -> Account:
-    from skyward.providers.aws_api import QUOTAS, api
+    from skyward.providers.aws.api import QUOTAS, api
 
     found = api(cloud.profile, cloud.endpoint_url)
     origin = found.origin()
@@ -82,7 +82,7 @@ def _aws(cloud: AWS) -> Account:
 
 def _aws_limits(quotas: Any, codes: Mapping[str, str], region: str) -> tuple[dict[str, str], str]:
     """Return quotas of vCPUs by what they are of, and why some are not known."""
-    from skyward.providers.aws_api import DENIED, code_of
+    from skyward.providers.aws.api import DENIED, code_of
 
     def ask(code: str) -> float | Exception:
         try:
@@ -105,10 +105,10 @@ def _aws_limits(quotas: Any, codes: Mapping[str, str], region: str) -> tuple[dic
 
 
 def _digitalocean(cloud: DigitalOcean) -> Account:
-    from skyward.providers.digitalocean import token_variable
+    from skyward.providers.digitalocean.provider import token_variable
 
     with cloud._account() as opened:
-        from skyward.providers.digitalocean_api import call, explained
+        from skyward.providers.digitalocean.api import call, explained
 
         try:
             with explained("see the account"):
@@ -135,8 +135,8 @@ def _digitalocean(cloud: DigitalOcean) -> Account:
 
 def _verda(cloud: Verda) -> Account:
     client_id, _, api = cloud._account()
-    from skyward.providers.verda import credentials_variables
-    from skyward.providers.verda_api import explained
+    from skyward.providers.verda.api import explained
+    from skyward.providers.verda.provider import credentials_variables
 
     with explained("see the balance"):
         balance = api.balance.get()

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from skyward.accelerators import Accelerator
-from skyward.bootstrap import POWER_OFF
-from skyward.spec import InstanceSpec, PoolSpec, S3Volume
-from skyward.validation import Problems
-from skyward.volumes import UNMOUNT_ALONE
+from skyward.accelerators.model import Accelerator
+from skyward.scripts.bootstrap import POWER_OFF
+from skyward.scripts.volumes import UNMOUNT_ALONE
+from skyward.spec.instance import InstanceSpec
+from skyward.spec.pool import PoolSpec
+from skyward.spec.validation import Problems
+from skyward.spec.volume import S3Volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

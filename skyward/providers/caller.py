@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from skyward.errors import ProviderError
-from skyward.validation import Problems, check_strings
+from skyward.spec.validation import Problems, check_strings
 
 VARIABLE = "SKYWARD_CALLER_IP"
 _ECHO = "https://checkip.amazonaws.com"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skyward.errors import SpecError
-from skyward.spec import PoolSpec
-from skyward.validation import Problems
+from skyward.spec.pool import PoolSpec
+from skyward.spec.validation import Problems
 
 
 @dataclass(frozen=True, slots=True)

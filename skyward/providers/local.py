@@ -10,11 +10,11 @@ from functools import cache
 
 import psutil
 
-from skyward.accelerators import Accelerator
-from skyward.devices import Reading, declared, fitting, lack, names, read
+from skyward.accelerators.devices import Reading, declared, fitting, lack, names, read
+from skyward.accelerators.model import Accelerator
 from skyward.errors import NoMatchingInstanceError, SpecError
-from skyward.spec import PoolSpec
-from skyward.validation import Problems
+from skyward.spec.pool import PoolSpec
+from skyward.spec.validation import Problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import platformdirs
 
-from skyward.spec import InstanceSpec
+from skyward.spec.instance import InstanceSpec
 
 logger = logging.getLogger(__name__)
 

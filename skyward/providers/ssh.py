@@ -12,8 +12,8 @@ from pathlib import Path
 
 from skyward.errors import NoMatchingInstanceError
 from skyward.providers.base import Login, Machine, check_files
-from skyward.spec import PoolSpec
-from skyward.validation import Problems
+from skyward.spec.pool import PoolSpec
+from skyward.spec.validation import Problems
 
 _HOST = re.compile(r"(?:(?P<user>[^@\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:\s\[\]]+)(?::(?P<port>\d+))?")
 

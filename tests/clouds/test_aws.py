@@ -17,12 +17,16 @@ import boto3
 import pytest
 
 import skyward as sky
-from skyward.accelerators import Accelerator
+from skyward.accelerators.model import Accelerator
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
-from skyward.providers import aws_api, aws_launch, aws_pool, listing, prices
-from skyward.providers.aws import AWS
+from skyward.providers import listing, prices
+from skyward.providers.aws import api as aws_api
+from skyward.providers.aws import launch as aws_launch
+from skyward.providers.aws.firewall import caller_ranges
+from skyward.providers.aws.iam import bucket_policy
+from skyward.providers.aws.provider import AWS
 from skyward.providers.base import Birth, LaunchOrder, Login, Need, Offer
-from skyward.spec import PoolSpec
+from skyward.spec.pool import PoolSpec
 from tests.clouds.aws import AwsCloud
 from tests.clouds.yard import Yard
 
@@ -368,8 +372,8 @@ def test_several_ranges_are_let_in_and_known_of_each_machine(cloud: AwsCloud, ec
 
 def test_the_variable_may_name_several_ranges(cloud: AwsCloud, ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKYWARD_CALLER_IP", "203.0.113.7, 198.51.100.0/24")
-    assert aws_pool.caller_ranges(ec2, ()) == ["203.0.113.7/32", "198.51.100.0/24"]
-    assert aws_pool.caller_ranges(ec2, ["192.0.2.1/32"]) == ["192.0.2.1/32"]
+    assert caller_ranges(ec2, ()) == ["203.0.113.7/32", "198.51.100.0/24"]
+    assert caller_ranges(ec2, ["192.0.2.1/32"]) == ["192.0.2.1/32"]
 
     monkeypatch.setenv("SKYWARD_CALLER_IP", "203.0.113.7/24")
     with pytest.raises(sky.SpecError, match=r"SKYWARD_CALLER_IP='203.0.113.7/24'.*has host bits set"):
@@ -421,13 +425,13 @@ def test_without_an_override_the_address_is_the_one_that_the_endpoint_sees(
 ) -> None:
     monkeypatch.delenv("SKYWARD_CALLER_IP")
 
-    assert aws_pool.caller_ranges(ec2, ()) == ["127.0.0.1/32"]
+    assert caller_ranges(ec2, ()) == ["127.0.0.1/32"]
 
     monkeypatch.setenv("SKYWARD_CALLER_IP", "2001:db8::1")
-    assert aws_pool.caller_ranges(ec2, ()) == ["2001:db8::1/128"]
+    assert caller_ranges(ec2, ()) == ["2001:db8::1/128"]
     monkeypatch.setenv("SKYWARD_CALLER_IP", "home")
     with pytest.raises(ProviderError, match="Set SKYWARD_CALLER_IP"):
-        aws_pool.caller_ranges(ec2, ())
+        caller_ranges(ec2, ())
 
 
 def test_spot_machines_have_the_price_of_their_zone(cloud: AwsCloud) -> None:
@@ -548,7 +552,7 @@ def test_volumes_come_with_a_role_for_them_alone(cloud: AwsCloud) -> None:
 def test_storage_that_is_not_amazons_needs_no_right() -> None:
     volume = sky.S3Volume("/in", "data", endpoint_url="https://minio.example")
 
-    assert aws_pool.bucket_policy([volume], "aws")["Statement"] == []
+    assert bucket_policy([volume], "aws")["Statement"] == []
 
 
 def test_given_subnets_are_kept_to(cloud: AwsCloud, ec2: Any) -> None:
@@ -1015,7 +1019,7 @@ def test_the_sdk_is_not_loaded_to_make_one() -> None:
     import sys
 
     code = (
-        "import sys, skyward.providers.aws as a; a.AWS('us-east-1'); "
+        "import sys, skyward.providers.aws.provider as a; a.AWS('us-east-1'); "
         "sys.exit(bool({'boto3', 'botocore'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,8 +14,8 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, ConnectionClosedError
 
-from skyward.bootstrap import POWER_OFF
 from skyward.providers import prices
+from skyward.scripts.bootstrap import POWER_OFF
 from tests.cloudbox import why_not
 from tests.clouds.aws import AwsCloud
 from tests.clouds.yard import Yard

@@ -18,11 +18,15 @@ import asyncssh
 import pytest
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
-from skyward.providers import digitalocean_api, digitalocean_pool, listing, prices
+from skyward.launch.provisioner import pool_keys
+from skyward.providers import listing, prices
 from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
-from skyward.providers.digitalocean import DigitalOcean
-from skyward.provision import pool_keys
-from skyward.spec import InstanceSpec, PoolSpec, S3Volume
+from skyward.providers.digitalocean import api as digitalocean_api
+from skyward.providers.digitalocean import pool as digitalocean_pool
+from skyward.providers.digitalocean.provider import DigitalOcean
+from skyward.spec.instance import InstanceSpec
+from skyward.spec.pool import PoolSpec
+from skyward.spec.volume import S3Volume
 from tests.cloudbox import why_not
 from tests.clouds.digitalocean import REGIONS, DigitalOceanCloud
 from tests.clouds.yard import Yard
@@ -107,7 +111,7 @@ def test_every_bad_option_is_told_at_once() -> None:
 
 def test_making_one_imports_no_sdk() -> None:
     code = (
-        "import sys; from skyward.providers.digitalocean import DigitalOcean; DigitalOcean('nyc1').settings();"
+        "import sys; from skyward.providers.digitalocean.provider import DigitalOcean; DigitalOcean('nyc1').settings();"
         "print([m for m in ('pydo', 'azure.core', 'requests') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

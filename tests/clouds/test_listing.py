@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import skyward as sky
+from skyward.launch.provisioner import pool_keys
 from skyward.providers import listing
 from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
-from skyward.provision import pool_keys
 from tests.clouds.emulated import NAMES, Emulated
 
 POOL = "0123abcd"

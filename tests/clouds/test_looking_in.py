@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 import skyward as sky
+from skyward.cleanup import journal
 from skyward.cli import main
-from skyward.cluster import journal
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
 from tests.waiting import wait_until

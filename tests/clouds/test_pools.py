@@ -26,7 +26,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 
 import skyward as sky
-from skyward.cluster import journal
+from skyward.cleanup import journal
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
 from tests.waiting import wait_until
@@ -326,7 +326,7 @@ def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
 CLIENT = """
 import os, sys, time
 import skyward as sky
-from skyward import spec
+from skyward.spec import pool as spec
 from tests.clouds.emulated import TYPES, _REGIONS
 from tests.machines.conftest import IMAGE
 
@@ -377,7 +377,7 @@ def guardians() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "skyward.cluster.guardian" in process.cmdline() and process.environ().get("SKYWARD_DATA_DIR") == folder:
+            if "skyward.cleanup.guardian" in process.cmdline() and process.environ().get("SKYWARD_DATA_DIR") == folder:
                 found.append(process)
         except psutil.Error:
             pass
@@ -419,7 +419,7 @@ def test_client_and_guardian_killed(cloud: Emulated, client: Callable[[str], sub
 SUSPENDED = """
 import sys
 import skyward as sky
-from skyward import spec
+from skyward.spec import pool as spec
 from tests.machines.conftest import IMAGE
 
 spec.LEAST_HEARTBEAT_TIMEOUT_S = 3

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 import skyward as sky
-import skyward.provision
-from skyward.cluster import journal
-from skyward.cluster.record import Record
-from skyward.plan import make_plan
+import skyward.launch.provisioner
+from skyward.cleanup import journal
+from skyward.cleanup.record import Record
+from skyward.launch.plan import make_plan
+from skyward.launch.provisioner import Provisioner
 from skyward.providers import listing
 from skyward.providers.base import boot_s
-from skyward.provision import Provisioner
-from skyward.spec import InstanceSpec, PoolSpec
+from skyward.spec.instance import InstanceSpec
+from skyward.spec.pool import PoolSpec
 from tests.clouds.emulated import NAMES, Emulated
 from tests.fake_agent import FakeAgent, FakeCluster
 from tests.waiting import wait_until
@@ -157,7 +158,7 @@ def test_where_spot_is_refused_on_demand_machines_are_launched(
 def test_many_spot_types_without_capacity_leave_on_demand_its_tries(
     emulate: Callable[..., Emulated], provision: Callable[..., Provisioner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(skyward.provision, "_MOST_TRIES", 2)
+    monkeypatch.setattr(skyward.launch.provisioner, "_MOST_TRIES", 2)
     cloud = emulate("aws", boots=False)
     cloud.faults.no_capacity.add(("*", cloud.region, "spot"))
 
@@ -246,8 +247,8 @@ def test_further_machines_switch_themselves_off_with_the_first(
     provisioner._expires -= 3000  # as if so much time had passed
     provisioner.more([1], [])
 
-    assert ttls[0] == pytest.approx(3600 + skyward.provision.BIRTH_HEADROOM_S, abs=30)
-    assert ttls[1] == pytest.approx(600 + skyward.provision.BIRTH_HEADROOM_S, abs=30)
+    assert ttls[0] == pytest.approx(3600 + skyward.launch.provisioner.BIRTH_HEADROOM_S, abs=30)
+    assert ttls[1] == pytest.approx(600 + skyward.launch.provisioner.BIRTH_HEADROOM_S, abs=30)
 
 
 def test_a_machine_costs_before_it_has_an_address(

@@ -19,13 +19,15 @@ from verda.constants import ErrorCodes
 from verda.exceptions import APIException
 
 import skyward as sky
-from skyward.accelerators import Accelerator
+from skyward.accelerators.model import Accelerator
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
-from skyward.providers import prices, verda_api, verda_machines
+from skyward.launch.provisioner import pool_keys
+from skyward.providers import prices
 from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
-from skyward.providers.verda import Verda
-from skyward.provision import pool_keys
-from skyward.spec import PoolSpec
+from skyward.providers.verda import api as verda_api
+from skyward.providers.verda import machines as verda_machines
+from skyward.providers.verda.provider import Verda
+from skyward.spec.pool import PoolSpec
 from tests.cloudbox import why_not
 from tests.clouds.verda import VerdaCloud
 from tests.clouds.yard import Yard
@@ -109,7 +111,7 @@ def test_an_endpoint_has_to_be_a_url() -> None:
 
 
 def test_making_one_imports_no_sdk() -> None:
-    code = "import sys; from skyward.providers.verda import Verda; Verda('FIN-01'); sys.exit('verda' in sys.modules)"
+    code = "import sys; import skyward; skyward.Verda('FIN-01'); sys.exit('verda' in sys.modules)"
 
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -124,7 +126,7 @@ def test_what_verda_lacks_is_refused_with_what_to_do_instead() -> None:
 
 
 def test_a_missing_sdk_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "skyward.providers.verda_api")
+    monkeypatch.delitem(sys.modules, "skyward.providers.verda.api")
     monkeypatch.setitem(sys.modules, "verda.authentication", None)
 
     with pytest.raises(ProviderError, match=r"pip install 'skyward\[verda\]'"):

@@ -12,9 +12,11 @@ import boto3
 import pytest
 
 import skyward as sky
-from skyward import spec, volumes
+from skyward.cleanup import end, journal
 from skyward.cluster import cluster as cluster_module
-from skyward.cluster import flush, journal, release, remote
+from skyward.cluster import flush, remote
+from skyward.scripts import volumes
+from skyward.spec import pool as spec
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
 from tests.slow_proxy import SlowProxy, slow_proxy
@@ -230,7 +232,7 @@ def test_a_pool_that_is_ended_from_outside_sends_its_data(
             save("result") >> pool
             (entry,) = journal.entries()
 
-            assert release.release(entry) == []
+            assert end.release(entry) == []
 
             assert bucket.sizes() == {"run/result": SIZE}
 

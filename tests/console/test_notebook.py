@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from skyward.console.notebook import pool_html
-from skyward.spec import Instance
+from skyward.spec.instance import Instance
 
 CHEAP = Instance(
     id="i-<1>", provider="aws", spot=True, public_ip="3.4.5.6", node=0,

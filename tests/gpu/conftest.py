@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skyward.devices import Device, read
+from skyward.accelerators.devices import Device, read
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

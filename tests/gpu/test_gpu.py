@@ -8,9 +8,9 @@ import subprocess
 import pytest
 
 import skyward as sky
-from skyward.catalogue import recognise
-from skyward.cluster import metrics
-from skyward.devices import Device
+from skyward.accelerators.catalog import recognise
+from skyward.accelerators.devices import Device
+from skyward.node import metrics
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import skyward as sky
 from skyward.cluster.requirements import recipe
 from skyward.cluster.wheel import own_wheel
-from skyward.spec import Image
+from skyward.spec.image import Image
 from tests.cloudbox import Machine, Network, cloud_config, why_not
 
 IMAGE = Image(pip=["numpy", "scikit-learn"])

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.bootstrap import debian_packages, opening
 from skyward.cluster import remote
 from skyward.cluster.remote import RemoteAgent
-from skyward.spec import Image
-from skyward.uv import WHEELS
+from skyward.scripts.bootstrap import debian_packages, opening
+from skyward.scripts.uv import WHEELS
+from skyward.spec.image import Image
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 from tests.waiting import wait_until

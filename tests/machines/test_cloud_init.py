@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from skyward.cluster.ssh import Link
+from skyward.launch.provisioner import pool_keys
 from skyward.providers.base import Birth
-from skyward.provision import pool_keys
 from tests.cloudbox import Machine
 from tests.machines.conftest import Site
 from tests.waiting import wait_until

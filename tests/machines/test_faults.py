@@ -18,16 +18,16 @@ import psutil
 import pytest
 
 import skyward as sky
-from skyward import spec
 from skyward.cluster import remote, ssh
 from skyward.cluster.listing import Listing
 from skyward.providers import base
+from skyward.spec import pool as spec
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 from tests.waiting import wait_until
 
 Boot = Callable[..., list[Machine]]
-AGENT = "skyward.cluster.nod[e]"  # as a pattern, which does not find its own command line
+AGENT = "skyward.node.agen[t]"  # as a pattern, which does not find its own command line
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def guardians(data_folder: Path) -> list[psutil.Process]:
     return [
         p
         for p in psutil.process_iter(["cmdline"])
-        if "skyward.cluster.guardian" in (p.info["cmdline"] or ()) and p.info["cmdline"][-1] in entries
+        if "skyward.cleanup.guardian" in (p.info["cmdline"] or ()) and p.info["cmdline"][-1] in entries
     ]
 
 
@@ -385,8 +385,8 @@ def client(site: Site, boot: Boot, data_folder: Path) -> Iterator[tuple[subproce
     script = f"""
         import time
         import skyward as sky
-        from skyward import spec
-        from skyward.spec import Image
+        from skyward.spec import pool as spec
+        from skyward.spec.image import Image
 
         spec.LEAST_HEARTBEAT_TIMEOUT_S = 8
         provider = sky.SSH({hosts!r}, key={str(site.key)!r}, known_hosts={str(site.known_hosts)!r})
@@ -425,7 +425,7 @@ def test_a_suspended_caller_is_told_what_its_machines_did(site: Site, boot: Boot
     script = f"""
         import os, time
         import skyward as sky
-        from skyward import spec
+        from skyward.spec import pool as spec
 
         spec.LEAST_HEARTBEAT_TIMEOUT_S = 1
         provider = sky.SSH("root@{machine.address}", key={str(site.key)!r}, known_hosts={str(site.known_hosts)!r})

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward import spec
 from skyward.cluster import heartbeat
 from skyward.providers.base import Login
+from skyward.spec import pool as spec
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 

@@ -19,7 +19,7 @@ import pytest
 import skyward as sky
 from skyward.cluster import ssh
 from skyward.providers.base import Login
-from skyward.spec import Image
+from skyward.spec.image import Image
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 from tests.waiting import wait_until

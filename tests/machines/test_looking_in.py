@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import skyward as sky
+from skyward.cleanup import journal
 from skyward.cli import main
-from skyward.cluster import journal
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 

@@ -15,7 +15,7 @@ from cryptography import x509
 from distributed import Client
 
 import skyward as sky
-from skyward.cluster.security import make_credentials
+from skyward.node.tls import make_credentials
 from tests.cloudbox import Machine
 from tests.machines.conftest import IMAGE, Site
 

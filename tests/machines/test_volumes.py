@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.bootstrap import Progress, read_progress
-from skyward.volumes import Left, mount_script, read_left, unmount_script
+from skyward.scripts.bootstrap import Progress, read_progress
+from skyward.scripts.volumes import Left, mount_script, read_left, unmount_script
 from tests.cloudbox import Machine
 from tests.machines.conftest import Site
 from tests.slow_proxy import slow_proxy

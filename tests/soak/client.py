@@ -21,7 +21,7 @@ import numpy as np
 
 import skyward as sky
 from skyward.cluster import cluster, remote, ssh
-from skyward.spec import Image
+from skyward.spec.image import Image
 
 _LARGE_EVERY = 60
 _LARGE_BYTES = 3 << 20

@@ -63,7 +63,7 @@ class Fault(Enum):
 
 _LOST = (Fault.FIRST_NODE_DESTROYED, Fault.NODE_DESTROYED, Fault.FIRST_NODE_CUT_OFF, Fault.NODE_CUT_OFF)
 _BRIEF_S = 10.0
-_AGENT = "skyward.cluster.nod[e]"  # as a pattern, which does not find its own command line
+_AGENT = "skyward.node.agen[t]"  # as a pattern, which does not find its own command line
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def guardians(data_folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "skyward.cluster.guardian" not in process.cmdline():
+            if "skyward.cleanup.guardian" not in process.cmdline():
                 continue
             if process.environ().get("SKYWARD_DATA_DIR") == str(data_folder):
                 found.append(process)

@@ -11,8 +11,8 @@ from typing import Any
 from skyward.errors import SpecError
 from skyward.integrations.setup import jax, tensorflow, torch
 from skyward.integrations.setup.loading import load
-from skyward.task import World
-from skyward.variables import variables
+from skyward.worker.context import World
+from skyward.worker.variables import variables
 
 _SEED = 42
 """Where all ranks begin."""

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 
 from skyward.integrations.setup.loading import load
-from skyward.task import World
-from skyward.variables import variables
+from skyward.worker.context import World
+from skyward.worker.variables import variables
 
 
 @contextlib.contextmanager

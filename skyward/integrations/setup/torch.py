@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from skyward.errors import SpecError
 from skyward.integrations.setup.loading import load
-from skyward.task import World
-from skyward.variables import variables
+from skyward.worker.context import World
+from skyward.worker.variables import variables
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""What runs inside the Dask scheduler: plugins, and the dashboard's page of skyward."""

@@ -1,0 +1,1 @@
+"""Shell scripts for machines, as text: plain POSIX sh. The cluster runs them."""

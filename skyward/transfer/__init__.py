@@ -1,0 +1,1 @@
+"""What travels between caller and workers: pickles, and the shapes of messages."""

@@ -1,0 +1,88 @@
+"""Large buffers on a node that shares no files with the caller: each in one file, which all its workers map.
+
+Handlers of a Dask worker, for the engine and for the workers of other nodes to call. What arrives comes in pieces, so
+that neither side holds all of it, and is only seen under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+from skyward.transfer.wire import DROP, FETCH, KEEP, PIECE, READ
+
+VARIABLE = "SKYWARD_SHARE"
+Refusal = tuple[str, str]
+"""Why a buffer is not there: "room" or "source", and a text."""
+_REACH_S = 5.0
+"""Seconds to wait for a connection to another node. By feel: nodes are near each other."""
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+
+def path_of(digest: str) -> Path:
+    """Return where a buffer lies on this node, or will lie."""
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"not the digest of a buffer: {digest!r}")
+    return Path(os.environ[VARIABLE]) / digest
+
+
+def install(worker: Any) -> None:
+    """Let `worker`, a Dask worker in this process, keep buffers for its node."""
+    from distributed.core import rpc
+    from distributed.protocol import to_serialize
+
+    # What goes wrong is returned: an exception that passes through the scheduler arrives as text alone.
+    async def keep(digest: str, start: int, total: int, data: Any) -> Refusal | None:
+        try:
+            await asyncio.to_thread(_write, digest, start, total, memoryview(data).cast("B"))
+        except OSError as exc:
+            where = f"{socket.gethostname()}, in {path_of(digest).parent}"
+            return "room", f"an argument of {total / 1e6:.0f} MB can't be kept on {where}: {exc.strerror or exc}"
+        return None
+
+    async def read(digest: str, start: int) -> Any:
+        return to_serialize(await asyncio.to_thread(_read, digest, start))
+
+    async def fetch(digest: str, total: int, source: str) -> Refusal | None:
+        try:
+            async with rpc(source, timeout=_REACH_S, connection_args=worker.connection_args) as other:
+                for start in range(0, total, PIECE):
+                    piece = await getattr(other, READ)(digest=digest, start=start)
+                    if refusal := await keep(digest, start, total, piece):
+                        return refusal
+        except OSError as exc:
+            return "source", f"{source} does not send an argument: {exc}"
+        return None
+
+    async def drop(digests: list[str]) -> None:
+        for digest in digests:
+            path_of(digest).unlink(missing_ok=True)
+
+    worker.handlers |= {KEEP: keep, READ: read, FETCH: fetch, DROP: drop}
+
+
+def _write(digest: str, start: int, total: int, data: memoryview) -> None:
+    path = path_of(digest)
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with part.open("r+b" if start else "wb") as file:
+            file.seek(start)
+            file.write(data)
+        if start + data.nbytes >= total:
+            part.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def _read(digest: str, start: int) -> bytes:
+    with path_of(digest).open("rb") as file:
+        file.seek(start)
+        return file.read(PIECE)

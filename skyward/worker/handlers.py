@@ -1,0 +1,111 @@
+"""How chunks reach a worker without a task of the scheduler in between: its own handlers, for the engine to call.
+
+A chunk waits for the worker's thread as any Dask task does, and tasks wait for it. The scheduler is told: of a chunk
+that takes long by `attend`, a task that is on that worker as long; of every one by a report afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import pickle
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from skyward.transfer import sources
+from skyward.transfer.wire import INTERRUPT, LEAVE, RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
+from skyward.worker import interrupts, runtime
+
+_here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
+_ANSWER_S = 0.02
+"""Seconds that an answer has to be sent before the process ends; the one who asked takes its end for an answer too."""
+_NO_FAILURE = frozenset({Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN})
+
+
+def install(worker: Any) -> None:
+    """Let `worker`, a Dask worker in this process, take chunks."""
+    from distributed.protocol import to_serialize
+
+    async def run(chunk: bytes) -> Any:
+        outcomes = await _run(worker, pickle.loads(chunk))
+        if any(outcome.buffers for outcome in outcomes.items):
+            return to_serialize(outcomes)  # which keeps large buffers out of the pickle
+        return pickle.dumps(outcomes, 5)
+
+    worker.handlers[RUN] = run
+    worker.handlers[TAKE_BACK] = take_back
+    worker.handlers[INTERRUPT] = interrupt
+    worker.handlers[LEAVE] = leave
+
+
+async def _run(worker: Any, chunk: Chunk) -> Outcomes:
+    """Run `chunk` in the worker's thread; if it is taken back before that, no call of it has run."""
+    _lend_thread(worker, -1)  # so that tasks wait where the scheduler can move them, and not for the thread
+    future = worker.executors["default"].submit(contextvars.copy_context().run, _in_thread, worker, chunk)
+    _here[chunk.key] = future
+    try:
+        outcomes: Outcomes
+        outcomes, report = await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        if not future.cancelled():
+            raise
+        return Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls))
+    finally:
+        del _here[chunk.key]
+        _lend_thread(worker, +1)
+    worker.batched_send({"op": RAN, "key": chunk.key, **report})
+    return outcomes
+
+
+def _lend_thread(worker: Any, by: int) -> None:
+    """Change how many tasks the worker may run at once."""
+    from distributed.worker_state_machine import UnpauseEvent
+
+    worker.state.nthreads += by
+    if by > 0 and worker.state.running:
+        worker.handle_stimulus(UnpauseEvent(stimulus_id="skyward-chunk-ended"))
+
+
+def _in_thread(worker: Any, chunk: Chunk) -> tuple[Outcomes, dict[str, Any]]:
+    # As Dask's own tasks are run, so that get_worker, get_client and secede work in calls.
+    from distributed.utils import set_thread_state
+    from distributed.worker import _worker_cvar
+
+    began = time.time()
+    _worker_cvar.set(worker)
+    with set_thread_state(start_time=began, execution_state=worker.execution_state, key=chunk.key):
+        outcomes = runtime.run_batch(chunk)
+    shift = worker.scheduler_delay
+    return outcomes, {
+        "start": began + shift,
+        "stop": time.time() + shift,
+        "thread": threading.get_ident(),
+        "has_failed": any(outcome.kind not in _NO_FAILURE for outcome in outcomes.items),
+    }
+
+
+async def take_back(keys: list[str]) -> None:
+    """Give back the chunks `keys`, as far as they have not begun."""
+    for key in keys:
+        if key in _here:
+            _here[key].cancel()
+
+
+async def interrupt(keys: list[str]) -> int:
+    """Stop the chunks `keys`, as far as they run here, and return how many did."""
+    return interrupts.interrupt(keys)
+
+
+async def leave() -> None:
+    """End this process when this has been answered, if no call may begin here any more."""
+    if sources.is_outdated:
+        while interrupts.runs_any():  # one that has seceded, or the next chunk on its way back
+            await asyncio.sleep(_ANSWER_S)
+        asyncio.get_running_loop().call_later(_ANSWER_S, os._exit, 77)  # as for a call that does not stop
+
+
+def attend(key: str) -> None:
+    """Do nothing, when the worker has its thread back: until then the scheduler has a task there."""

@@ -1,0 +1,82 @@
+"""What calls raise and warn of: packed on the worker, made again by the caller.
+
+Pickling, unpickling and even printing an exception may run the user's code, which may raise anything.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+from skyward.errors import RemoteTraceback
+from skyward.transfer import pickling
+from skyward.worker import interrupts
+
+_set = BaseException.__setattr__
+"""Sets an attribute past the class's own `__setattr__`: that of a frozen dataclass raises."""
+
+
+class UnsendableError(Exception):
+    """The exception can't be pickled, or not unpickled again."""
+
+
+def pack(exc: BaseException) -> tuple[bytes, tuple[Any, ...]]:
+    """Return an exception or a warning as (pickle, large buffers), which were seen to unpickle.
+
+    Raises
+    ------
+    UnsendableError
+        They can't be made.
+    """
+    problem = ""
+    # One with its own __init__ often pickles and yet does not unpickle, for which it can be made without that.
+    for form in (exc, _WithoutInit(exc)):
+        try:
+            data, buffers = pickling.dumps(form)
+            if isinstance(pickling.loads(data, buffers), BaseException):
+                return data, tuple(b.raw() for b in buffers)
+            problem = problem or "it unpickles to something else"
+        except interrupts.Interrupted:
+            raise
+        except BaseException as why:  # whatever the exception's own pickling raises
+            problem = problem or text(why)
+    raise UnsendableError(problem)
+
+
+def text(exc: object) -> str:
+    """Return ``str(exc)``, or the name of its class if that raises."""
+    try:
+        return str(exc)
+    except interrupts.Interrupted:
+        raise
+    except BaseException:  # whatever its own __str__ raises
+        return f"<{type(exc).__name__}, whose text can't be made>"
+
+
+def annotate(error: BaseException, traceback: str, note: str) -> None:
+    """Give an exception that came from a worker its traceback there, as its cause, and a note."""
+    _set(error, "__traceback__", None)  # some libraries make it travel; the text says it all, once
+    if traceback:
+        _set(error, "__cause__", RemoteTraceback(traceback))
+    notes = vars(error).get("__notes__")
+    _set(error, "__notes__", [*(notes if isinstance(notes, list) else ()), note])
+
+
+class _WithoutInit:
+    """Pickles as an exception that is made from its class, arguments and attributes, without its `__init__`."""
+
+    def __init__(self, exc: BaseException) -> None:
+        self._exc = exc
+
+    def __reduce__(self) -> Any:
+        exc = self._exc
+        if not isinstance(type(exc).__init__, FunctionType):
+            raise TypeError(f"{type(exc).__name__} is made by code that is not Python")
+        return _make_without_init, (type(exc), exc.args, exc.__dict__)
+
+
+def _make_without_init(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    exc = kind.__new__(kind, *args)
+    _set(exc, "args", args)
+    exc.__dict__.update(attributes)
+    return exc
