@@ -25,7 +25,7 @@ import boto3
 
 import skyward as sky
 from skyward.cleanup import journal
-from skyward.cleanup.record import Record
+from skyward.cleanup.pool_record import PoolRecord
 from skyward.launch.plan import make_plan
 from skyward.launch.provisioner import Provisioner
 from skyward.providers.base import LaunchOrder, Machine, Need, Offer
@@ -72,13 +72,13 @@ class Instant:
         pass
 
 
-def launch(provider: Any, spec: PoolSpec, pool_id: str) -> tuple[dict[str, float], Provisioner, Record]:
+def launch(provider: Any, spec: PoolSpec, pool_id: str) -> tuple[dict[str, float], Provisioner, PoolRecord]:
     """Plan, launch and record a pool; return seconds by phase."""
     began = time.perf_counter()
     plan = make_plan([provider], spec)
     planned = time.perf_counter()
     expires = time.time() + spec.timeout
-    record = Record(pool_id, "clouds", expires)
+    record = PoolRecord(pool_id, "clouds", expires)
     provisioner = Provisioner(plan, spec, pool_id, record, lambda _: None, expires)
     machines = provisioner.launch()
     ended = time.perf_counter()

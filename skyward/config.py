@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skyward.errors import SpecError
-from skyward.spec.usual import Usual
+from skyward.spec.configurable import Configurable
 
 PROJECT_FILE = "skyward.toml"
 USER_FILE = "config.toml"
@@ -65,7 +65,7 @@ class Settings:
         """Return options with values for those that were not given, and which of them are configured."""
         filled, configured = dict(options), set()
         for name, value in options.items():
-            if isinstance(value, Usual):
+            if isinstance(value, Configurable):
                 filled[name] = self.found[name].value if name in self.found else value.value
                 configured |= {name} & set(self.found)
         return filled, configured
@@ -101,12 +101,12 @@ def load(folder: Path | None = None) -> Settings:
             problems.append(exc)
             continue
         for key, value in (table or {}).items():
-            _settle(found, problems, key, value, f"{path}", f"{path}: {key}={value!r}")
+            _take(found, problems, key, value, f"{path}", f"{path}: {key}={value!r}")
     for key in KEYS:
         variable = f"SKYWARD_{key.upper()}"
         text = os.environ.get(variable, "").strip()
         if text:
-            _settle(found, problems, key, _from_text(key, text), variable, f"{variable}={text!r}")
+            _take(found, problems, key, _from_text(key, text), variable, f"{variable}={text!r}")
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -119,7 +119,7 @@ def load(folder: Path | None = None) -> Settings:
     return Settings(found)
 
 
-def _settle(
+def _take(
     found: dict[str, Setting], problems: list[SpecError], key: str, value: Any, source: str, shown: str
 ) -> None:
     try:

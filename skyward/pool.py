@@ -18,7 +18,7 @@ from skyward import forks
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute
 from skyward.current import enter, leave
 from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError, VolumeError
-from skyward.spec.usual import usual
+from skyward.spec.configurable import configurable
 from skyward.worker.context import host_of
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class ComputePool:
         self,
         provider: ProviderLike = None,
         *,
-        selection: Any = usual("first"),
+        selection: Any = configurable("first"),
         image: Image | None = None,
         nodes: int = 1,
         machine: str | None = None,
@@ -148,20 +148,20 @@ class ComputePool:
         cpu: int | None = None,
         memory: str | int | None = None,
         volume: Volume | Sequence[Volume] = (),
-        allocation: str | float | Allocation = usual("spot-if-available"),
-        timeout: float = usual(3600),
+        allocation: str | float | Allocation = configurable("spot-if-available"),
+        timeout: float = configurable(3600),
         env: Mapping[str, str] | None = None,
         concurrency: int = 1,
-        display: Literal["auto", "log", "spinner", "quiet"] = usual("auto"),
+        display: Literal["auto", "log", "spinner", "quiet"] = configurable("auto"),
         on_event: events.Callback | None = None,
         collect_metrics: bool = True,
         logging: LogConfig | None = None,
-        max_price: float | None = usual(None),
-        max_cost: float | None = usual(None),
-        idle_timeout: float | None = usual(None),
-        boot_timeout: float | None = usual(None),
-        heartbeat_timeout: float = usual(120),
-        retries: int = usual(3),
+        max_price: float | None = configurable(None),
+        max_cost: float | None = configurable(None),
+        idle_timeout: float | None = configurable(None),
+        boot_timeout: float | None = configurable(None),
+        heartbeat_timeout: float = configurable(120),
+        retries: int = configurable(3),
     ) -> None:
         from skyward.config import load
         from skyward.providers import resolve
@@ -503,10 +503,10 @@ class ComputePool:
 
     def _state(self) -> tuple[str, str]:
         """Return whether the pool is active, and what it has been asked for."""
-        from skyward.console.model import About
+        from skyward.console.model import PoolInfo
 
         state = "active" if self.is_active else "not active"
-        return state, str(About("", self.spec.nodes, self.spec.slots_per_node, self._where))
+        return state, str(PoolInfo("", self.spec.nodes, self.spec.slots_per_node, self._where))
 
     def _repr_html_(self) -> str:
         from skyward.console.notebook import pool_html

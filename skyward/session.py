@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from skyward import events
 from skyward.cleanup.signals import unwind_on_termination
-from skyward.console import About, Console, open_console
-from skyward.console.dashboard import Figures
+from skyward.console import Console, PoolInfo, open_console
+from skyward.console.dashboard import DashboardData
 from skyward.console.logfile import LogFile
 from skyward.console.output import Output
 from skyward.errors import PoolBudgetError, PoolError, PoolTimeoutError, VolumeError
@@ -33,7 +33,7 @@ from skyward.providers.ssh import SSH
 if TYPE_CHECKING:
     from distributed import Client
 
-    from skyward.cleanup.record import Record
+    from skyward.cleanup.pool_record import PoolRecord
     from skyward.cluster.cluster import AgentCluster, SkyCluster
     from skyward.engine import Engine
     from skyward.launch.provisioner import Provisioner
@@ -56,16 +56,16 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._over = threading.Event()
         self._emitter: Any = None
-        self._about = About(
+        self._info = PoolInfo(
             self.pool_id, pool.spec.nodes, pool.spec.slots_per_node, pool._where,
             is_here=isinstance(pool.provider, (Local, Dask)),
         )  # fmt: skip
         # Not where the cluster is somebody else's: its scheduler does not know what to do with them.
         wants_figures = pool.spec.collect_metrics and not isinstance(pool.provider, Dask)
-        self._figures = Figures(self._about) if wants_figures else None
+        self._figures = DashboardData(self._info) if wants_figures else None
         self._there: dict[int, str] = {}  # nodes that are no cloud's, and the names of their machines
         self.output = Output(lambda node: self.cluster.instance_id(node), self.emit)
-        self._record: Record | None = None
+        self._record: PoolRecord | None = None
         self._provisioner: Provisioner | None = None
         self._expires = time.time() + pool.spec.timeout
         self.cluster: SkyCluster
@@ -162,7 +162,7 @@ class Session:
             expected=(lambda: own.expected) if own is not None else (lambda: 1),
             retries=spec.retries,
             alive=own.addresses if own is not None else None,
-            was_taken=own.was_taken if own is not None else None,
+            was_reclaimed=own.was_reclaimed if own is not None else None,
             share=share if see_share else (),
             direct=direct,
             wait_for_worker=wait_for_worker,
@@ -204,7 +204,7 @@ class Session:
         """Let all who want to hear of events do so from now on; return the console."""
         pool, spec, log = self.pool, self.pool.spec, self.pool.spec.logging
         display = "quiet" if log is not None and not log.console else spec.display
-        console = open_console(display, self._about, prefix=log is None or log.prefix)
+        console = open_console(display, self._info, prefix=log is None or log.prefix)
         self._stack.callback(console.close)
         listeners: list[events.Callback] = [*([console] if console.shows else []), *pool.callbacks()]
         if log is not None and log.file is not None:
@@ -216,7 +216,7 @@ class Session:
 
     def _note(self, cluster: AgentCluster) -> None:
         """Put on record that the pool is up."""
-        from skyward.cleanup.record import note_local
+        from skyward.cleanup.pool_record import note_local
 
         if self._record is not None:
             self._record.running(cluster.dashboard_port)
@@ -237,11 +237,11 @@ class Session:
 
                 return local_cluster(provider, spec, self.pool_id, share, self._emit_here)
             case SSH():
-                from skyward.cleanup.record import Record
+                from skyward.cleanup.pool_record import PoolRecord
                 from skyward.cluster.machines import machine_cluster
 
                 machines = provider.machines(spec.nodes)
-                self._record = record = Record(self.pool_id, provider.name, self._expires, machines)
+                self._record = record = PoolRecord(self.pool_id, provider.name, self._expires, machines)
                 self._stack.callback(record.close)
                 for node, machine in enumerate(machines):
                     self._node_added(node, machine.id, machine)
@@ -256,7 +256,7 @@ class Session:
     def _launch_cluster(self, clouds: tuple[Cloud, ...]) -> AgentCluster:
         from skyward import paths
         from skyward.cleanup import guardian
-        from skyward.cleanup.record import Record
+        from skyward.cleanup.pool_record import PoolRecord
         from skyward.cluster.machines import machine_cluster
         from skyward.launch.plan import make_plan
         from skyward.launch.provisioner import Provisioner
@@ -267,7 +267,7 @@ class Session:
         plan = make_plan(clouds, spec)
         names = " or ".join(dict.fromkeys(cloud.name for cloud in clouds))
         written = buckets([volume for volume in spec.volume if isinstance(volume, S3Volume)])
-        self._record = record = Record(self.pool_id, names, self._expires, volumes=written)
+        self._record = record = PoolRecord(self.pool_id, names, self._expires, volumes=written)
         self._provisioner = provisioner = Provisioner(plan, spec, self.pool_id, record, self.emit, self._expires)
 
         def end() -> None:
@@ -438,7 +438,7 @@ class Session:
 class _Hosts:
     """Hosts that are there already, as where a cluster's machines come from."""
 
-    def __init__(self, provider: SSH, record: Record) -> None:
+    def __init__(self, provider: SSH, record: PoolRecord) -> None:
         self._provider = provider
         self._record = record
 

@@ -41,7 +41,7 @@ class Host:
             host="127.0.0.1", port=self.port, user=getpass.getuser(), key=key or str(self.key_file),
             known_hosts=str(self.known_hosts),
         )  # fmt: skip
-        return Machine(id=f"127.0.0.1:{self.port}", provider="ssh", login=login, lives_on=True)
+        return Machine(id=f"127.0.0.1:{self.port}", provider="ssh", login=login, outlives_pool=True)
 
     def start(self) -> None:
         ready = threading.Event()

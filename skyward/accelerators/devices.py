@@ -59,7 +59,7 @@ class Reading:
     """The accelerators of one vendor on a machine, and why there may be more than could be seen."""
 
     devices: tuple[Device, ...] = ()
-    trouble: str = ""
+    error: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -70,7 +70,7 @@ class Reading:
         devices = [
             Device(**{**device, "parts": tuple(Part(**part) for part in device["parts"])}) for device in raw["devices"]
         ]
-        return Reading(tuple(devices), raw["trouble"])
+        return Reading(tuple(devices), raw["error"])
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def _read_nvidia() -> Reading:
     try:
         import pynvml
     except ImportError:
-        return Reading(trouble="the driver can't be asked without nvidia-ml-py: pip install 'skyward[gpu]'")
+        return Reading(error="the driver can't be asked without nvidia-ml-py: pip install 'skyward[gpu]'")
     return read_nvml(pynvml)
 
 
@@ -106,12 +106,12 @@ def read_nvml(nvml: Any) -> Reading:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as exc:
-        return Reading(trouble=f"the NVIDIA driver does not answer: {exc}")
+        return Reading(error=f"the NVIDIA driver does not answer: {exc}")
     try:
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         return Reading(tuple(_gpu(nvml, handle) for handle in handles))
     except nvml.NVMLError as exc:
-        return Reading(trouble=f"the NVIDIA driver has failed: {exc}")
+        return Reading(error=f"the NVIDIA driver has failed: {exc}")
     finally:
         nvml.nvmlShutdown()
 
@@ -174,7 +174,7 @@ def _fits(wanted: Accelerator, device: Device) -> bool:
     return not device.memory_bytes or device.memory_bytes >= (1 - _TOLERANCE) * wanted.memory * 1e9
 
 
-def lack(wanted: Accelerator, reading: Reading) -> str:
+def missing(wanted: Accelerator, reading: Reading) -> str:
     """Return in what a machine falls short of what is asked for, with both numbers; empty when it does not."""
     found = fitting(wanted, reading.devices)
     if len(found) < wanted.count:
@@ -182,7 +182,7 @@ def lack(wanted: Accelerator, reading: Reading) -> str:
         others = len(reading.devices) - len(found)
         also = f", and {others} other or with less memory" if others else ""
         text = f"{wanted.count} × {wanted.name} ({wanted.memory} GB) asked for, {len(found)} there{also}{there}"
-        return f"{text}; {reading.trouble}" if reading.trouble else text
+        return f"{text}; {reading.error}" if reading.error else text
     for number, device in enumerate(found[: wanted.count]):
         have = sorted(part.profile for part in device.parts)
         if wanted.mig and have != sorted(wanted.mig):

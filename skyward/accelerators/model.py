@@ -50,11 +50,11 @@ class Accelerator:
         if model is None:
             raise unknown(self.model)
         memory = catalog.check_memory(model, self.memory)
-        settle = object.__setattr__
-        settle(self, "model", model.name)
-        settle(self, "memory", memory)
-        settle(self, "mig", catalog.fit(model, memory, self.mig) if self.mig else ())
-        settle(self, "form_factor", catalog.check_form_factor(model, self.form_factor))
+        set_field = object.__setattr__
+        set_field(self, "model", model.name)
+        set_field(self, "memory", memory)
+        set_field(self, "mig", catalog.fit(model, memory, self.mig) if self.mig else ())
+        set_field(self, "form_factor", catalog.check_form_factor(model, self.form_factor))
 
     @property
     def facts(self) -> Model:

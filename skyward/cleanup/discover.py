@@ -14,7 +14,7 @@ _UNKNOWN_S = 30 * 86400.0
 """Seconds that a pool is taken to have left whose tags do not say when it expires: whoever ends it has to name it."""
 
 
-def sightings(clouds: Sequence[Cloud]) -> tuple[list[Entry], dict[str, ProviderError]]:
+def find_pools(clouds: Sequence[Cloud]) -> tuple[list[Entry], dict[str, ProviderError]]:
     """Return what clouds know, oldest first, and why some could not be asked, by their names."""
     answers = ask_all(clouds, lambda cloud: cloud.machines())
     pools: dict[str, list[tuple[Cloud, Machine]]] = {}

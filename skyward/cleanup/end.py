@@ -32,7 +32,7 @@ _ROUNDS = 5  # of looking for processes of a local pool: those that are found ma
 _ROUND_S = 2.0
 
 
-def release(entry: Entry) -> list[str]:
+def end_pool(entry: Entry) -> list[str]:
     """End a pool on all its machines at once, and return a line for each that could not be confirmed.
 
     Machines that may have data for volumes send it before they are destroyed; what can't be sent is logged.
@@ -47,7 +47,7 @@ def release(entry: Entry) -> list[str]:
     """
     if entry.provider == "local":
         return _end_local(entry)
-    hosts = [machine for machine in entry.machines if machine.lives_on]
+    hosts = [machine for machine in entry.machines if machine.outlives_pool]
     cleaned = asyncio.run(_clean_hosts(entry.pool_id, hosts)) if hosts else []
     if entry.volumes:
         asyncio.run(_flush_machines(entry))
@@ -110,7 +110,7 @@ def _end(pool_id: str, cloud: Cloud, regions: Sequence[str]) -> str | None:
 
 
 async def _flush_machines(entry: Entry) -> None:
-    machines = [machine for machine in entry.machines if machine.id in entry.nodes and not machine.lives_on]
+    machines = [machine for machine in entry.machines if machine.id in entry.nodes and not machine.outlives_pool]
     await asyncio.gather(*(_flush_machine(entry, machine) for machine in machines))
 
 

@@ -32,7 +32,7 @@ LOG = "guardian.log"
 _LOOK_S = 30.0  # `select` does not count the time that a computer sleeps
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _PAUSE_S = 60.0
-_SETTLE_S = 60.0
+_LIST_AGAIN_S = 60.0
 """Seconds after which what was launched last is listed, and between looks while a launch may be under way."""
 _DISMISSED_WITHIN_S = 2.0
 _DONE = b"done\n"
@@ -162,7 +162,7 @@ def main() -> int:
 
 
 def _end(entry: Entry, owner: _Owner) -> int:
-    from skyward.cleanup.end import release
+    from skyward.cleanup.end import end_pool
 
     ended_at = 0.0
     for pause in _pauses():
@@ -176,7 +176,7 @@ def _end(entry: Entry, owner: _Owner) -> int:
             logger.info("nothing was started")
             return 0
         try:
-            left = release(entry)
+            left = end_pool(entry)
         except Exception:  # whatever it is, network or code, the next try may do better; there is nobody to tell
             logger.exception("failed")
             left = ["see above"]
@@ -185,12 +185,12 @@ def _end(entry: Entry, owner: _Owner) -> int:
             ended_at = ended_at or now
             until = entry.launching_until
             if entry.places and entry.state != "stopping":  # what was launched last may not be listed yet
-                until = max(until, ended_at + _SETTLE_S)
+                until = max(until, ended_at + _LIST_AGAIN_S)
             if now >= until:
                 journal.close(entry.pool_id)
                 logger.info("ended")
                 return 0
-            pause = min(_SETTLE_S, until - now)
+            pause = min(_LIST_AGAIN_S, until - now)
             logger.info("ended; a cloud may still make machines: looking again in %.0f s", pause)
         else:
             logger.info("may still run on %s", "; ".join(left))

@@ -71,11 +71,11 @@ def _left_as_it_was(entry: Entry) -> dict[str, Any]:
 
 def _end(entry: Entry) -> dict[str, Any]:
     """End a pool, and return how that went."""
-    from skyward.cleanup.end import release  # not for `ps`: it loads asyncssh
+    from skyward.cleanup.end import end_pool  # not for `ps`: it loads asyncssh
 
     error, left = None, []
     try:
-        left = release(entry)
+        left = end_pool(entry)
     except SkywardError as exc:
         error = str(exc)
     latest = journal.read(entry.pool_id)

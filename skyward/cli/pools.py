@@ -37,10 +37,10 @@ def all_pools(here: bool, *, of_any_cloud: bool = False) -> list[Entry]:
     if here:
         return found
     from skyward import providers
-    from skyward.cleanup.discover import sightings
+    from skyward.cleanup.discover import find_pools
 
     clouds = providers.clouds()
-    seen, failed = sightings(clouds)
+    seen, failed = find_pools(clouds)
     recorded = {place.provider for entry in found for place in entry.places}
     meant = {cloud.name for cloud in clouds} if of_any_cloud else recorded
     tell_failed(failed.items(), "could not be asked for pools", meant=meant)

@@ -299,7 +299,7 @@ class AgentCluster(SkyCluster):
                 (agent,) = await self._ask_cloud(self._new_agents, nodes, used)
             except SkywardError as exc:
                 error.args = (f"{error}\nNo other machine could be had in its place: {exc}",)
-                raise self._failures.told(error) from exc
+                raise self._failures.noted(error) from exc
             self._nodes = self._nodes - failed.nodes | agent.nodes
             self._agents[self._agents.index(failed)] = agent
         logger.warning("%s is replaced by %s: %s", failed.machine, agent.machine, error, extra=_TOLD)
@@ -465,7 +465,7 @@ class AgentCluster(SkyCluster):
     def _excuse(self, nodes: Collection[int]) -> None:
         self._excused |= {address for address, node in self._places.items() if node in nodes}
 
-    async def was_taken(self, address: str) -> bool:
+    async def was_reclaimed(self, address: str) -> bool:
         """Tell, once it is known, whether a worker has ended because it had to: its machine was taken away, say.
 
         Waits for the last lines that it has printed, so that they come before the error. Then until it is clear whether

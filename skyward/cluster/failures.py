@@ -46,13 +46,13 @@ class StartFailures:
         again = any(earlier.step == error.step for earlier in self._errors)
         self._errors.append(error)
         if len(self._errors) > max(1, self._nodes // 2):
-            raise self.told(error)
+            raise self.noted(error)
         if is_image and (again or (self._costly and self._nodes == 1)):
-            raise self.told(error)
+            raise self.noted(error)
         if is_image and self._costly:
             await self._passed.wait()
 
-    def told(self, error: BootstrapError) -> BootstrapError:
+    def noted(self, error: BootstrapError) -> BootstrapError:
         """Return `error` with what has failed before it in its message."""
         if earlier := self.lines(but=error):
             error.args = ("\n  ".join([f"{error}\nBefore it failed:", *earlier]),)

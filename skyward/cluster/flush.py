@@ -19,7 +19,7 @@ _AGAIN_S = 1.0
 
 
 async def flush(
-    link: Link, machine: str, buckets: Mapping[str, str], told: Callable[[Left], None] = lambda _: None
+    link: Link, machine: str, buckets: Mapping[str, str], on_left: Callable[[Left], None] = lambda _: None
 ) -> None:
     """Send what was written to all volumes of a machine and unmount them, for as long as something is sent.
 
@@ -31,7 +31,7 @@ async def flush(
         Its name in messages.
     buckets
         Where each volume is kept, by the path on the machine: the ones that may be written to.
-    told
+    on_left
         Hears about once a second what is left of one volume.
 
     Raises
@@ -52,7 +52,7 @@ async def flush(
         found = read_left(line)
         if found is not None:
             left[found.path] = found
-            told(found)
+            on_left(found)
 
     while True:
         output.clear()

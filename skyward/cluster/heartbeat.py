@@ -93,7 +93,7 @@ class Heartbeat:
         self, login: Login, folder: str, limit_s: float, answer_s: float, silent: Callable[[], object]
     ) -> None:
         self.period_s = min(_BEAT_S, limit_s / 8)
-        self.trouble: str | None = "it is not there yet"
+        self.error: str | None = "it is not there yet"
         """Why there is no connection for heartbeats; None while there is one."""
         self._limit_s = limit_s
         self._answer_s = answer_s
@@ -133,11 +133,11 @@ class Heartbeat:
                 await self._beat_until_lost()
             except NotListening:
                 if self._was_answered:
-                    self.trouble = "the agent is not running any more"
+                    self.error = "the agent is not running any more"
                 else:
                     await self._tell_first_watch()
             except Exception as exc:  # whatever it is, machines would end if heartbeats did
-                self.trouble = str(exc) or type(exc).__name__
+                self.error = str(exc) or type(exc).__name__
                 logger.debug("no connection for heartbeats to %s", self._link.login, exc_info=True)
                 self._pause = min(2 * self._pause, self._limit_s / 4)
             await asyncio.sleep(random.uniform(self._pause / 2, self._pause))
@@ -149,7 +149,7 @@ class Heartbeat:
                 sent_at = _now()
                 writer.write(b"\n")
                 if not await self._answer(reader):
-                    self.trouble = "it was lost"
+                    self.error = "it was lost"
                     return
                 self._was_answered = True
                 self._delivered(sent_at)
@@ -161,7 +161,7 @@ class Heartbeat:
         waited_s = 0.0  # in steps, not by a clock: this process may be suspended during one
         try:
             while not (await asyncio.wait({reading}, timeout=self.period_s))[0]:
-                self.trouble = "it gives no answer"
+                self.error = "it gives no answer"
                 waited_s += self.period_s
                 if waited_s >= self._answer_s:
                     async with asyncio.timeout(_ANSWER_S):
@@ -180,7 +180,7 @@ class Heartbeat:
                 self._delivered(sent_at)
 
     def _delivered(self, sent_at: float) -> None:
-        self.trouble = None
+        self.error = None
         self._pause = self.period_s
         self._heard_at = sent_at  # not now: this process may have been suspended in between
 

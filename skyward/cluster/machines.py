@@ -48,14 +48,14 @@ def machine_cluster(
 
     Machines that do not live on after the pool are replaced when they are lost.
     """
-    lives_on = machines[0].lives_on
+    outlives_pool = machines[0].outlives_pool
     wheel = own_wheel()
     accelerator = spec.accelerator
     volumes = tuple(v for v in spec.volume if isinstance(v, S3Volume))
     environment = recipe(spec.image, wheel, nvidia=is_nvidia(accelerator))
     shipment = Shipment(environment, wheel, tuple(spec.image.include), volumes, accelerator=accelerator)
     heartbeats = Heartbeats(spec.heartbeat_timeout, remote.UNREACHABLE_S)
-    listing = None if lives_on else Listing(source.gone)
+    listing = None if outlives_pool else Listing(source.gone)
     credentials = make_credentials(pool_id, lifetime_s=spec.timeout)
 
     def make_node(node: int) -> NodeSpec:
@@ -86,5 +86,5 @@ def machine_cluster(
         timeout_s=spec.timeout,
         node_spec=make_node,
         new_agents=new_agents,
-        discard=None if lives_on else source.discard,
+        discard=None if outlives_pool else source.discard,
     )

@@ -154,7 +154,7 @@ class RemoteAgent:
         self.facts: Machine = machine
         self._config = replace(
             config, nodes=(node,), folder=pool_folder(config.pool_id), heartbeat_s=heartbeats.limit_s,
-            power_off=not machine.lives_on, notice="aws" if machine.spot and machine.provider == "aws" else "",
+            power_off=not machine.outlives_pool, notice="aws" if machine.spot and machine.provider == "aws" else "",
             networks=machine.networks,
         )  # fmt: skip
         self._listing = listing
@@ -222,7 +222,7 @@ class RemoteAgent:
 
     async def _prepare(self) -> None:
         self._progress("ssh")
-        if self.facts.lives_on:
+        if self.facts.outlives_pool:
             await self._link.connect()
         else:
             await self._log_in_when_booted()
@@ -246,7 +246,7 @@ class RemoteAgent:
         if self._started:
             with contextlib.suppress(TimeoutError, *_TROUBLE):  # what was heard has to do
                 async with asyncio.timeout(_LOG_S):
-                    done = await self._link.run(_logs_command(self._config.folder, cloud=not self.facts.lives_on))
+                    done = await self._link.run(_logs_command(self._config.folder, cloud=not self.facts.outlives_pool))
                     heard += ["", done.output]
         return await asyncio.to_thread(boot_logs.keep, self._config.pool_id, self.facts.id, "\n".join(heard) + "\n")
 
@@ -299,7 +299,7 @@ class RemoteAgent:
         self._progress("upload")
         if not await self._begin(wheel):
             await self._link.write(wheel, shipment.wheel.data)
-        await self._link.write(bootstrap, script(shipment.recipe, lives_on=self.facts.lives_on).encode())
+        await self._link.write(bootstrap, script(shipment.recipe, outlives_pool=self.facts.outlives_pool).encode())
         await self._run_steps(bootstrap)
         if shipment.volumes:
             mount = f"{folder}/mount.sh"
@@ -354,7 +354,7 @@ class RemoteAgent:
         """Find the machine's accelerators, partition them where that is wanted, and give each slot its share."""
         if wanted.mig:
             path = f"{self._config.folder}/mig.sh"
-            await self._link.write(path, partition_script(wanted, keep=self.facts.lives_on).encode())
+            await self._link.write(path, partition_script(wanted, keep=self.facts.outlives_pool).encode())
             await self._run_steps(path)
         self._progress("gpu")
         recipe = self._shipment.recipe
@@ -365,8 +365,8 @@ class RemoteAgent:
             reading = Reading.from_json(done.output.rstrip().rpartition("\n")[2])  # a sitecustomize may print before
         except ValueError:
             raise self._failed("gpu", 0, done.output.splitlines()) from None
-        if lack := devices.lack(wanted, reading):
-            raise self._failed("gpu", 1, (lack,))
+        if missing := devices.missing(wanted, reading):
+            raise self._failed("gpu", 1, (missing,))
         named = devices.names(wanted, reading.devices)
         nodes = [
             node_spec(node.node, len(node.environments), wanted, named, self._config.environment)
@@ -530,7 +530,7 @@ class RemoteAgent:
         sent = 0
         while True:
             await asyncio.sleep(heartbeat.period_s)
-            why = heartbeat.trouble
+            why = heartbeat.error
             if why is None or not await self._send_beat():
                 sent = 0
                 continue
@@ -579,13 +579,13 @@ class RemoteAgent:
 
     async def _clean_up(self) -> str | None:
         """End all of the pool on a machine that stays, or that still has data to send; return what may be left."""
-        if not (self._started and (self.facts.lives_on or self._buckets)):
+        if not (self._started and (self.facts.outlives_pool or self._buckets)):
             return None
         try:
             await asyncio.wait_for(self._clean(), _STOP_S)
         except (TimeoutError, *_TROUBLE) as exc:
             why = str(exc) or type(exc).__name__
-            if self.facts.lives_on:
+            if self.facts.outlives_pool:
                 why += f"; it cleans itself after {self._heartbeats.limit_s:g} s"
             logger.warning("%s could not be cleaned: %s", self.machine, why)
             return f"{self.machine}: {why}"
@@ -604,7 +604,7 @@ class RemoteAgent:
             return
         tell_at = time.monotonic() + _TELL_FLUSH_S
 
-        def told(left: Left) -> None:
+        def on_left(left: Left) -> None:
             nonlocal tell_at
             if time.monotonic() >= tell_at:
                 tell_at = time.monotonic() + _TELL_FLUSH_S
@@ -613,7 +613,7 @@ class RemoteAgent:
                 self._emit(events.BootstrapProgress(instance_id=self.facts.id, step=step))
 
         try:
-            await flush(self._link, self._name, self._buckets, told)
+            await flush(self._link, self._name, self._buckets, on_left)
         except VolumeError as exc:
             self._tell_unsent(f"{exc}\nThe machine is destroyed, and these files with it")
             self._flushed = True

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from skyward import events, forks
 from skyward.console import records
-from skyward.console.model import About, Model
+from skyward.console.model import Model, PoolInfo
 from skyward.console.streams import Streams, is_notebook, is_terminal
 
-__all__ = ["About", "Console", "open_console"]
+__all__ = ["Console", "PoolInfo", "open_console"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ class _View(Protocol):
     def close(self, now: float) -> None: ...
 
 
-def open_console(display: str, about: About, *, prefix: bool = True) -> Console:
+def open_console(display: str, info: PoolInfo, *, prefix: bool = True) -> Console:
     """Return the console of a pool. `display` is one of ``"auto"``, ``"log"``, ``"spinner"`` and ``"quiet"``.
 
     `prefix`: whether lines that calls print begin with their node.
     """
-    return Console(about, display, prefix=prefix)
+    return Console(info, display, prefix=prefix)
 
 
 class Console:
@@ -51,10 +51,10 @@ class Console:
     `shows` is whether it shows anything at all.
     """
 
-    def __init__(self, about: About, display: str, *, prefix: bool = True) -> None:
+    def __init__(self, info: PoolInfo, display: str, *, prefix: bool = True) -> None:
         self._prefix = prefix
         self.shows = display != "quiet"
-        self._model = Model(about)
+        self._model = Model(info)
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._view: _View | None = None

@@ -41,7 +41,7 @@ class CellView:
 
     def show(self, event: Any, now: float) -> None:
         """Take in what of an event is to stay, after the model has heard of it."""
-        self.say(wording.told(event, self._model))
+        self.say(wording.news(event, self._model))
         self.refresh(now)
 
     def refresh(self, now: float) -> None:
@@ -53,7 +53,7 @@ class CellView:
         """Show what the pool came to."""
         model = self._model
         if model.is_up:
-            self._change([line_html(str(model.about), *wording.summary(model, now)), *self._lines()], now)
+            self._change([line_html(str(model.info), *wording.summary(model, now)), *self._lines()], now)
         elif model.phases:
             self._change([line_html(wording.not_started(model, now)), *self._lines()], now)
 
@@ -64,7 +64,7 @@ class CellView:
             self._handle.update(self._bundle(html), raw=True)
 
     def _bundle(self, html: str) -> dict[str, str]:
-        return {"text/html": html, "text/plain": f"skyward: {self._model.about}"}
+        return {"text/html": html, "text/plain": f"skyward: {self._model.info}"}
 
     def _parts(self, now: float) -> list[str]:
         model = self._model
@@ -72,9 +72,9 @@ class CellView:
             return []
         if model.phase == "running":
             words = [f"up in {wording.duration(model.start_s())}", *self._cost(now)]
-            return [line_html(str(model.about), *words, link=model.link), *self._work(now), *self._lines()]
+            return [line_html(str(model.info), *words, link=model.link), *self._work(now), *self._lines()]
         started = model.phases[-1 if model.phase == "ending" else 0].began
-        words = [f"starting {model.about}", str(model.phase)] if model.phase != "ending" else [f"ending {model.about}"]
+        words = [f"starting {model.info}", str(model.phase)] if model.phase != "ending" else [f"ending {model.info}"]
         if model.phase in ("boot", "bootstrap"):
             words.append(f"{model.ready} of {len(model.nodes)} nodes ready")
         heading = line_html(*words, wording.duration(float(int(now - started))), *self._cost(now))
@@ -94,7 +94,7 @@ class CellView:
     def _nodes(self) -> list[str]:
         """Return a table of the nodes of a pool elsewhere, and what their machines are doing."""
         nodes = [self._model.nodes[number] for number in sorted(self._model.nodes)]
-        if self._model.about.is_here or not nodes:
+        if self._model.info.is_here or not nodes:
             return []
         rows = [[str(node.number), *wording.node_facts(node), node.state] for node in nodes]
         return [table_html(("node", "machine", "type", "lease", "price", "state"), rows)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from skyward import events
 from skyward.console import wording
-from skyward.console.model import About, Model
+from skyward.console.model import Model, PoolInfo
 
 PERIOD_S = 2.0
 """Seconds between two messages at least: of many nodes, each tells of its load by itself."""
@@ -20,15 +20,15 @@ _HEARD = (
 )  # fmt: skip
 
 
-class Figures:
+class DashboardData:
     """Hears of events, from any thread, and sends what they come to, from `PoolStarted` on.
 
     `send` takes the fields of a message, and must not block.
     """
 
-    def __init__(self, about: About) -> None:
+    def __init__(self, info: PoolInfo) -> None:
         self.send: Callable[[dict[str, Any]], None] | None = None
-        self._model = Model(about)
+        self._model = Model(info)
         self._metrics: dict[int, events.Metrics] = {}
         self._lock = threading.Lock()
         self._sent_at = -PERIOD_S
@@ -57,7 +57,7 @@ class Figures:
 
     def _node(self, number: int) -> dict[str, Any]:
         node, metrics = self._model.nodes[number], self._metrics.get(number)
-        if metrics is None and self._model.about.is_here:  # where all nodes are one machine, and the first tells of it
+        if metrics is None and self._model.info.is_here:  # where all nodes are one machine, and the first tells of it
             metrics = self._metrics.get(0)
         facts: dict[str, Any] = {
             "node": number,

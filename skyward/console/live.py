@@ -35,8 +35,8 @@ class LiveView:
     def __init__(self, model: Model, screen: Screen, *, one_line: bool) -> None:
         self._model = model
         self._screen = screen
-        self._one_line = one_line or model.about.is_here
-        self._is_sparing = model.about.is_here and not one_line  # shows only what takes long
+        self._one_line = one_line or model.info.is_here
+        self._is_sparing = model.info.is_here and not one_line  # shows only what takes long
         self._frame = 0
         self._unicode = speaks_unicode(sys.stderr)
         self._rich: RichConsole | None = None  # loaded when it is needed, because that takes a while
@@ -52,9 +52,9 @@ class LiveView:
 
     def show(self, event: Any, now: float) -> None:  # noqa: ARG002 - as the other view
         """Write what of an event is to stay, after the model has heard of it."""
-        told = list(wording.told(event, self._model))
-        if told:
-            self.say(told)
+        news = list(wording.news(event, self._model))
+        if news:
+            self.say(news)
         if isinstance(event, events.PoolStarted):
             self.say([wording.up(self._model)])
 
@@ -91,7 +91,7 @@ class LiveView:
             nodes = f", {model.ready} of {len(model.nodes)} nodes ready" if phase.name in ("boot", "bootstrap") else ""
             words = [f"{phase.name}{nodes}, {wording.duration(seconds)}"]
             if phase.name != "ending":
-                words = [f"starting {model.about}", *words]
+                words = [f"starting {model.info}", *words]
         return [self._cut(f"{self._spin} skyward: {', '.join(words)}")]
 
     @property
@@ -121,7 +121,7 @@ class LiveView:
         seconds = phase.seconds(now) if model.is_up else now - model.phases[0].began
         state = phase.name if model.is_up else "starting"
         heading = Text(f"{self._spin} skyward ", style="bold")
-        heading.append(f"{model.about}, {state} {wording.duration(seconds)}", style="not bold")
+        heading.append(f"{model.info}, {state} {wording.duration(seconds)}", style="not bold")
         for text in self._cost(now):
             heading.append(f", {text} so far", style="not bold")
         parts: list[RenderableType] = [heading]

@@ -12,7 +12,7 @@ _BOOTING = "ssh"
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class PoolInfo:
     """What is known of a pool before anything happens. `is_here`: its machines are there already, and cost nothing."""
 
     pool_id: str
@@ -81,7 +81,7 @@ class Work:
 class Cost:
     """What was told of the cost last. `saved` is in comparison with machines that are no spot machines."""
 
-    told: float
+    at: float
     total: float
     hourly: float
     elapsed: float  # seconds since the first machine was launched
@@ -89,7 +89,7 @@ class Cost:
 
     def now(self, now: float) -> float:
         """Return what it may be by now: never more than will be told next, for a cost that falls is none."""
-        since = now - self.told
+        since = now - self.at
         so_long = self.hourly * (self.elapsed + since) / 3600  # less than the total while that is the least to be paid
         return min(self.total + self.hourly * since / 3600, max(self.total, so_long))
 
@@ -98,7 +98,7 @@ class Cost:
 class Model:
     """A pool as its events tell of it."""
 
-    about: About
+    info: PoolInfo
     phases: list[Phase] = field(default_factory=list)
     nodes: dict[int, Node] = field(default_factory=dict)
     region: str | None = None

@@ -12,7 +12,7 @@ from skyward.console.model import Model
 from skyward.console.streams import Streams
 
 _FEW_NODES = 8
-"""Up to so many nodes each has lines of its own. By feel: more are told together."""
+"""Up to so many nodes each has lines of its own. Chosen, not measured: of more, totals are shown."""
 _TOGETHER_S = 5.0
 _PROGRESS_S = (5.0, 10.0, 30.0, 60.0)
 """Pauses between lines about progress and cost, the last of them from then on. By feel."""
@@ -41,38 +41,38 @@ class PlainView:
 
     def show(self, event: Any, now: float) -> None:
         """Write what an event is worth, after the model has heard of it."""
-        model, about = self._model, self._model.about
+        model, info = self._model, self._model.info
         for line in self._lines(event, now):
             self.say([line])
-        told = list(wording.told(event, model))
-        if told:
-            self.say(told)
+        news = list(wording.news(event, model))
+        if news:
+            self.say(news)
         match event:
             case events.PoolStarted():
                 self.say([wording.up(model)])
                 self._progress_at = now + _PROGRESS_S[0]
-            case events.PoolStopping() if not about.is_here:
+            case events.PoolStopping() if not info.is_here:
                 self.say([f"ending {len(model.nodes)} machine{'' if len(model.nodes) == 1 else 's'}"])
             case events.TaskProgress() | events.CostUpdate():
                 self._progress(now)
 
     def _lines(self, event: Any, now: float) -> Iterable[str]:
-        """Yield what is told of a start that takes long: that of machines elsewhere."""
-        model, about = self._model, self._model.about
+        """Yield what is news of a start that takes long: that of machines elsewhere."""
+        model, info = self._model, self._model.info
         match event:
-            case events.InfraCreating() if not about.is_here:
-                yield f"pool {about.pool_id}: {about}"
+            case events.InfraCreating() if not info.is_here:
+                yield f"pool {info.pool_id}: {info}"
             case events.InstanceLaunching(count=count, instance_type=kind, provider=provider):
                 yield f"launching {count} × {kind} on {provider}{f' in {model.region}' if model.region else ''}"
-            case events.InstanceProvisioned(node=number) if not about.is_here and len(model.nodes) <= _FEW_NODES:
+            case events.InstanceProvisioned(node=number) if not info.is_here and len(model.nodes) <= _FEW_NODES:
                 yield f"node {number}: {', '.join(filter(None, wording.node_facts(model.nodes[number])))}"
-            case events.BootstrapProgress(instance_id=name, step=step) if not about.is_here:
+            case events.BootstrapProgress(instance_id=name, step=step) if not info.is_here:
                 node = model.node_of(name)
                 if node is not None and len(model.nodes) <= _FEW_NODES:
                     yield f"node {node.number}: {step if step != 'ssh' else 'waiting until it lets us in'}"
             case events.BootstrapProgress(step=step) if model.phases and len(model.phases) < 4:
                 yield f"installing what is missing ({step})"
-            case events.BootstrapCompleted() if not about.is_here and not model.is_up:
+            case events.BootstrapCompleted() if not info.is_here and not model.is_up:
                 ready, nodes = model.ready, len(model.nodes)
                 if ready > self._told_ready and (ready == nodes or now - self._told_at >= _TOGETHER_S):
                     self._told_ready, self._told_at = ready, now

@@ -58,13 +58,13 @@ def _rate(rate: float) -> str:
 def up(model: Model) -> str:
     """Return the line that says that the pool takes calls."""
     where = f", dashboard at {model.link}" if model.link else ""
-    return f"{model.about} up in {duration(model.start_s())}{where}"
+    return f"{model.info} up in {duration(model.start_s())}{where}"
 
 
 def state(model: Model, now: float) -> list[str]:
     """Return what there is to say of a pool that is up: which it is, its calls, and its cost."""
     calls, failed = model.total_calls()
-    parts = [f"pool {model.about.pool_id}", str(model.about)]
+    parts = [f"pool {model.info.pool_id}", str(model.info)]
     if model.work is not None and not model.work.has_ended:
         parts.append(progress(model.work, now))
     elif calls:
@@ -88,7 +88,7 @@ def summary(model: Model, now: float) -> list[str]:
         if model.cost.saved:
             parts.append(f"{money(model.cost.saved)} less than on-demand")
     lines = [": ".join([f"ended after {duration(sum(seconds.values()))}", *([", ".join(parts)] if parts else [])])]
-    if not model.about.is_here:
+    if not model.info.is_here:
         lines.append(", ".join(f"{name} {duration(s)}" for name, s in seconds.items() if s >= _SHORTEST_S))
     return lines
 
@@ -98,7 +98,7 @@ def _calls(count: int) -> str:
 
 
 def not_started(model: Model, now: float) -> str:
-    return f"{model.about} did not start; ended after {duration(sum(model.by_phase(now).values()))}"
+    return f"{model.info} did not start; ended after {duration(sum(model.by_phase(now).values()))}"
 
 
 def failure(model: Model, error: events.Error) -> list[str]:
@@ -113,7 +113,7 @@ def failure(model: Model, error: events.Error) -> list[str]:
     return [f"{name}{heading}", *said, *advice]
 
 
-def told(event: object, model: Model) -> Iterator[str]:
+def news(event: object, model: Model) -> Iterator[str]:
     """Yield the lines that an event is worth, whatever the console: what is lost, replaced, tried in vain."""
     match event:
         case events.Error():

@@ -8,7 +8,7 @@ import threading
 
 from skyward import guard
 from skyward.engine.calls import Decoder, Item
-from skyward.engine.future import CallFuture, Delivery
+from skyward.engine.future import CallFuture, ItemOutcomes
 from skyward.transfer.wire import Kind, Outcome
 
 logger = logging.getLogger(__name__)
@@ -19,11 +19,11 @@ class Callbacks:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._queue: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[ItemOutcomes | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def put(self, delivery: Delivery) -> None:
+    def put(self, delivery: ItemOutcomes) -> None:
         self._queue.put(delivery)
         if self._thread is None:
             with self._lock:
@@ -41,12 +41,12 @@ class Callbacks:
         while (delivery := self._queue.get()) is not None:
             for item, outcome in delivery:
                 try:
-                    self._settle(item, outcome)
+                    self._set(item, outcome)
                 except BaseException:  # other calls must still get their outcomes
                     guard.log(logger, "the outcome of %s() was not delivered", item.call.label)
             del delivery, item, outcome  # must not live on while this waits for the next
 
-    def _settle(self, item: Item, outcome: Outcome | BaseException) -> None:
+    def _set(self, item: Item, outcome: Outcome | BaseException) -> None:
         future: CallFuture = item.sink
         if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
             future.on_cancel = None
@@ -56,4 +56,4 @@ class Callbacks:
                 ok, value = self._decoder.decode(item.call, outcome)
             except BaseException as exc:  # KeyboardInterrupt or SystemExit, of user code that runs in it
                 ok, value = False, exc
-            future.settle(ok, value)
+            future.set_outcome(ok, value)

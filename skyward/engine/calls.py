@@ -17,7 +17,7 @@ import xxhash
 from skyward import guard
 from skyward.engine.captured import captured
 from skyward.engine.sources import REST_S, Sources
-from skyward.engine.store import Keeper, Store
+from skyward.engine.store import SeenBuffers, Store
 from skyward.engine.writable import WritableArrays
 from skyward.errors import SerializationError, TaskExitError
 from skyward.transfer import pickling
@@ -83,8 +83,8 @@ class Packer:
     """Packs the calls of one group: each function once, each large buffer once per identity.
 
     With `unchanged`, the caller's code does not run between two calls, so functions and arrays stay as they were.
-    Otherwise both are looked at again for each call: see `Keeper` and `captured`. Own modules are looked at for the
-    first call, if `eager`, and then after a rest: see `Sources.look`. `access` is how calls see the large buffers;
+    Otherwise both are looked at again for each call: see `SeenBuffers` and `captured`. Own modules are looked at for
+    the first call, if `eager`, and then after a rest: see `Sources.look`. `access` is how calls see the large buffers;
     None: read-only.
     """
 
@@ -101,9 +101,9 @@ class Packer:
         self._sources = sources
         self._rest_s = 0.0 if eager else REST_S
         self._unchanged = unchanged
-        self._keeper: Keeper | WritableArrays = Keeper(store, unchanged=unchanged)
+        self._seen: SeenBuffers | WritableArrays = SeenBuffers(store, unchanged=unchanged)
         if access is not None and access.mode == "r+":
-            self._keeper = WritableArrays(store, over=access.over)
+            self._seen = WritableArrays(store, over=access.over)
         self._out_of_band = pickling.OUT_OF_BAND
         if access is not None and access.mode != "c":
             self._out_of_band = min(self._out_of_band, access.over + 1)
@@ -138,7 +138,7 @@ class Packer:
             raise
         except Exception as exc:  # whatever an object's own __reduce__ raises
             raise pickling.explain_call(fn, args, kwargs, exc) from exc
-        refs = tuple(self._keeper.put(b) for b in buffers)
+        refs = tuple(self._seen.put(b) for b in buffers)
         if len(data) >= _APART_BYTES:
             refs = (self._store.put(memoryview(data)), *refs)
             data = pickling.loader(len(buffers))
@@ -153,8 +153,8 @@ class Packer:
     def close(self) -> None:
         """Let go of what is kept for the group. Nothing more is packed."""
         self._large = None
-        if isinstance(self._keeper, WritableArrays):
-            self._keeper.close()
+        if isinstance(self._seen, WritableArrays):
+            self._seen.close()
 
     def _function(self, fn: Callable[..., Any]) -> FunctionRef:
         known = self._functions.get(id(fn))
@@ -166,7 +166,7 @@ class Packer:
             return known.ref
         state = None if self._unchanged else captured(fn)
         data, buffers = self._dumps(fn)
-        refs = tuple(self._keeper.put(b) for b in buffers)
+        refs = tuple(self._seen.put(b) for b in buffers)
         hasher = xxhash.xxh3_128(data)
         for ref in refs:
             hasher.update(ref.digest.encode())

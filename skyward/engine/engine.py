@@ -23,14 +23,14 @@ from skyward.engine.broadcast import Broadcaster
 from skyward.engine.callbacks import Callbacks
 from skyward.engine.calls import Call, Decoder, Estimates, Item, Packer, batch_label, now
 from skyward.engine.failures import died, not_run
-from skyward.engine.flights import UNREACHABLE_S, Flight, Flights
 from skyward.engine.future import CallFuture
 from skyward.engine.group import Group
 from skyward.engine.placement import Placement
 from skyward.engine.progress import Progress, Single
+from skyward.engine.sent_chunks import UNREACHABLE_S, SentChunk, SentChunks
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
-from skyward.engine.transport import SETTLE_S, Transport, WorkerGoneError
+from skyward.engine.transport import CLOSE_S, Transport, WorkerGoneError
 from skyward.errors import PoolError
 from skyward.transfer import pickling
 from skyward.transfer.wire import Access, Chunk, Kind, Layout, Outcome, Outcomes, Participant, Slot, WireCall
@@ -81,7 +81,7 @@ class Engine:
     alive
         Gives the addresses of workers that are there, more than `slots` where some get no new work; None: workers
         are somebody else's, and the scheduler chooses among them.
-    was_taken
+    was_reclaimed
         Tells whether a worker, by its address, ended because its machine was taken away or is not wanted any more:
         then what ran there runs again, whatever `retries` says.
     share
@@ -108,7 +108,7 @@ class Engine:
         expected: Callable[[], int] = lambda: 1,
         retries: int = 3,
         alive: Callable[[], Collection[str]] | None = None,
-        was_taken: Callable[[str], Awaitable[bool]] | None = None,
+        was_reclaimed: Callable[[str], Awaitable[bool]] | None = None,
         share: Sequence[Path] = (),
         direct: bool = True,
         wait_for_worker: Callable[[Callable[[], bool]], Awaitable[Any]] | None = None,
@@ -136,13 +136,13 @@ class Engine:
         self._facts = (pool_id, head_port, accelerator, accelerators_per_node, parts_per_node)
         self._layout = b""
         self._placement = Placement()
-        self._flights = Flights(self._transport, self._placement, was_taken)
+        self._sent = SentChunks(self._transport, self._placement, was_reclaimed)
         self.estimates = Estimates()
         self._ready: deque[Group] = deque()  # groups with pending calls, each once, served in turn
         self._dirty: set[Group] = set()  # groups that other threads have queued calls in
         self._cancelled: deque[tuple[Group, Item]] = deque()  # calls whose futures other threads have cancelled
         self._dirty_lock = threading.Lock()
-        self._chunks: dict[str, Flight] = {}
+        self._chunks: dict[str, SentChunk] = {}
         self._wait_for_worker = wait_for_worker
         self._watch: asyncio.Task[None] | None = None  # while there are no slots and something needs one
         self._suspects = 0  # queued or running calls that were on a worker when it died
@@ -275,14 +275,14 @@ class Engine:
 
         if self._loop.is_running() and threading.get_ident() != self._thread:
             self._loop.call_soon_threadsafe(tell)
-            told.wait(SETTLE_S)  # a loop that takes longer is stuck
+            told.wait(CLOSE_S)  # a loop that takes longer is stuck
 
     def close(self, reason: BaseException | None = None) -> None:
         """Cancel everything and forget it. Blocks until the loop has done so; may be called twice."""
         self.fail(reason or PoolError("the pool is closed"))
         if self._loop.is_running():
             with contextlib.suppress(Exception):  # one that is stuck, or ends now, and its connections with it
-                asyncio.run_coroutine_threadsafe(self._transport.settle(), self._loop).result(2 * SETTLE_S)
+                asyncio.run_coroutine_threadsafe(self._transport.finish_connecting(), self._loop).result(2 * CLOSE_S)
         self._callbacks.close()
         self.store.close()
 
@@ -366,7 +366,7 @@ class Engine:
         self._read.set()
         if self._alive is not None:
             alive = self._alive()
-            self._flights.lose(self._chunks.values(), alive)
+            self._sent.lose(self._chunks.values(), alive)
             self._transport.delivery.update(self._placement.nodes(), alive)
         self._pump()
 
@@ -404,7 +404,7 @@ class Engine:
                 waiting = 0
                 self._send(group, items, address)
         if self._alive is not None:
-            for request in self._flights.recall():
+            for request in self._sent.steal():
                 self._start(request)
         elif self._chunks and not self.slots and self.client.status == "running":
             self._watch_for_slots()
@@ -470,13 +470,13 @@ class Engine:
     def _send(self, group: Group, items: list[Item], address: str | None) -> None:
         key = f"{batch_label(items)}-{uuid.uuid4().hex}"
         group.in_flight[key] = items
-        flight = self._chunks[key] = Flight(key, group, items, len(items), address)
+        sent = self._chunks[key] = SentChunk(key, group, items, len(items), address)
         for item in items:
             item.chunk = key
             if isinstance(item.sink, CallFuture):
                 item.sink.sent = True
-        self._flights.take_off(flight)
-        self._start(self._run_chunk(flight))
+        self._sent.add(sent)
+        self._start(self._run_chunk(sent))
 
     def _start(self, coroutine: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self._loop.create_task(coroutine)
@@ -506,24 +506,24 @@ class Engine:
             archives=archives,
         )
 
-    async def _run_chunk(self, flight: Flight) -> None:
-        key, group, items = flight.key, flight.group, flight.items
+    async def _run_chunk(self, sent: SentChunk) -> None:
+        key, group, items = sent.key, sent.group, sent.items
         began = now()
-        result = await self._flights.land(flight, self._chunk(key, items, access=group.access))
-        if not isinstance(result, Outcomes) and self.client.status != "running" and not flight.is_dropped:
+        result = await self._sent.result(sent, self._chunk(key, items, access=group.access))
+        if not isinstance(result, Outcomes) and self.client.status != "running" and not sent.is_dropped:
             # The scheduler is out of reach. Whoever runs it will say what has become of it: that is the better answer.
             await asyncio.wait([self._over], timeout=_VERDICT_S)
-        if isinstance(result, Outcomes) and result.is_outdated and flight.address is not None:
-            self._end_worker(flight.address)
-        is_excused = not flight.is_dropped and await self._flights.is_excused(flight, result)
-        if flight.is_dropped:
+        if isinstance(result, Outcomes) and result.is_outdated and sent.address is not None:
+            self._end_worker(sent.address)
+        is_free_retry = not sent.is_dropped and await self._sent.is_free_retry(sent, result)
+        if sent.is_dropped:
             self._pump()  # cancelled or failed meanwhile, and delivered then; its slot has come free
             return
         del self._chunks[key]
         group.in_flight.pop(key, None)
         if isinstance(result, Outcomes):
             self._completed(group, items, result.items)
-        elif is_excused and self._failure is None:
+        elif is_free_retry and self._failure is None:
             self._requeue(group, items)
             self._loop.call_later(UNREACHABLE_S, self._pump)
         else:
@@ -532,7 +532,7 @@ class Engine:
 
     def _end_worker(self, address: str) -> None:
         """Have a worker that has older versions of own modules ended, which brings a new one."""
-        self._placement.shun(address, math.inf)
+        self._placement.avoid(address, math.inf)
         self._ending[address] = now() + _ENDING_S
         self._start(self._ask_to_end(address))
 
@@ -671,15 +671,15 @@ class Engine:
         for group, item in batch:
             item.is_cancelled = True
             groups.add(group)
-            flight = None
+            sent = None
             if group.drop(item):
                 self._forget([item])
-            elif (flight := self._chunks.get(item.chunk)) is not None:
-                flight.wanted -= 1
-                if not flight.wanted:
-                    keys.append(flight.key)
-                    del group.in_flight[flight.key]
-                    self._forget(flight.items)
+            elif (sent := self._chunks.get(item.chunk)) is not None:
+                sent.wanted -= 1
+                if not sent.wanted:
+                    keys.append(sent.key)
+                    del group.in_flight[sent.key]
+                    self._forget(sent.items)
         self._drop_chunks(keys)
         for group in groups:
             self.progress.note(group)
@@ -693,11 +693,11 @@ class Engine:
             self.store.release(item.refs)
 
     def _drop_chunks(self, keys: list[str]) -> None:
-        flights = [self._chunks.pop(key) for key in keys]
-        for flight in flights:
-            flight.is_dropped = True
-        if flights:
-            self._start(self._interrupt({flight.key: flight.address for flight in flights}))
+        chunks = [self._chunks.pop(key) for key in keys]
+        for sent in chunks:
+            sent.is_dropped = True
+        if chunks:
+            self._start(self._interrupt({sent.key: sent.address for sent in chunks}))
 
     async def _interrupt(self, places: dict[str, str | None]) -> None:
         hit = await self._transport.interrupt(places)
@@ -711,13 +711,13 @@ class Engine:
             self._failure = reason
         if not self._over.done():
             self._over.set_result(None)
-        groups = {flight.group for flight in self._chunks.values()} | set(self._ready)
+        groups = {sent.group for sent in self._chunks.values()} | set(self._ready)
         with self._dirty_lock:
             groups |= self._dirty
             self._dirty.clear()
         self._ready.clear()
-        for flight in self._chunks.values():
-            flight.is_dropped = True
+        for sent in self._chunks.values():
+            sent.is_dropped = True
         self._chunks.clear()
         for group in groups:
             items = [item for chunk in group.in_flight.values() for item in chunk] + list(group.pending)

@@ -18,7 +18,7 @@ from skyward.transfer.wire import Outcome
 logger = logging.getLogger(__name__)
 
 
-Delivery = Sequence[tuple[Item, "Outcome | BaseException"]]
+ItemOutcomes = Sequence[tuple[Item, "Outcome | BaseException"]]
 
 
 class CallFuture(concurrent.futures.Future[Any]):
@@ -64,7 +64,7 @@ class CallFuture(concurrent.futures.Future[Any]):
             on_cancel()
         return True
 
-    def settle(self, ok: bool, value: Any) -> None:
+    def set_outcome(self, ok: bool, value: Any) -> None:
         """Set the result or exception, unless cancelled meanwhile."""
         with self._lock:
             if self.done() or not self.set_running_or_notify_cancel():

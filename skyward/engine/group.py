@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from skyward.engine.calls import Item, Packer
-from skyward.engine.future import Delivery
+from skyward.engine.future import ItemOutcomes
 from skyward.transfer.wire import Access, Kind, Outcome
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Group:
     def __init__(
         self,
         engine: Engine,
-        deliver: Callable[[Delivery], None] | None,
+        deliver: Callable[[ItemOutcomes], None] | None,
         limit: int | None = None,
         *,
         unchanged: bool = False,
@@ -128,7 +128,7 @@ class Group:
         if self._callbacks is not None:
             self._callbacks.close(wait=False)
 
-    def deliver(self, delivery: Delivery) -> None:
+    def deliver(self, delivery: ItemOutcomes) -> None:
         done = failed = 0
         for item, outcome in delivery:
             self.engine.store.release(item.refs)

@@ -18,7 +18,7 @@ class Placement:
         self._load: dict[str, int] = {}  # of workers that have something, also of those that are gone
         self._levels: list[dict[str, None]] = [{}]  # present workers by their load
         self._places: dict[str, Slot] = {}  # of all workers that ever were
-        self._shunned: dict[str, float] = {}
+        self._avoided: dict[str, float] = {}
         self.count = 0
 
     def update(self, slots: Sequence[Slot]) -> None:
@@ -29,7 +29,7 @@ class Placement:
             self._level(self._load.get(slot.address, 0))[slot.address] = None
         self.count = sum(slot.threads for slot in slots)
         there = {slot.address for slot in slots}
-        self._shunned = {address: until for address, until in self._shunned.items() if address in there}
+        self._avoided = {address: until for address, until in self._avoided.items() if address in there}
 
     def _level(self, load: int) -> dict[str, None]:
         while len(self._levels) <= load:
@@ -53,9 +53,9 @@ class Placement:
             del self._levels[before][address]
             self._level(after)[address] = None
 
-    def shun(self, address: str, until: float) -> None:
+    def avoid(self, address: str, until: float) -> None:
         """Send nothing more to a worker until then, by `time.monotonic`, or until it is gone."""
-        self._shunned[address] = until
+        self._avoided[address] = until
 
     def pick(self, ahead: int) -> str | None:
         """Return the worker that has least to do; None when each has `ahead` chunks."""
@@ -65,15 +65,15 @@ class Placement:
         return None
 
     def _first(self, addresses: Iterable[str]) -> str | None:
-        if not self._shunned:
+        if not self._avoided:
             return next(iter(addresses), None)
         now = time.monotonic()
-        return next((a for a in addresses if self._shunned.get(a, 0.0) <= now), None)
+        return next((a for a in addresses if self._avoided.get(a, 0.0) <= now), None)
 
     def has_idle(self) -> bool:
         return self._first(self._levels[0]) is not None
 
-    def crowded(self) -> list[str]:
+    def overloaded(self) -> list[str]:
         """Return workers where chunks wait behind others, the fullest first."""
         return [address for level in reversed(self._levels[2:]) for address in level]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from skyward.engine.calls import Call, Item
 from skyward.engine.engine import Engine
-from skyward.engine.future import Delivery
+from skyward.engine.future import ItemOutcomes
 from skyward.engine.group import Group
 from skyward.transfer.wire import Outcome
 
@@ -69,8 +69,8 @@ def _outcomes(
     Calls are taken from the iterable only while those on their way, and those that came before their turn, are few.
     """
     engine._check_thread()
-    inbox: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-    group = Group(engine, inbox.put, unchanged=unchanged)
+    arrived: queue.SimpleQueue[ItemOutcomes] = queue.SimpleQueue()
+    group = Group(engine, arrived.put, unchanged=unchanged)
     source = enumerate(calls)
     known = len(calls) if isinstance(calls, (list, tuple)) else None
     early: dict[int, tuple[Item, Outcome | BaseException]] = {}
@@ -104,9 +104,9 @@ def _outcomes(
                 return
             if engine.left is not None:
                 raise engine.left
-            delivery = list(inbox.get())
-            while not inbox.empty():
-                delivery += inbox.get()
+            delivery = list(arrived.get())
+            while not arrived.empty():
+                delivery += arrived.get()
             ended += len(delivery)
             if ordered:
                 early.update((item.index, (item, outcome)) for item, outcome in delivery)

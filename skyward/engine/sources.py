@@ -227,7 +227,7 @@ class Sources:
         self._names: dict[str, bool] = {}  # modules that were referred to: whether they go by value
         self._units: dict[str, _Unit] = {}
         self._installed: set[str] = set()
-        self._told: set[str] = set()  # units that are in `facts`
+        self._sent_units: set[str] = set()  # units that are in `facts`
         self._gone: set[str] = set()  # units that were replaced by modules which are not own
         self._is_new = False
         self._path: list[str] | None = None
@@ -278,10 +278,10 @@ class Sources:
                     self._publish()
                 except BaseException:
                     # Calls that do not refer to what is new are not to fail with this one.
-                    self._units = {name: unit for name, unit in self._units.items() if name in self._told}
+                    self._units = {name: unit for name, unit in self._units.items() if name in self._sent_units}
                     self._names.clear()
                     raise
-                self._told, self._is_new = set(self._units), False
+                self._sent_units, self._is_new = set(self._units), False
             self._files = sum(unit.size for unit in self._units.values())
             self._looked_at = time.monotonic()
 

@@ -247,7 +247,7 @@ _MOST_SAMPLES, _SAMPLE_BYTES = 4096, 64
 when they are not in a cache, so 0.03 ms for 5 MB and 0.1 ms for 200 MB, where hashing takes 0.2 and 12 (2026-11-28)."""
 
 
-class Keeper:
+class SeenBuffers:
     """Recognises an array that one group has sent before, or another view of it, so that it is not hashed again.
 
     With `unchanged`, the caller can't change an array between two calls, and a known array is not looked at. Otherwise

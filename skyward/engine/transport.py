@@ -25,7 +25,7 @@ from skyward.worker import handlers, interrupts, ranks, runtime
 
 logger = logging.getLogger(__name__)
 
-SETTLE_S = 1.0
+CLOSE_S = 1.0
 """Seconds that connections have to be made at the end. By feel: it takes milliseconds."""
 
 
@@ -161,10 +161,10 @@ class Transport:
             connecting.add_done_callback(lambda done: succeeded(done) and pool.reuse(address, done.result()))
             raise
 
-    async def settle(self) -> None:
+    async def finish_connecting(self) -> None:
         """Wait for connections that are being made: cut short, they would stay half open."""
         if self._connecting:
-            await asyncio.wait(self._connecting, timeout=SETTLE_S)
+            await asyncio.wait(self._connecting, timeout=CLOSE_S)
 
     async def take_back(self, address: str, keys: list[str]) -> None:
         """Ask a worker to give back chunks that it has not begun: they come back as not run."""
@@ -180,9 +180,9 @@ class Transport:
         except OSError as exc:  # it has ended
             logger.debug("%s can't be asked to end: %s", address, exc)
 
-    def attend(self, key: str, address: str) -> Any:
+    def start_placeholder(self, key: str, address: str) -> Any:
         """Tell the scheduler of a chunk that runs on a worker: by a task that lasts as long. Returns its future."""
-        return self.client.submit(handlers.attend, key, key=key, workers=[address], pure=False)
+        return self.client.submit(handlers.placeholder, key, key=key, workers=[address], pure=False)
 
     async def run(self, key: str, arguments: Sequence[Any], **where: Any) -> Outcomes:
         """Run a chunk as the Dask task `key`; what Dask itself raises is passed on, but for the end of a worker.

@@ -55,7 +55,7 @@ BILLING = {
 
 
 @dataclass(slots=True)
-class _Stay:
+class _BilledMachine:
     """One machine in the pool's service. `ended` is in seconds since the epoch; None: it runs."""
 
     machine: Machine
@@ -97,58 +97,58 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._stays: dict[str, _Stay] = {}
+        self._billed: dict[str, _BilledMachine] = {}
 
     def add(self, machine: Machine, billing: Billing | None = None) -> None:
         """Count a machine from its launch on, by its provider's rule or `billing`; a second time changes nothing."""
         rule = billing or BILLING.get(machine.provider, Billing())
-        self._stays.setdefault(machine.id, _Stay(machine, rule))
+        self._billed.setdefault(machine.id, _BilledMachine(machine, rule))
 
     def end(self, machine_id: str, at: float, *, reclaimed: bool = False) -> None:
         """Count a machine no further than `at`; the first end counts, and an unknown machine is left alone.
 
         `reclaimed`: the provider took it back, by no wish of ours.
         """
-        stay = self._stays.get(machine_id)
-        if stay is not None and stay.ended is None:
-            stay.ended, stay.reclaimed = at, reclaimed
+        one = self._billed.get(machine_id)
+        if one is not None and one.ended is None:
+            one.ended, one.reclaimed = at, reclaimed
 
     @property
     def unknown(self) -> tuple[str, ...]:
         """The machines that are counted as nothing, since their price or launch is not known."""
-        return tuple(name for name, stay in self._stays.items() if not stay.is_known)
+        return tuple(name for name, one in self._billed.items() if not one.is_known)
 
     @property
     def began(self) -> float | None:
         """When the first machine was launched; None: not known."""
-        return min((s.machine.launched for s in self._stays.values() if s.machine.launched is not None), default=None)
+        return min((s.machine.launched for s in self._billed.values() if s.machine.launched is not None), default=None)
 
     @property
     def ended(self) -> float | None:
         """When the last machine ended; None: some run."""
-        ends = [stay.ended for stay in self._stays.values()]
+        ends = [one.ended for one in self._billed.values()]
         return max((end for end in ends if end is not None), default=None) if None not in ends else None
 
     def cost(self, now: float) -> float:
         """Return the cost in USD up to `now`."""
-        return math.fsum(stay.cost(now) for stay in self._stays.values())
+        return math.fsum(one.cost(now) for one in self._billed.values())
 
     def savings(self, now: float) -> float:
         """Return how much more the spot machines would have cost as others, where both prices are known."""
-        return math.fsum(stay.saved(now) for stay in self._stays.values())
+        return math.fsum(one.saved(now) for one in self._billed.values())
 
     def hourly_rate(self) -> float:
         """Return what the machines that run cost together, in USD per hour."""
-        return math.fsum(stay.machine.price or 0.0 for stay in self._running())
+        return math.fsum(one.machine.price or 0.0 for one in self._running())
 
     def counts(self, *, ended: bool = False) -> tuple[int, int]:
         """Return how many spot machines and others run, or with `ended` have ever run."""
-        stays = list(self._stays.values()) if ended else self._running()
-        spot = sum(stay.machine.spot for stay in stays)
-        return spot, len(stays) - spot
+        billed = list(self._billed.values()) if ended else self._running()
+        spot = sum(one.machine.spot for one in billed)
+        return spot, len(billed) - spot
 
-    def _running(self) -> list[_Stay]:
-        return [stay for stay in self._stays.values() if stay.ended is None]
+    def _running(self) -> list[_BilledMachine]:
+        return [one for one in self._billed.values() if one.ended is None]
 
 
 def update(meter: Meter, now: float) -> CostUpdate:

@@ -208,7 +208,7 @@ def make_plan(providers: Sequence[Cloud], spec: PoolSpec) -> Plan:
         raise _nothing(providers, refused, failed, need, want, spec)
     order = _order(providers, steps, spec)
     steps.sort(key=lambda step: (*order(step), _cost(step), step.offer.instance.vcpu, step.offer.instance.name))
-    near = sorted(refused, key=lambda pair: (want.lack(pair[0].instance), _cheapest(pair[0]), _place(pair[0])))
+    near = sorted(refused, key=lambda pair: (want.shortfall(pair[0].instance), _cheapest(pair[0]), _place(pair[0])))
     return Plan(steps=tuple(steps), refused=tuple(near), failed=failed)
 
 
@@ -237,7 +237,7 @@ def _unfit(offer: Offer, need: Need, want: Wanted) -> str:
         return f"{offer.architecture}, not {need.architecture}"
     if want.is_met(i):
         return ""
-    if need.accelerator is not None and want.lack(i)[:2] != (0, False):
+    if need.accelerator is not None and want.shortfall(i)[:2] != (0, False):
         there = f"{i.accelerator_count} × {i.accelerator}" if i.accelerator else "no accelerator"
         return f"{there}, not {need.accelerator.count} × {need.accelerator.name}"
     return f"{i.vcpu} vCPUs, fewer than {need.cpu}" if i.vcpu < need.cpu else f"less than {need.memory_mb} MB"

@@ -20,7 +20,7 @@ from typing import Any
 from skyward import events
 from skyward.cleanup.end import end_places
 from skyward.cleanup.journal import Place, this_owner
-from skyward.cleanup.record import LAUNCH_S, Record
+from skyward.cleanup.pool_record import LAUNCH_S, PoolRecord
 from skyward.errors import (
     AllProvidersFailedError,
     CapacityError,
@@ -32,14 +32,14 @@ from skyward.events import CostFinal, CostUpdate
 from skyward.launch.cost import Meter, final, update
 from skyward.launch.plan import Part, Plan, Step
 from skyward.providers import listing
-from skyward.providers.base import Birth, Cloud, LaunchOrder, Login, Machine, boot_s
+from skyward.providers.base import Cloud, LaunchOrder, Login, Machine, UserData, boot_s
 from skyward.providers.launches import Gate
 from skyward.spec.pool import PoolSpec
 from skyward.spec.volume import S3Volume
 
 logger = logging.getLogger(__name__)
 
-BIRTH_HEADROOM_S = 600
+BOOT_HEADROOM_S = 600
 """Seconds beyond the pool's time-out after which a machine switches itself off, if all else has failed."""
 _MOST_TRIES = 12
 """Offers that are tried in one region and market. Chosen, not measured: the next ones differ little from these."""
@@ -51,7 +51,7 @@ class Provisioner:
     """Has the machines of one pool. Its methods block and may be called from several threads."""
 
     def __init__(
-        self, plan: Plan, spec: PoolSpec, pool_id: str, record: Record, emit: Callable[[Any], None], expires: float
+        self, plan: Plan, spec: PoolSpec, pool_id: str, record: PoolRecord, emit: Callable[[Any], None], expires: float
     ) -> None:
         self._plan = plan
         self._spec = spec
@@ -69,7 +69,7 @@ class Provisioner:
         self._gate = Gate()
         self._asked: dict[int, tuple[float, float]] = {}  # parts that are being launched: since when, USD per hour
         self._undone = 0.0  # USD for machines of launches that the pool's end has undone
-        self._login, self._birth = pool_keys(0)  # each launch gets the time that is left
+        self._login, self._user_data = pool_keys(0)  # each launch gets the time that is left
 
     # --- launch ---------------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Provisioner:
             token=secrets.token_hex(8),
             count=part.count,
             spot=part.spot,
-            birth=replace(self._birth, ttl_s=max(0, int(self._expires - time.time())) + BIRTH_HEADROOM_S),
+            user_data=replace(self._user_data, ttl_s=max(0, int(self._expires - time.time())) + BOOT_HEADROOM_S),
             login=self._login,
             owner=this_owner(),
             expires=self._expires,
@@ -201,7 +201,7 @@ class Provisioner:
             boot_s=limit_s,
             creating=creating,
             pause=self._gate.pause,
-            prepared=functools.cache(lambda: self._prepared(provider, part)),  # a provider may ask again
+            on_prepared=functools.cache(lambda: self._on_prepared(provider, part)),  # a provider may ask again
         )
         with self._gate, self._record.launching(place):
             try:
@@ -210,7 +210,7 @@ class Provisioner:
                 if asked:
                     self._places.add(place)
 
-    def _prepared(self, provider: Cloud, part: Part) -> None:
+    def _on_prepared(self, provider: Cloud, part: Part) -> None:
         region, instance_type = part.offer.region, part.offer.instance.name
         with self._lock:
             is_new = (provider.name, region) not in self._regions
@@ -272,7 +272,7 @@ class Provisioner:
         try:
             with self._gate:
                 for region in {machine.region or "" for machine in machines}:
-                    provider.admit(self._pool_id, region)
+                    provider.open_firewall(self._pool_id, region)
                 there = {machine.id for machine in provider.machines(self._pool_id)}
         except (ProviderError, PoolError) as exc:
             names = ", ".join(machine.id for machine in machines)
@@ -332,7 +332,7 @@ class Provisioner:
         return left
 
 
-def pool_keys(ttl_s: int) -> tuple[Login, Birth]:
+def pool_keys(ttl_s: int) -> tuple[Login, UserData]:
     """Make the keys of a pool: one that logs in, and one by which its machines are recognised.
 
     The login has no host yet. The machines switch themselves off after `ttl_s` seconds.
@@ -350,8 +350,8 @@ def pool_keys(ttl_s: int) -> tuple[Login, Birth]:
 
     (ours, our_public), (theirs, their_public) = pair(), pair()
     login = Login(host="", port=22, user="root", key=ours, host_key=their_public)
-    birth = Birth(host_key=theirs, host_key_public=their_public, authorized_key=f"{our_public} skyward", ttl_s=ttl_s)
-    return login, birth
+    authorized = f"{our_public} skyward"
+    return login, UserData(host_key=theirs, host_key_public=their_public, authorized_key=authorized, ttl_s=ttl_s)
 
 
 def _rules_out(tried: Step, error: ProviderError, step: Step) -> bool:

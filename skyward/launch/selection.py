@@ -76,9 +76,9 @@ class Wanted:
     fits: Callable[[int], bool]
 
     def is_met(self, instance: InstanceSpec) -> bool:
-        return self.lack(instance) == (0, False, 0)
+        return self.shortfall(instance) == (0, False, 0)
 
-    def lack(self, instance: InstanceSpec) -> tuple[int, bool, float]:
+    def shortfall(self, instance: InstanceSpec) -> tuple[int, bool, float]:
         """Return how far off a type is: by its accelerator, their number, and the missing share of the rest."""
         missing = max(0.0, 1 - instance.vcpu / self.cpu) + max(0.0, 1 - _memory_mb(instance) / self.memory_mb)
         if self.accelerator is None:
@@ -159,13 +159,13 @@ def nearest(offers: list[InstanceSpec], need: Wanted, prefer_spot: bool) -> str:
     """Return, in words, what comes nearest to `need` where nothing meets it."""
     if not offers:
         return "There are no types to choose from."
-    ranked = sorted(offers, key=lambda i: (need.lack(i), _price(i, prefer_spot), i.name))
-    if need.lack(ranked[0])[0] == _OTHER:
+    ranked = sorted(offers, key=lambda i: (need.shortfall(i), _price(i, prefer_spot), i.name))
+    if need.shortfall(ranked[0])[0] == _OTHER:
         names = sorted({i.accelerator for i in offers if i.accelerator})
         return f"There are these accelerators: {', '.join(names) or 'none'}."
     types: dict[str, InstanceSpec] = {}  # a type may be offered in several regions
     for i in ranked:
-        if need.lack(i)[0] < _OTHER:
+        if need.shortfall(i)[0] < _OTHER:
             types.setdefault(i.name, i)
     shown = [_shown(i, prefer_spot) for i in list(types.values())[:_SHOWN]]
     return f"Nearest: {'; '.join(shown)}."

@@ -31,7 +31,7 @@ from typing import Any
 
 from skyward.node import descendants, metrics, reach, spot_notice
 from skyward.node.config import AgentConfig, NodeSpec
-from skyward.node.relay import INTERPRETER, Switchboard
+from skyward.node.relay import INTERPRETER, RelayServer
 from skyward.node.watch import Watch
 from skyward.scripts.bootstrap import POWER_OFF
 from skyward.scripts.volumes import UNMOUNT_ALONE
@@ -176,9 +176,9 @@ class _Agent:
     def __init__(self, config: AgentConfig, events: int | None) -> None:
         self.config = config
         self._pipe = os.fdopen(events, "w", buffering=1) if events is not None else None
-        self._told: list[str] = []  # every event that is kept, for a caller that comes back
+        self._kept_events: list[str] = []  # every event that is kept, for a caller that comes back
         self._writers: set[asyncio.StreamWriter] = set()
-        self._switchboard = Switchboard()
+        self._relay_server = RelayServer()
         self._taken = 0  # commands that a caller who comes back need not give again
         self._watch: Watch | None = None
         self._stopped = asyncio.Event()
@@ -199,7 +199,7 @@ class _Agent:
                 self._pipe.write(line)
             return
         if keep:
-            self._told.append(line)
+            self._kept_events.append(line)
         for writer in self._writers:
             writer.write(line.encode())
 
@@ -218,7 +218,7 @@ class _Agent:
                 # Heard before anything is started: what takes long is then seen to be under way.
                 server = await asyncio.start_unix_server(self._serve, folder / SOCKET)
                 stack.push_async_callback(_close, server)
-                stack.callback(self._switchboard.close)
+                stack.callback(self._relay_server.close)
             else:
                 self._spawn(self._read_standard_input())
             try:
@@ -249,13 +249,13 @@ class _Agent:
         with contextlib.suppress(OSError, ValueError), contextlib.closing(writer):
             hello = json.loads(await reader.readline() or b"{}")
             if "relay" in hello:
-                await self._switchboard.serve(hello, reader, writer)
+                await self._relay_server.serve(hello, reader, writer)
             if "seen" not in hello:
                 return
             for other in self._writers:
                 other.transport.abort()  # stuck, or there would not be another: nothing more is to come from it
             have = json.dumps({"commands": self._taken}) + "\n"
-            writer.write((have + "".join(self._told[hello["seen"] :])).encode())
+            writer.write((have + "".join(self._kept_events[hello["seen"] :])).encode())
             self._writers.add(writer)
             try:
                 while line := await reader.readline():
@@ -362,7 +362,7 @@ class _Agent:
         from distributed import Scheduler
 
         from skyward.scheduler.barrier import barrier_plugin
-        from skyward.scheduler.page_data import FiguresPlugin
+        from skyward.scheduler.page_data import PageDataPlugin
         from skyward.scheduler.task_stream import ReportsPlugin
 
         scheduler = Scheduler(
@@ -372,7 +372,7 @@ class _Agent:
             security=self._security,
             dashboard=False,  # for now: see `_add_dashboard`
             dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
-            plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin(), FiguresPlugin(), reach.meeting_plugin()],
+            plugins=[barrier_plugin(self.config.pool_id), ReportsPlugin(), PageDataPlugin(), reach.meeting_plugin()],
         )
         await stack.enter_async_context(scheduler)
         self._scheduler.set_result(scheduler.address)

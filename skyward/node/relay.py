@@ -4,7 +4,7 @@ A connection of the Dask client to the scheduler is cut in two: the client talks
 scheduler to one on its machine, and neither notices when what lies between is lost. The two relays keep what the other
 has not confirmed, meet again over whatever connection is made next, and go on at the byte where they were.
 
-What they send each other over one carrier after another: a line of JSON each to meet, then frames, whose header is a
+What they send each other over one connection after another: a line of JSON each to meet, then frames, whose header is a
 type and a length. Imports nothing of skyward; used on both sides, each in its event loop.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 INTERPRETER = "python"
-"""Name of a link to the agent's Python interpreter, beside its socket: a program there may be the carrier."""
+"""Name of a link to the agent's Python interpreter, beside its socket: a program there may pass the bytes on."""
 
 _HEADER = struct.Struct(">BI")
 _DATA, _ACK, _END = range(3)
@@ -35,7 +35,7 @@ class StreamEnded(Exception):  # noqa: N818 - it says what has happened
 
 
 class Relay:
-    """One end: a local connection on one side, a carrier that comes and goes on the other."""
+    """One end: a local connection on one side, on the other one to the far end, which comes and goes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -43,7 +43,7 @@ class Relay:
         self._kept: deque[bytes] = deque()  # what was sent and not confirmed
         self._room = asyncio.Event()
         self._room.set()
-        self._carrier: Any = None
+        self._remote: Any = None
         self._ended_here = self._ended_there = False
         self.closed = asyncio.Event()  # nothing is left to do in either direction
         self._reading = asyncio.create_task(self._read())
@@ -65,27 +65,27 @@ class Relay:
         await self._write(_END)
 
     async def _write(self, kind: int, data: bytes = b"") -> None:
-        carrier = self._carrier
-        if carrier is None:
+        remote = self._remote
+        if remote is None:
             return  # kept, and sent when there is one
-        with contextlib.suppress(Exception):  # whatever a broken carrier raises; `carry` sees its end
-            carrier.write(_HEADER.pack(kind, len(data)) + data)
-            await carrier.drain()
+        with contextlib.suppress(Exception):  # whatever a broken connection raises; `carry` sees its end
+            remote.write(_HEADER.pack(kind, len(data)) + data)
+            await remote.drain()
 
     async def carry(self, reader: Any, writer: Any, confirmed: int) -> None:
-        """Use a carrier whose other end has received `confirmed` bytes; return when it is lost or all is done."""
-        if self._carrier is not None:
-            _abort(self._carrier)  # nobody may wait any longer for one that is stuck
+        """Use a connection whose other end has received `confirmed` bytes; return when it is lost or all is done."""
+        if self._remote is not None:
+            _abort(self._remote)  # nobody may wait any longer for one that is stuck
         self._confirm(confirmed)
         writer.write(b"".join(_HEADER.pack(_DATA, len(data)) + data for data in self._kept))
         if self._ended_here:
             writer.write(_HEADER.pack(_END, 0))
-        self._carrier = writer
+        self._remote = writer
         try:
             while True:
                 kind, size = _HEADER.unpack(await reader.readexactly(_HEADER.size))
                 data = await reader.readexactly(size)
-                if self._carrier is not writer:
+                if self._remote is not writer:
                     return  # another one has taken its place, over which this will come again
                 if kind == _DATA:
                     await self._deliver(data)
@@ -97,11 +97,11 @@ class Relay:
                 if self._ended_here and self._ended_there and not self._kept:
                     self.closed.set()
                     return
-        except Exception as exc:  # the carrier is lost, in whichever way its library tells; another one will come
-            logger.debug("carrier lost: %s", exc)
+        except Exception as exc:  # the connection is lost, in whichever way its library tells; another one will come
+            logger.debug("connection lost: %s", exc)
         finally:
-            if self._carrier is writer:
-                self._carrier = None
+            if self._remote is writer:
+                self._remote = None
 
     async def _deliver(self, data: bytes) -> None:
         self._received += len(data)
@@ -129,21 +129,21 @@ class Relay:
             self._room.set()
 
     def close(self) -> None:
-        """Drop the local connection, the carrier and what has not been confirmed."""
+        """Drop both connections and what has not been confirmed."""
         self._reading.cancel()
-        if self._carrier is not None:
-            _abort(self._carrier)
+        if self._remote is not None:
+            _abort(self._remote)
         self._writer.close()
         self.closed.set()
 
 
-def _abort(carrier: Any) -> None:
+def _abort(remote: Any) -> None:
     with contextlib.suppress(Exception):  # it may be broken already
-        (getattr(carrier, "transport", None) or carrier.channel).abort()
+        (getattr(remote, "transport", None) or remote.channel).abort()
 
 
 async def meet_as_caller(relay: Relay, reader: Any, writer: Any, *, stream: str, target: str) -> int:
-    """Say over a new carrier which stream it is for; return how many of its bytes the other end has.
+    """Say over a new connection which stream it is for; return how many of its bytes the other end has.
 
     Raises
     ------
@@ -154,7 +154,7 @@ async def meet_as_caller(relay: Relay, reader: Any, writer: Any, *, stream: str,
     writer.write(json.dumps(hello).encode() + b"\n")
     line = await reader.readline()
     if not line:
-        raise ConnectionResetError("the carrier was lost at once")
+        raise ConnectionResetError("the connection was lost at once")
     answer = json.loads(line)
     if "error" in answer:
         raise StreamEnded(answer["error"])
@@ -162,7 +162,7 @@ async def meet_as_caller(relay: Relay, reader: Any, writer: Any, *, stream: str,
     return received
 
 
-class Switchboard:
+class RelayServer:
     """The far end of many streams: connects each to its target once, and meets those that come back."""
 
     def __init__(self) -> None:

@@ -72,9 +72,9 @@ def _aws(cloud: AWS) -> Account:
     origin = found.origin()
     region = cloud.region or found.default_region()
     found.check_region(region)
-    with found.edge("asking whose credentials these are"):
+    with found.api_errors("asking whose credentials these are"):
         identity = found.client("sts", region).get_caller_identity()["Arn"]
-    with found.edge(f"listing the zones of {region}"):
+    with found.api_errors(f"listing the zones of {region}"):
         found.client("ec2", region).describe_availability_zones()
     limits, unknown = _aws_limits(found.client("service-quotas", region), QUOTAS, region)
     return Account(credentials=origin, identity=identity, limits=limits, unknown=unknown)
@@ -107,7 +107,7 @@ def _aws_limits(quotas: Any, codes: Mapping[str, str], region: str) -> tuple[dic
 def _digitalocean(cloud: DigitalOcean) -> Account:
     from skyward.providers.digitalocean.provider import token_variable
 
-    with cloud._account() as opened:
+    with cloud._client() as opened:
         from skyward.providers.digitalocean.api import call, explained
 
         try:

@@ -68,7 +68,7 @@ class Machine:
         Address under which the pool's other machines reach it; None: the one that it is logged in to by.
     networks
         Networks in one of which its address for the pool's other machines is looked for, instead of `private_ip`.
-    lives_on
+    outlives_pool
         Whether it was there before the pool and stays after it: then it is cleaned rather than destroyed.
     price, price_on_demand
         USD per hour, as agreed at the launch, and what it would cost as no spot machine; None: not known.
@@ -92,7 +92,7 @@ class Machine:
     region: str | None = None
     zone: str | None = None
     spot: bool = False
-    lives_on: bool = False
+    outlives_pool: bool = False
     price: float | None = None
     price_on_demand: float | None = None
     launched: float | None = None
@@ -144,7 +144,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Birth:
+class UserData:
     """What a machine is told when it boots: the keys it is recognised by and lets in, and when to end itself.
 
     `host_key` is private (OpenSSH's PEM), `host_key_public` and `authorized_key` are lines as OpenSSH writes them.
@@ -241,7 +241,7 @@ class LaunchOrder:
     token: str
     count: int
     spot: bool
-    birth: Birth
+    user_data: UserData
     login: Login
     owner: str
     expires: float
@@ -251,7 +251,7 @@ class LaunchOrder:
     volumes: tuple[S3Volume, ...] = ()
     creating: Callable[[], None] = lambda: None
     pause: Callable[[float], None] = time.sleep
-    prepared: Callable[[], None] = lambda: None
+    on_prepared: Callable[[], None] = lambda: None
     boot_s: float = BOOT_S
 
 
@@ -301,7 +301,7 @@ class Cloud(Protocol):
     def terminate(self, machines: Sequence[Machine]) -> None:
         """Destroy machines; return when the cloud confirms that they cost nothing any more."""
 
-    def admit(self, pool_id: str, region: str) -> None:
+    def open_firewall(self, pool_id: str, region: str) -> None:
         """Let the caller's present address in to a pool's machines, in addition to earlier ones, where a firewall asks.
 
         May be called again at will.

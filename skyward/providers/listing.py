@@ -13,7 +13,7 @@ Amazon EC2 advises to ask again after a couple of seconds and for up to a few mi
 Amazon EC2 API", Amazon EC2 Developer Guide, 2026-11). Droplets are listed some seconds after their create call (GitHub
 digitalocean/api-v2 202, 2025-05). Verda documents nothing. Chosen, not measured.
 """
-SETTLE_S = 5.0
+LATE_S = 5.0
 """Seconds from the first look of a pool's end to its last one. Chosen, not measured: launches have ended by then."""
 PAUSES_S = (0.5, 3.0)
 """Seconds between looks, which grow from the one to the other."""

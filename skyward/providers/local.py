@@ -10,7 +10,7 @@ from functools import cache
 
 import psutil
 
-from skyward.accelerators.devices import Reading, declared, fitting, lack, names, read
+from skyward.accelerators.devices import Reading, declared, fitting, missing, names, read
 from skyward.accelerators.model import Accelerator
 from skyward.errors import NoMatchingInstanceError, SpecError
 from skyward.spec.pool import PoolSpec
@@ -87,7 +87,7 @@ class Local:
         if self.gpus is not None:
             return declared(wanted)
         reading = _read(wanted.vendor)
-        if why := lack(replace(wanted, count=wanted.count * nodes), reading):
+        if why := missing(replace(wanted, count=wanted.count * nodes), reading):
             raise NoMatchingInstanceError(
                 f"accelerator={str(wanted)!r} for {nodes} nodes on this machine: {why}. Ask for what is there, or try "
                 f"the code path without it through provider=sky.Local(gpus={wanted.count})."

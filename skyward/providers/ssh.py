@@ -111,7 +111,7 @@ class SSH:
                 f"sky.SSH has {len(free)} more hosts and {count} are asked for: give it more hosts"
             )
         return [
-            Machine(id=host, provider=self.name, login=self._login(host), networks=self.addresses, lives_on=True)
+            Machine(id=host, provider=self.name, login=self._login(host), networks=self.addresses, outlives_pool=True)
             for host in free[:count]
         ]
 

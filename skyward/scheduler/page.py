@@ -17,7 +17,7 @@ from distributed.dashboard.components import add_periodic_callback
 from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 from distributed.dashboard.utils import update
 
-from skyward.scheduler.page_data import FIGURES, SHARES, FiguresPlugin
+from skyward.scheduler.page_data import FIGURES, SHARES, PageDataPlugin
 
 PAGE = "skyward"
 _PERIOD_MS = 2000
@@ -50,10 +50,10 @@ def add_page(scheduler: Any) -> None:
         pages.append(PAGE)
 
 
-class _Figures:
+class _PageView:
     """What one browser sees. What there are no figures of, such as GPUs or a cost, takes no room."""
 
-    def __init__(self, plugin: FiguresPlugin) -> None:
+    def __init__(self, plugin: PageDataPlugin) -> None:
         self._plugin = plugin
         self._history = ColumnDataSource({name: [] for name in ("time", "cost", *SHARES)})
         # Not Bokeh's own table, which stays as it is when rows change and their number does not (3.9).
@@ -132,7 +132,7 @@ def _number(value: float | None) -> float:
 
 
 def _document(scheduler: Any, extra: dict[str, Any], document: Any) -> None:
-    figures = _Figures(scheduler.plugins[FIGURES])
+    figures = _PageView(scheduler.plugins[FIGURES])
     add_periodic_callback(document, figures, _PERIOD_MS)
     document.add_root(figures.root)
     document.title = "skyward"

@@ -15,7 +15,7 @@ KEPT = 1440
 SHARES = ("cpu", "memory", "gpu", "gpu_memory")
 
 
-class FiguresPlugin(SchedulerPlugin):  # type: ignore[misc]
+class PageDataPlugin(SchedulerPlugin):  # type: ignore[misc]
     """Keeps the latest figures of all nodes, and a history of their means: so it stays small whatever the pool."""
 
     name = FIGURES

@@ -160,20 +160,20 @@ def image_recipe(image: Image, python: str) -> Recipe:
     )
 
 
-def script(recipe: Recipe, *, ttl_s: int = 0, lives_on: bool = True) -> str:
+def script(recipe: Recipe, *, ttl_s: int = 0, outlives_pool: bool = True) -> str:
     """Return the script for `recipe`.
 
     Parameters
     ----------
     ttl_s
         Seconds after which the machine switches itself off, whatever happens; 0: never.
-    lives_on
+    outlives_pool
         Whether the machine outlives the pool. On one that doesn't, Debian's timers for upgrades are stopped.
     """
     steps = [opening("bootstrap.log")]
     if ttl_s:
         steps.append(_dead_man(ttl_s))
-    if not lives_on:
+    if not outlives_pool:
         steps.append(_NO_UPGRADES)
     if recipe.apt:
         steps.append(debian_packages(recipe.apt, asked_by="Image.apt"))

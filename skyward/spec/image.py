@@ -98,7 +98,8 @@ class Image:
         problems = Problems()
         problems.check("ttl", ttl, check_count(0))
         problems.raise_if_any()
-        return script(image_recipe(self, f"{sys.version_info[0]}.{sys.version_info[1]}"), ttl_s=ttl, lives_on=not ttl)
+        recipe = image_recipe(self, f"{sys.version_info[0]}.{sys.version_info[1]}")
+        return script(recipe, ttl_s=ttl, outlives_pool=not ttl)
 
     def __hash__(self) -> int:
         return hash(self.content_hash())

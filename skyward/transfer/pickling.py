@@ -245,7 +245,7 @@ def _find_warning(module: str, name: str) -> Any:
 
 def loader(buffers: int) -> bytes:
     """Return a pickle that loads another one: the first of its buffers, which has so many buffers itself."""
-    return b"\x80\x05cskyward.pickling\n_load_apart\n\x97](" + buffers * b"\x97" + b"e\x86R."
+    return b"\x80\x05cskyward.transfer.pickling\n_load_apart\n\x97](" + buffers * b"\x97" + b"e\x86R."
 
 
 def _load_apart(data: Any, buffers: list[Any]) -> Any:

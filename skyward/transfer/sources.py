@@ -33,7 +33,7 @@ seconds (https://docs.python.org/3/reference/import.html, "Cached bytecode inval
 is_outdated = False
 """Whether this process has imported an older version of an own module, and has to end before another call runs."""
 _id = uuid.uuid4().hex
-_told = b""
+_latest = b""
 _places: dict[str, str] = {}  # where archives were unpacked, by module
 _lock = threading.Lock()
 
@@ -107,8 +107,8 @@ def install(data: bytes, read: Callable[[BlobRef], Any], folder: str, *, may_res
     -------
     False when this process has to end.
     """
-    global _told, is_outdated
-    if data == _told or not data:
+    global _latest, is_outdated
+    if data == _latest or not data:
         return not is_outdated
     with _lock:
         facts: Facts = pickle.loads(data)
@@ -136,7 +136,7 @@ def install(data: bytes, read: Callable[[BlobRef], Any], folder: str, *, may_res
         if _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)
         importlib.invalidate_caches()
-        _told = data
+        _latest = data
     return True
 
 

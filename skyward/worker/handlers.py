@@ -1,7 +1,7 @@
 """How chunks reach a worker without a task of the scheduler in between: its own handlers, for the engine to call.
 
 A chunk waits for the worker's thread as any Dask task does, and tasks wait for it. The scheduler is told: of a chunk
-that takes long by `attend`, a task that is on that worker as long; of every one by a report afterwards.
+that takes long by `placeholder`, a task that is on that worker as long; of every one by a report afterwards.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def install(worker: Any) -> None:
 
 async def _run(worker: Any, chunk: Chunk) -> Outcomes:
     """Run `chunk` in the worker's thread; if it is taken back before that, no call of it has run."""
-    _lend_thread(worker, -1)  # so that tasks wait where the scheduler can move them, and not for the thread
+    _change_threads(worker, -1)  # so that tasks wait where the scheduler can move them, and not for the thread
     future = worker.executors["default"].submit(contextvars.copy_context().run, _in_thread, worker, chunk)
     _here[chunk.key] = future
     try:
@@ -55,12 +55,12 @@ async def _run(worker: Any, chunk: Chunk) -> Outcomes:
         return Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls))
     finally:
         del _here[chunk.key]
-        _lend_thread(worker, +1)
+        _change_threads(worker, +1)
     worker.batched_send({"op": RAN, "key": chunk.key, **report})
     return outcomes
 
 
-def _lend_thread(worker: Any, by: int) -> None:
+def _change_threads(worker: Any, by: int) -> None:
     """Change how many tasks the worker may run at once."""
     from distributed.worker_state_machine import UnpauseEvent
 
@@ -107,5 +107,5 @@ async def leave() -> None:
         asyncio.get_running_loop().call_later(_ANSWER_S, os._exit, 77)  # as for a call that does not stop
 
 
-def attend(key: str) -> None:
+def placeholder(key: str) -> None:
     """Do nothing, when the worker has its thread back: until then the scheduler has a task there."""

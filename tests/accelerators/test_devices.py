@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.accelerators.devices import Device, Reading, declared, environments, lack, names, read, read_nvml
+from skyward.accelerators.devices import Device, Reading, declared, environments, missing, names, read, read_nvml
 from skyward.cluster.slots import node_spec
 from skyward.node import metrics
 from tests.nvml import FakeNvml
@@ -47,7 +47,7 @@ def visible(accelerator: sky.Accelerator, reading: Reading, slots: int) -> list[
     ],
 )
 def test_a_machine_that_has_what_was_asked_for_lacks_nothing(machine: str, accelerator: sky.Accelerator) -> None:
-    assert lack(accelerator, seen(machine)) == ""
+    assert missing(accelerator, seen(machine)) == ""
 
 
 def test_the_driver_is_let_go_of_after_reading() -> None:
@@ -72,7 +72,7 @@ def test_a_driver_that_does_not_answer_is_told_beside_the_numbers() -> None:
 
     nvml.nvmlInit = fail  # type: ignore[method-assign]
 
-    text = lack(GPU.T4(2), read_nvml(nvml))
+    text = missing(GPU.T4(2), read_nvml(nvml))
 
     assert text == "2 × T4 (16 GB) asked for, 0 there; the NVIDIA driver does not answer: Driver Not Loaded"
 
@@ -153,14 +153,14 @@ def test_how_busy_gpus_are_is_told_as_far_as_the_driver_says(
 def test_what_a_machine_lacks_is_told_with_both_numbers(
     machine: str, accelerator: sky.Accelerator, message: str
 ) -> None:
-    assert re.search(message, lack(accelerator, seen(machine)))
+    assert re.search(message, missing(accelerator, seen(machine)))
 
 
 def test_a_gpu_of_another_kind_beside_those_asked_for_is_passed_over() -> None:
     screen = Device("GPU-screen", "NVIDIA T400", 4 << 30)
     reading = Reading((screen, *seen("a100-80gb").devices))
 
-    assert lack(GPU.A100(), reading) == ""
+    assert missing(GPU.A100(), reading) == ""
     assert names(GPU.A100(), reading.devices) == (reading.devices[1].id,)
 
 

@@ -306,7 +306,7 @@ def test_it_looks_again_for_as_long_as_a_launch_may_take(
             now += seconds
 
     monkeypatch.setattr(guardian_module, "time", SimpleNamespace(time=lambda: now))
-    monkeypatch.setattr("skyward.cleanup.end.release", lambda entry: seen.append(entry.pool_id) or [])
+    monkeypatch.setattr("skyward.cleanup.end.end_pool", lambda entry: seen.append(entry.pool_id) or [])
 
     assert guardian_module._end(entry, Owner()) == 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from skyward.cleanup import journal
-from skyward.cleanup.record import Record
+from skyward.cleanup.pool_record import PoolRecord
 from skyward.errors import PoolError
 from skyward.providers.base import Login, Machine
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def machine(name: str = "a", **login: str) -> Machine:
-    return Machine(id=name, provider="ssh", login=Login(host=name, **login), lives_on=True)
+    return Machine(id=name, provider="ssh", login=Login(host=name, **login), outlives_pool=True)
 
 
 def open_entry(pool_id: str = POOL, *machines: Machine) -> journal.Entry:
@@ -54,7 +54,7 @@ def test_what_changes_is_written(folder: Path) -> None:
 
 
 def test_nodes_are_found_by_their_number_as_machines_come_and_go(folder: Path) -> None:
-    record = Record(POOL, "ssh", time.time() + 60, [machine("a"), machine("b")])
+    record = PoolRecord(POOL, "ssh", time.time() + 60, [machine("a"), machine("b")])
     try:
         record.add([machine("c")])
         record.number([machine("c")], [1])
@@ -77,7 +77,7 @@ PLACE = journal.Place(provider="aws", region="eu-west-1")
 
 
 def test_a_launch_is_on_record_for_as_long_as_it_is_under_way(folder: Path) -> None:
-    record = Record(POOL, "aws", time.time() + 60)
+    record = PoolRecord(POOL, "aws", time.time() + 60)
     with record.launching(PLACE), record.launching(PLACE):
         during = journal.read(POOL)
     after = journal.read(POOL)
@@ -90,7 +90,7 @@ def test_a_launch_is_on_record_for_as_long_as_it_is_under_way(folder: Path) -> N
 
 
 def test_a_record_that_is_closed_is_never_written_again(folder: Path) -> None:
-    record = Record(POOL, "aws", time.time() + 60)
+    record = PoolRecord(POOL, "aws", time.time() + 60)
     with record.launching(PLACE):
         record.close()
         with pytest.raises(PoolError, match="has ended"):
@@ -102,7 +102,7 @@ def test_a_record_that_is_closed_is_never_written_again(folder: Path) -> None:
 
 
 def test_an_entry_that_another_process_has_closed_is_not_made_again(folder: Path) -> None:
-    record = Record(POOL, "aws", time.time() + 60)
+    record = PoolRecord(POOL, "aws", time.time() + 60)
     journal.close(POOL)
 
     with pytest.raises(PoolError, match="was ended by another process"):
@@ -113,7 +113,7 @@ def test_an_entry_that_another_process_has_closed_is_not_made_again(folder: Path
 
 
 def test_nothing_is_kept_of_a_pool_that_has_started_nothing(folder: Path) -> None:
-    record = Record(POOL, "aws", time.time() + 60)
+    record = PoolRecord(POOL, "aws", time.time() + 60)
     record.left = ["not confirmed"]
 
     record.close()

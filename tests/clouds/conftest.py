@@ -24,7 +24,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _fast_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulated clouds list what they make within some hundredths of a second."""
     monkeypatch.setattr(listing, "LISTED_S", 0.3)
-    monkeypatch.setattr(listing, "SETTLE_S", 0.1)
+    monkeypatch.setattr(listing, "LATE_S", 0.1)
     monkeypatch.setattr(listing, "PAUSES_S", (0.01, 0.1))
 
 

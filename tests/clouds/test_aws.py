@@ -25,7 +25,7 @@ from skyward.providers.aws import launch as aws_launch
 from skyward.providers.aws.firewall import caller_ranges
 from skyward.providers.aws.iam import bucket_policy
 from skyward.providers.aws.provider import AWS
-from skyward.providers.base import Birth, LaunchOrder, Login, Need, Offer
+from skyward.providers.base import LaunchOrder, Login, Need, Offer, UserData
 from skyward.spec.pool import PoolSpec
 from tests.clouds.aws import AwsCloud
 from tests.clouds.yard import Yard
@@ -74,10 +74,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def order(pool: str = "p1", token: str = "token0001", **changes: Any) -> LaunchOrder:
-    birth = Birth(host_key="private", host_key_public="public", authorized_key="ssh-ed25519 mine", ttl_s=600)
+    user_data = UserData(host_key="private", host_key_public="public", authorized_key="ssh-ed25519 mine", ttl_s=600)
     return LaunchOrder(
         **{
-            "pool_id": pool, "token": token, "count": 1, "spot": False, "birth": birth,
+            "pool_id": pool, "token": token, "count": 1, "spot": False, "user_data": user_data,
             "login": Login(host="", port=22, user="root", key="pem", host_key="public"), "owner": "me@here",
             "expires": 1_800_000_000.0, **changes,
         }
@@ -323,7 +323,7 @@ def test_machines_and_disks_are_as_they_should_be(cloud: AwsCloud, ec2: Any) -> 
     assert tags["skyward:expires"] == "1800000000"
     assert raw["MetadataOptions"]["HttpTokens"] == "required"
     shown = ec2.describe_instance_attribute(InstanceId=raw["InstanceId"], Attribute="userData")["UserData"]["Value"]
-    assert base64.b64decode(shown).decode() == wanted.birth.cloud_config()
+    assert base64.b64decode(shown).decode() == wanted.user_data.cloud_config()
     [version] = ec2.describe_launch_template_versions(LaunchTemplateName="skyward-p1-token0001")[
         "LaunchTemplateVersions"
     ]
@@ -353,7 +353,7 @@ def test_the_firewall_follows_the_caller(cloud: AwsCloud, ec2: Any, monkeypatch:
 
     monkeypatch.setenv("SKYWARD_CALLER_IP", "203.0.113.9")
     for _ in range(2):
-        provider.admit("p1", REGION)
+        provider.open_firewall("p1", REGION)
 
     rules, group = _rules(ec2)
     assert rules == {("tcp", 22, f"{CALLER}/32"), ("tcp", 22, "203.0.113.9/32"), ("-1", None, group)}

@@ -20,7 +20,7 @@ import pytest
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
 from skyward.launch.provisioner import pool_keys
 from skyward.providers import listing, prices
-from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
+from skyward.providers.base import LaunchOrder, Login, Machine, Need, Offer, UserData
 from skyward.providers.digitalocean import api as digitalocean_api
 from skyward.providers.digitalocean import pool as digitalocean_pool
 from skyward.providers.digitalocean.provider import DigitalOcean
@@ -61,16 +61,16 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[DigitalOceanCloud]:
 
 
 @cache
-def _keys(pool_id: str) -> tuple[Login, Birth]:
+def _keys(pool_id: str) -> tuple[Login, UserData]:
     """Return a pool's own."""
     return pool_keys(3600)
 
 
 def _order(count: int = 1, *, token: str = "a1b2c3d4", pool_id: str = POOL, **facts: Any) -> LaunchOrder:
-    login, birth = _keys(pool_id)
+    login, user_data = _keys(pool_id)
     return LaunchOrder(
-        pool_id=pool_id, token=token, count=count, spot=False, birth=birth, login=login, owner="Ann.B@laptop.local",
-        expires=EXPIRES, **facts,
+        pool_id=pool_id, token=token, count=count, spot=False, user_data=user_data, login=login,
+        owner="Ann.B@laptop.local", expires=EXPIRES, **facts,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_a_wrong_token_is_told_and_not_shown(cloud: DigitalOceanCloud, monkeypat
         lambda: _launch(offer=Offer(provider="digitalocean", instance=InstanceSpec(SMALL, 2, 4.0), region="nyc3")),
         lambda: DigitalOcean().machines(),
         lambda: DigitalOcean().end(POOL, []),
-        lambda: DigitalOcean().admit(POOL, "nyc3"),
+        lambda: DigitalOcean().open_firewall(POOL, "nyc3"),
     ):
         with pytest.raises(CredentialsError, match=r"Unable to authenticate you.*wrong, revoked or expired") as refused:
             do()  # type: ignore[no-untyped-call]
@@ -318,9 +318,9 @@ def test_the_firewall_lets_this_computer_alone_in_and_is_there_first(cloud: Digi
 def test_the_key_is_in_the_account_and_its_machines_know_it(cloud: DigitalOceanCloud) -> None:
     _launch()
 
-    _, birth = _keys(POOL)
+    _, user_data = _keys(POOL)
     (key,) = cloud.keys.values()
-    assert (key["name"], key["public_key"]) == (f"skyward-{POOL}", birth.authorized_key)
+    assert (key["name"], key["public_key"]) == (f"skyward-{POOL}", user_data.authorized_key)
 
 
 def test_the_callers_address_can_be_given(cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_the_callers_address_can_be_given(cloud: DigitalOceanCloud, monkeypatch:
 
     monkeypatch.setenv("SKYWARD_CALLER_IP", "2001:db8::7")
     for _ in range(2):
-        DigitalOcean().admit(POOL, "nyc3")
+        DigitalOcean().open_firewall(POOL, "nyc3")
 
     (firewall,) = cloud.firewalls.values()
     assert firewall["inbound_rules"][0]["sources"] == {"addresses": ["203.0.113.7/32", "2001:db8::7/128"]}

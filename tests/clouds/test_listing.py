@@ -12,7 +12,7 @@ import pytest
 import skyward as sky
 from skyward.launch.provisioner import pool_keys
 from skyward.providers import listing
-from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
+from skyward.providers.base import LaunchOrder, Login, Machine, Need, Offer, UserData
 from tests.clouds.emulated import NAMES, Emulated
 
 POOL = "0123abcd"
@@ -25,7 +25,7 @@ def cloud(request: pytest.FixtureRequest, emulate: Callable[..., Emulated]) -> E
 
 
 @cache
-def keys() -> tuple[Login, Birth]:
+def keys() -> tuple[Login, UserData]:
     return pool_keys(3600)
 
 
@@ -34,9 +34,9 @@ def offer(cloud: Emulated) -> Offer:
 
 
 def launch(cloud: Emulated, chosen: Offer, count: int, token: str = "a1b2c3d4", **facts: Any) -> list[Machine]:
-    login, birth = keys()
+    login, user_data = keys()
     order = LaunchOrder(
-        pool_id=POOL, token=token, count=count, spot=False, birth=birth, login=login, owner="me@here",
+        pool_id=POOL, token=token, count=count, spot=False, user_data=user_data, login=login, owner="me@here",
         expires=2_000_000_000.0, **facts,
     )  # fmt: skip
     return list(cloud.provider().launch(chosen, order))
@@ -47,7 +47,7 @@ def ids(machines: list[Machine]) -> set[str]:
 
 
 def test_an_end_finds_machines_that_are_listed_late(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "SETTLE_S", 1.0)
+    monkeypatch.setattr(listing, "LATE_S", 1.0)
     launch(cloud, offer(cloud), 2)
     cloud.list_late(0.5)
 

@@ -215,8 +215,8 @@ def test_slow_boot(cloud: Emulated) -> None:
 
 def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine boots, and is not the one that is expected: it never got its keys."""
-    monkeypatch.setattr("skyward.providers.base.Birth.cloud_config", lambda self: "#cloud-config\n{}")
-    monkeypatch.setattr("skyward.providers.base.Birth.script", lambda self: "#!/bin/sh\nexit 1\n")
+    monkeypatch.setattr("skyward.providers.base.UserData.cloud_config", lambda self: "#cloud-config\n{}")
+    monkeypatch.setattr("skyward.providers.base.UserData.script", lambda self: "#!/bin/sh\nexit 1\n")
 
     pool = open_pool(cloud, nodes=2, boot_timeout=4)
     with pytest.raises(sky.BootstrapError, match=r"no login within 4 s.*raise boot_timeout=") as info, pool:

@@ -14,7 +14,7 @@ import pytest
 import skyward as sky
 import skyward.launch.provisioner
 from skyward.cleanup import journal
-from skyward.cleanup.record import Record
+from skyward.cleanup.pool_record import PoolRecord
 from skyward.launch.plan import make_plan
 from skyward.launch.provisioner import Provisioner
 from skyward.providers import listing
@@ -29,13 +29,13 @@ from tests.waiting import wait_until
 @pytest.fixture
 def provision() -> Iterator[Callable[..., Provisioner]]:
     """Makes a provisioner for a pool with these options; everything is ended with the test."""
-    made: list[tuple[Provisioner, Record]] = []
+    made: list[tuple[Provisioner, PoolRecord]] = []
 
     def provision(*providers: Any, heard: list[Any] | None = None, **options: Any) -> Provisioner:
         spec = PoolSpec(**options)
         expires = time.time() + spec.timeout
         pool_id = f"{len(made):08}"
-        record = Record(pool_id, "clouds", expires)
+        record = PoolRecord(pool_id, "clouds", expires)
         emit = heard.append if heard is not None else lambda _: None
         provisioner = Provisioner(make_plan(providers, spec), spec, pool_id, record, emit, expires)
         made.append((provisioner, record))
@@ -239,7 +239,7 @@ def test_further_machines_switch_themselves_off_with_the_first(
     launch = sky.AWS.launch
 
     def recording(self: Any, offer: Any, order: Any) -> Any:
-        ttls.append(order.birth.ttl_s)
+        ttls.append(order.user_data.ttl_s)
         return launch(self, offer, order)
 
     monkeypatch.setattr(sky.AWS, "launch", recording)
@@ -247,8 +247,8 @@ def test_further_machines_switch_themselves_off_with_the_first(
     provisioner._expires -= 3000  # as if so much time had passed
     provisioner.more([1], [])
 
-    assert ttls[0] == pytest.approx(3600 + skyward.launch.provisioner.BIRTH_HEADROOM_S, abs=30)
-    assert ttls[1] == pytest.approx(600 + skyward.launch.provisioner.BIRTH_HEADROOM_S, abs=30)
+    assert ttls[0] == pytest.approx(3600 + skyward.launch.provisioner.BOOT_HEADROOM_S, abs=30)
+    assert ttls[1] == pytest.approx(600 + skyward.launch.provisioner.BOOT_HEADROOM_S, abs=30)
 
 
 def test_a_machine_costs_before_it_has_an_address(
@@ -386,12 +386,12 @@ def test_a_launch_that_the_end_overtakes_leaves_nothing(
     assert cloud.calls() == asked  # of the cloud, nothing more
 
 
-def make_provisioner(cloud: Emulated, emit: Callable[[Any], None]) -> tuple[Provisioner, Record]:
+def make_provisioner(cloud: Emulated, emit: Callable[[Any], None]) -> tuple[Provisioner, PoolRecord]:
     # Several offers, so that one that fails is followed by the next; the emulated AWS takes long to price so many.
     machine: dict[str, Any] = {"machine": cloud.type} if cloud.name == "aws" else {"cpu": 2}
     spec = PoolSpec(**machine, nodes=2, allocation="on-demand")
     expires = time.time() + spec.timeout
-    record = Record("0123abcd", cloud.name, expires)
+    record = PoolRecord("0123abcd", cloud.name, expires)
     return Provisioner(make_plan((cloud.provider(),), spec), spec, "0123abcd", record, emit, expires), record
 
 

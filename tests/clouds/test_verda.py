@@ -23,7 +23,7 @@ from skyward.accelerators.model import Accelerator
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
 from skyward.launch.provisioner import pool_keys
 from skyward.providers import prices
-from skyward.providers.base import Birth, LaunchOrder, Login, Machine, Need, Offer
+from skyward.providers.base import LaunchOrder, Login, Machine, Need, Offer, UserData
 from skyward.providers.verda import api as verda_api
 from skyward.providers.verda import machines as verda_machines
 from skyward.providers.verda.provider import Verda
@@ -59,14 +59,14 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[VerdaCloud]:
 
 
 @cache
-def _keys() -> tuple[Login, Birth]:
+def _keys() -> tuple[Login, UserData]:
     return pool_keys(3600)
 
 
 def _order(count: int = 1, *, pool_id: str = POOL, spot: bool = False, **options: Any) -> LaunchOrder:
-    login, birth = _keys()
+    login, user_data = _keys()
     facts = {"token": secrets.token_hex(8), "owner": "me@here", "expires": 2_000_000_000.0, **options}
-    return LaunchOrder(pool_id=pool_id, count=count, spot=spot, birth=birth, login=login, **facts)
+    return LaunchOrder(pool_id=pool_id, count=count, spot=spot, user_data=user_data, login=login, **facts)
 
 
 def _offer(name: str = SMALL, region: str = HERE) -> Offer:

@@ -232,7 +232,7 @@ def test_a_pool_that_is_ended_from_outside_sends_its_data(
             save("result") >> pool
             (entry,) = journal.entries()
 
-            assert end.release(entry) == []
+            assert end.end_pool(entry) == []
 
             assert bucket.sizes() == {"run/result": SIZE}
 

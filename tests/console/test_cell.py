@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.console import About, Console, open_console
+from skyward.console import Console, PoolInfo, open_console
 from skyward.console.cell import CellView
 from skyward.console.model import Model
 from tests.console.test_model import CLOUD, START
 from tests.waiting import wait_until
 
-HERE = About("abcdef01", 2, 1, "<local>", is_here=True)
+HERE = PoolInfo("abcdef01", 2, 1, "<local>", is_here=True)
 
 
 class Display:
@@ -55,8 +55,8 @@ def console(display: Display) -> Iterator[Console]:
     console.close()
 
 
-def view_of(about: About) -> tuple[Model, CellView]:
-    model = Model(about)
+def view_of(info: PoolInfo) -> tuple[Model, CellView]:
+    model = Model(info)
     return model, CellView(model)
 
 

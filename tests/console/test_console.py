@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.console import About, Console, open_console
+from skyward.console import Console, PoolInfo, open_console
 from skyward.console.live import LiveView
 from tests.console.terminal import Terminal
 from tests.console.test_model import CLOUD, START, provisioned
 from tests.waiting import wait_until
 
-HERE = About("abcdef01", 2, 1, "local", is_here=True)
+HERE = PoolInfo("abcdef01", 2, 1, "local", is_here=True)
 HERE_START = [
     sky.InfraCreating(),
     sky.InstanceProvisioned(instance_id="local-0", node=0, spot=False, provider="local"),
@@ -37,8 +37,8 @@ def open_() -> Iterator[Callable[..., Console]]:
     """Opens consoles, which are closed after the test."""
     opened: list[Console] = []
 
-    def open_(display: str = "auto", about: About = HERE) -> Console:
-        opened.append(open_console(display, about))
+    def open_(display: str = "auto", info: PoolInfo = HERE) -> Console:
+        opened.append(open_console(display, info))
         return opened[-1]
 
     yield open_
@@ -126,7 +126,7 @@ def test_a_local_pool_is_two_lines(open_: Callable[..., Console], capsys: pytest
 
 
 def test_many_nodes_are_told_of_together(open_: Callable[..., Console], capsys: pytest.CaptureFixture[str]) -> None:
-    console = open_("log", About("abcdef01", 100, 1, "aws"))
+    console = open_("log", PoolInfo("abcdef01", 100, 1, "aws"))
     tell(console, sky.InfraCreating(), *(provisioned(n, spot=False) for n in range(100)), sky.ProvisioningCompleted())
     tell(console, *(sky.BootstrapProgress(instance_id=f"i-{n}", step="packages") for n in range(100)))
     tell(console, *(sky.BootstrapCompleted(instance_id=f"i-{n}") for n in range(100)))

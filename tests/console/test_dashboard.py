@@ -1,4 +1,4 @@
-"""Figures of nodes: as machines tell them, as events, and on the dashboard's page."""
+"""DashboardData of nodes: as machines tell them, as events, and on the dashboard's page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.console import About
-from skyward.console.dashboard import Figures
+from skyward.console import PoolInfo
+from skyward.console.dashboard import DashboardData
 from skyward.node import metrics
-from skyward.scheduler.page_data import KEPT, FiguresPlugin
+from skyward.scheduler.page_data import KEPT, PageDataPlugin
 from tests.waiting import wait_until
 
-ABOUT = About("abcdef01", 1, 1, "aws")
+INFO = PoolInfo("abcdef01", 1, 1, "aws")
 PROVISIONED = sky.InstanceProvisioned(
     instance_id="i-1", node=0, spot=True, provider="aws", instance_type="g5.xlarge", price_on_demand=1.0, price_spot=0.4
 )
@@ -92,7 +92,7 @@ def test_processor_use_is_always_asked_for_in_the_same_thread(monkeypatch: pytes
 
 def test_events_come_to_figures_of_each_node_and_the_cost() -> None:
     sent: list[dict[str, Any]] = []
-    figures = Figures(ABOUT)
+    figures = DashboardData(INFO)
     cost = sky.CostUpdate(elapsed_seconds=1, accumulated_cost=0.5, hourly_rate=0.0, spot_count=1, ondemand_count=0)
     figures.hear(PROVISIONED)
     figures.hear(cost)
@@ -117,7 +117,7 @@ def test_events_come_to_figures_of_each_node_and_the_cost() -> None:
 
 def test_nodes_that_are_one_machine_share_its_load() -> None:
     sent: list[dict[str, Any]] = []
-    figures = Figures(About("abcdef01", 2, 1, "local", is_here=True))
+    figures = DashboardData(PoolInfo("abcdef01", 2, 1, "local", is_here=True))
     for node in range(2):
         figures.hear(sky.InstanceProvisioned(instance_id=f"local-{node}", node=node, spot=False, provider="local"))
     figures.send = sent.append
@@ -127,7 +127,7 @@ def test_nodes_that_are_one_machine_share_its_load() -> None:
 
 
 def test_the_scheduler_keeps_means_and_not_for_ever() -> None:
-    plugin = FiguresPlugin()
+    plugin = PageDataPlugin()
     nodes = [{"node": 0, "cpu": 10.0}, {"node": 1, "cpu": 30.0, "gpu": 5.0}, {"node": 2}]
 
     for moment in range(KEPT + 5):
@@ -140,10 +140,10 @@ def test_the_scheduler_keeps_means_and_not_for_ever() -> None:
 
 
 def test_the_page_shows_what_the_plugin_knows_and_omits_the_rest() -> None:
-    from skyward.scheduler.page import _Figures
+    from skyward.scheduler.page import _PageView
 
-    plugin = FiguresPlugin()
-    page = _Figures(plugin)
+    plugin = PageDataPlugin()
+    page = _PageView(plugin)
     assert "has not told" in page._nodes.text
     node = {"node": 0, "machine": "<i-1>", "price": 0.4, "cpu": 9.6}
     plugin.heard("client", [node], 0.25, 100.0, ["pool <a>", "1 call"])

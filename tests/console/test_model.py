@@ -9,9 +9,9 @@ import pytest
 
 import skyward as sky
 from skyward.console import wording
-from skyward.console.model import About, Model, Work
+from skyward.console.model import Model, PoolInfo, Work
 
-CLOUD = About("abcdef01", 2, 2, "aws")
+CLOUD = PoolInfo("abcdef01", 2, 2, "aws")
 
 
 def provisioned(node: int, *, spot: bool) -> sky.InstanceProvisioned:
@@ -45,8 +45,8 @@ START: list[tuple[float, Any]] = [
 ]
 
 
-def model_of(happened: Iterable[tuple[float, Any]], about: About = CLOUD) -> Model:
-    model = Model(about)
+def model_of(happened: Iterable[tuple[float, Any]], info: PoolInfo = CLOUD) -> Model:
+    model = Model(info)
     for at, event in happened:
         model.hear(event, at)
     return model
@@ -80,15 +80,15 @@ def test_a_lost_machine_and_its_replacement() -> None:
 
     assert state == "lost"
     assert model.lost == 1
-    assert list(wording.told(lost, model)) == [
+    assert list(wording.news(lost, model)) == [
         "node 1 is lost (i-1): its provider has taken it away; its calls run again elsewhere"
     ]
-    assert list(wording.told(replaced, model)) == ["node 3 is up: i-9 in the place of i-1"]
+    assert list(wording.news(replaced, model)) == ["node 3 is up: i-9 in the place of i-1"]
 
 
 def test_a_local_pool_has_no_prices() -> None:
     event = sky.InstanceProvisioned(instance_id="local-1-0", node=0, spot=False, provider="local")
-    model = model_of([(0.0, event)], About("1", 1, 1, "local", is_here=True))
+    model = model_of([(0.0, event)], PoolInfo("1", 1, 1, "local", is_here=True))
 
     assert wording.node_facts(model.nodes[0]) == ["local-1-0", "", "", ""]
 

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.engine import Call, Engine, engine, flights
+from skyward.engine import Call, Engine, engine, sent_chunks
 from skyward.engine.future import CallFuture
 from skyward.engine.run import run_all, stream
 from skyward.engine.transport import UnreachableError, WorkerGoneError
@@ -74,7 +74,7 @@ class Workers:
     async def prepare(self, *_: Any) -> None:
         pass
 
-    async def settle(self) -> None:
+    async def finish_connecting(self) -> None:
         pass
 
     async def send(self, address: str, chunk: Chunk, when_sent: Any) -> Outcomes:
@@ -120,7 +120,7 @@ class Workers:
     def lose(self, _: set[str]) -> bool:
         return False
 
-    def attend(self, *_: str) -> Any:
+    def start_placeholder(self, *_: str) -> Any:
         return SimpleNamespace(release=lambda: None)
 
     def forget(self) -> None:
@@ -146,7 +146,7 @@ def simulated(client: Any, count: int, fates: list[tuple[str, int]], retries: in
     with (
         mock.patch.object(engine, "Transport", return_value=workers),
         mock.patch.object(engine, "UNREACHABLE_S", 0.001),
-        mock.patch.object(flights, "UNREACHABLE_S", 0.001),
+        mock.patch.object(sent_chunks, "UNREACHABLE_S", 0.001),
     ):
         made = Engine(client, workers.slots, pool_id="test", alive=lambda: workers.alive, retries=retries)
         workers.engine = made

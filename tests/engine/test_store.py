@@ -19,7 +19,7 @@ from skyward.engine import calls
 from skyward.engine import store as store_module
 from skyward.engine.calls import Call, Packer
 from skyward.engine.sources import Sources
-from skyward.engine.store import Keeper, Store
+from skyward.engine.store import SeenBuffers, Store
 from skyward.transfer import pickling
 from skyward.transfer.wire import BlobRef
 
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 SMALL, LARGE = (2 << 20) // 8, (16 << 20) // 8  # elements: compared as a whole, and by samples
 
 
-def put(keeper: Keeper, value: Any) -> BlobRef:
+def put(seen: SeenBuffers, value: Any) -> BlobRef:
     _, (buffer,) = pickling.dumps(value)
-    return keeper.put(buffer)
+    return seen.put(buffer)
 
 
 def digest_of(array: Any) -> str:
@@ -37,37 +37,37 @@ def digest_of(array: Any) -> str:
 
 
 def test_an_array_that_cannot_change_is_looked_at_once() -> None:
-    keeper = Keeper(Store(), unchanged=True)
+    seen = SeenBuffers(Store(), unchanged=True)
     array = np.ones(SMALL)
-    first = put(keeper, array)
+    first = put(seen, array)
     array[:] = 2
 
-    assert put(keeper, {"nested": array}) == first
-    assert len(keeper._known) == 1
+    assert put(seen, {"nested": array}) == first
+    assert len(seen._known) == 1
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_a_changed_array_is_stored_again_and_an_unchanged_one_is_not(size: int) -> None:
     store = Store()
-    keeper = Keeper(store, unchanged=False)
+    seen = SeenBuffers(store, unchanged=False)
     array = np.zeros(size)
-    first, again = put(keeper, array), put(keeper, [array])
+    first, again = put(seen, array), put(seen, [array])
     array[:] = 1
 
     assert first == again
-    assert put(keeper, array) != first
+    assert put(seen, array) != first
     assert store.writes == 2
 
 
 def test_a_large_array_that_has_not_changed_is_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
-    keeper = Keeper(store, unchanged=False)
+    seen = SeenBuffers(store, unchanged=False)
     array = np.ones(LARGE)
     hashed: list[Any] = []
     whole = store.put
     monkeypatch.setattr(store, "put", lambda view: (hashed.append(view), whole(view))[1])
 
-    assert len({put(keeper, array) for _ in range(5)}) == 1
+    assert len({put(seen, array) for _ in range(5)}) == 1
     assert len(hashed) == 1
 
 
@@ -77,23 +77,23 @@ def test_each_changed_region_of_8_kib_or_a_2048th_is_noticed(size: int) -> None:
     length = max(8192, array.nbytes // 2048)
     picks = random.Random(1)
     starts = [0, array.nbytes - length, *(picks.randrange(array.nbytes - length) for _ in range(60))]
-    keeper = Keeper(Store(), unchanged=False)
-    last = put(keeper, array)
+    seen = SeenBuffers(Store(), unchanged=False)
+    last = put(seen, array)
 
     for start in starts:
         array[start : start + length] += 1
-        last, before = put(keeper, array), last
+        last, before = put(seen, array), last
         assert last != before, start
 
 
 @pytest.mark.parametrize("shape", [(8192, 256), (1024, 2048), (256, 8192)])
 def test_a_changed_column_of_a_matrix_is_noticed(shape: tuple[int, int]) -> None:
-    keeper = Keeper(Store(), unchanged=False)
+    seen = SeenBuffers(Store(), unchanged=False)
     matrix = np.zeros(shape)
-    before = put(keeper, matrix)
+    before = put(seen, matrix)
     matrix[:, 7] = 1
 
-    assert put(keeper, matrix) != before
+    assert put(seen, matrix) != before
 
 
 def test_large_arrays_of_a_function_are_dropped_when_its_calls_have_ended() -> None:

@@ -20,5 +20,5 @@ def gpus() -> tuple[Device, ...]:
     """The GPUs of this machine; there is at least one."""
     reading = read("NVIDIA")
     if not reading.devices:
-        pytest.skip(f"no NVIDIA GPU here: {reading.trouble or 'the driver shows none'}")
+        pytest.skip(f"no NVIDIA GPU here: {reading.error or 'the driver shows none'}")
     return reading.devices

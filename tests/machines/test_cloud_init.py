@@ -13,7 +13,7 @@ import pytest
 
 from skyward.cluster.ssh import Link
 from skyward.launch.provisioner import pool_keys
-from skyward.providers.base import Birth
+from skyward.providers.base import UserData
 from tests.cloudbox import Machine
 from tests.machines.conftest import Site
 from tests.waiting import wait_until
@@ -30,7 +30,7 @@ printf 'locale: C.UTF-8\\ndatasource_list: [NoCloud]\\n' > /etc/cloud/cloud.cfg.
 class Guest:
     """A machine with cloud-init, which is run as systemd does when a machine boots."""
 
-    def __init__(self, machine: Machine, user_data: Callable[[Birth], str]) -> None:
+    def __init__(self, machine: Machine, user_data: Callable[[UserData], str]) -> None:
         login, birth = pool_keys(TTL_S)
         self.machine = machine
         self._login = replace(login, host=machine.address)
@@ -91,17 +91,17 @@ def installed(site: Site) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def user_data() -> Callable[[Birth], str]:
+def user_data() -> Callable[[UserData], str]:
     """What the machines of AWS and DigitalOcean are told."""
-    return Birth.cloud_config
+    return UserData.cloud_config
 
 
 @pytest.fixture
-def guest(installed: Machine, user_data: Callable[[Birth], str]) -> Guest:
+def guest(installed: Machine, user_data: Callable[[UserData], str]) -> Guest:
     return Guest(installed, user_data)
 
 
-both = pytest.mark.parametrize("user_data", [Birth.cloud_config, Birth.script], ids=["cloud-config", "script"])
+both = pytest.mark.parametrize("user_data", [UserData.cloud_config, UserData.script], ids=["cloud-config", "script"])
 """AWS and DigitalOcean pass the first to cloud-init, Verda the second."""
 
 

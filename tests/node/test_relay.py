@@ -1,4 +1,4 @@
-"""Connections that outlive what carries them: two relays, a target, and carriers that are cut at any byte."""
+"""Connections that outlive the network between their ends: it is cut between two relays, at any byte."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from skyward.node.relay import Relay, StreamEnded, Switchboard, meet_as_caller
+from skyward.node.relay import Relay, RelayServer, StreamEnded, meet_as_caller
 
 
 class Way:
-    """Two ends joined by carriers that the test cuts: a local port whose connections end at `target`."""
+    """Two ends joined by connections that the test cuts: a local port whose connections end at `target`."""
 
     def __init__(self, target: int) -> None:
         self.target = target
-        self.switchboard = Switchboard()
-        self.carriers: list[asyncio.StreamWriter] = []
+        self.relay_server = RelayServer()
+        self.connections: list[asyncio.StreamWriter] = []
         self.carried = 0
         self.is_open = asyncio.Event()
         self.is_open.set()
@@ -30,7 +30,7 @@ class Way:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
             hello = json.loads(await reader.readline())
-            await self.switchboard.serve(hello, reader, writer)
+            await self.relay_server.serve(hello, reader, writer)
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         relay = Relay(reader, writer)
@@ -41,7 +41,7 @@ class Way:
 
     async def carry(self, relay: Relay) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        self.carriers.append(writer)
+        self.connections.append(writer)
         self.carried += 1
         with contextlib.closing(writer), contextlib.suppress(OSError):
             try:
@@ -52,9 +52,9 @@ class Way:
             await relay.carry(reader, writer, confirmed)
 
     def cut(self) -> None:
-        for carrier in self.carriers:
-            carrier.transport.abort()
-        self.carriers.clear()
+        for connection in self.connections:
+            connection.transport.abort()
+        self.connections.clear()
 
     port: int
     entry: int
@@ -71,7 +71,7 @@ async def way_to(handler: Any) -> AsyncIterator[Way]:
             way.port = far.sockets[0].getsockname()[1]
             way.entry = near.sockets[0].getsockname()[1]
             yield way
-            way.switchboard.close()
+            way.relay_server.close()
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -81,7 +81,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
             await writer.drain()
 
 
-def test_bytes_arrive_once_and_in_order_however_often_the_carrier_is_cut() -> None:
+def test_bytes_arrive_once_and_in_order_over_any_number_of_connections() -> None:
     payload = b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(200_000))
 
     async def run() -> tuple[bytes, int]:
@@ -108,7 +108,7 @@ def test_bytes_arrive_once_and_in_order_however_often_the_carrier_is_cut() -> No
     assert carried > 5
 
 
-def test_what_is_said_while_there_is_no_carrier_arrives_later() -> None:
+def test_what_is_said_while_there_is_no_connection_arrives_later() -> None:
     async def run() -> bytes:
         async with way_to(echo) as way:
             reader, writer = await asyncio.open_connection("127.0.0.1", way.entry)
@@ -174,7 +174,7 @@ def test_a_stream_that_the_far_end_has_forgotten_is_not_begun_anew() -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", way.entry)
             writer.write(b"hello")
             await reader.readexactly(5)
-            way.switchboard.close()
+            way.relay_server.close()
             way.cut()
             assert await asyncio.wait_for(reader.read(), 10) == b""
             writer.close()

@@ -27,7 +27,7 @@ def test_a_host_may_name_its_user_and_port() -> None:
 
     found = [(m.login.user, m.login.host, m.login.port) for m in machines]
     assert found == [("me", "a", None), ("b", "c", None), ("d", "e.example", 2222), ("me", "fe80::1", 22)]
-    assert all(m.lives_on and m.provider == "ssh" for m in machines)
+    assert all(m.outlives_pool and m.provider == "ssh" for m in machines)
     assert [m.id for m in machines] == ["a", "b@c", "d@e.example:2222", "[fe80::1]:22"]
 
 

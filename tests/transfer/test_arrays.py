@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster
 
 import skyward as sky
 from skyward.cluster import joined
-from skyward.engine.store import Keeper, Store
+from skyward.engine.store import SeenBuffers, Store
 from skyward.transfer import pickling
 
 MATRIX = np.arange(1_200_000.0).reshape(1200, 1000)
@@ -121,12 +121,12 @@ BIG = np.zeros((2000, 1000))  # 16 MB: compared by samples where it is not conti
 def test_a_new_view_of_a_known_array_is_not_stored_again(make: Callable[[Any], Any]) -> None:
     array = BIG.copy()
     store = Store()
-    keeper = Keeper(store, unchanged=False)
+    seen = SeenBuffers(store, unchanged=False)
     written = []
 
     def put() -> Any:
         _, (buffer,) = pickling.dumps(make(array))
-        return keeper.put(buffer)
+        return seen.put(buffer)
 
     put_whole = store.put
     store.put = lambda buffer: (written.append(buffer), put_whole(buffer))[1]  # type: ignore
@@ -141,16 +141,16 @@ def test_a_new_view_of_a_known_array_is_not_stored_again(make: Callable[[Any], A
 @pytest.mark.parametrize("size", [400, 2000])  # compared as a whole, and by samples
 def test_a_part_of_a_view_that_changes_is_noticed(size: int) -> None:
     array = np.zeros((size, 2000))
-    keeper = Keeper(Store(), unchanged=False)
+    seen = SeenBuffers(Store(), unchanged=False)
     view = array[:, ::2]
     _, (buffer,) = pickling.dumps(view)
-    seen = {keeper.put(buffer)}
+    refs = {seen.put(buffer)}
 
     for row in range(0, size, size // 10):
         view[row] = row + 1
-        seen.add(keeper.put(buffer))
+        refs.add(seen.put(buffer))
 
-    assert len(seen) == 11
+    assert len(refs) == 11
 
 
 # --- on pools -----------------------------------------------------------------------------------------------

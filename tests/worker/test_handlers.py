@@ -143,8 +143,8 @@ def test_the_next_chunk_goes_where_there_is_least_to_do() -> None:
 
 def test_a_shunned_worker_gets_nothing_until_its_time_ends_or_it_is_gone() -> None:
     placement = placed(2)
-    placement.shun("w0", time.monotonic() + 0.05)
-    placement.shun("w1", float("inf"))
+    placement.avoid("w0", time.monotonic() + 0.05)
+    placement.avoid("w1", float("inf"))
     assert placement.pick(2) is None
     assert not placement.has_idle()
 
@@ -160,7 +160,7 @@ def test_workers_are_crowded_when_something_waits_there() -> None:
     for address in ("w0", "w1", "w1"):
         placement.add(address)
 
-    assert placement.crowded() == ["w1"]
+    assert placement.overloaded() == ["w1"]
     assert placement.busy() == {"w0", "w1"}
     placement.remove("w1")
     placement.remove("w0")

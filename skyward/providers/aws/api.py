@@ -124,7 +124,7 @@ class Api:
                     max_pool_connections=32,
                     user_agent_extra=f"skyward/{__version__}",
                 )
-                with self.edge(f"preparing to ask {service} in {region}"):
+                with self.api_errors(f"preparing to ask {service} in {region}"):
                     client = self._session.client(
                         service, region_name=region, endpoint_url=self._endpoint_url, config=config
                     )
@@ -157,7 +157,7 @@ class Api:
 
     def account_key(self) -> str:
         """Return a text that differs between accounts, and tells nothing of the credentials."""
-        with self.edge("reading the credentials"):
+        with self.api_errors("reading the credentials"):
             credentials = self._session.get_credentials()
             if credentials is None:
                 raise self._missing()
@@ -167,7 +167,7 @@ class Api:
     # --- errors ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def edge(self, doing: str, *, quota: str = "", spot: bool = False) -> Iterator[None]:
+    def api_errors(self, doing: str, *, quota: str = "", spot: bool = False) -> Iterator[None]:
         """Translate the SDK's errors of what is inside.
 
         `doing` says what that is; for a launch, `quota` is what it counts against, and `spot` its market.
@@ -242,7 +242,7 @@ class Api:
         CredentialsError
             There are none.
         """
-        with self.edge("reading the credentials"):
+        with self.api_errors("reading the credentials"):
             credentials = self._session.get_credentials()
         if credentials is None:
             raise self._missing()
@@ -333,7 +333,7 @@ def attempt(api: Api, steps: Iterable[tuple[str, Callable[[], None]]]) -> list[s
     left = []
     for what, step in steps:
         try:
-            with api.edge(f"removing {what}"):
+            with api.api_errors(f"removing {what}"):
                 step()
         except ProviderError as exc:
             left.append(f"{what} ({exc})")

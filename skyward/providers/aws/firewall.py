@@ -32,7 +32,7 @@ def make_group(ec2: Any, vpc: str, order: LaunchOrder, sources: Sequence[str]) -
     return group
 
 
-def admit(ec2: Any, pool_id: str, sources: Sequence[str]) -> None:
+def open_firewall(ec2: Any, pool_id: str, sources: Sequence[str]) -> None:
     """Let SSH in from more ranges of addresses."""
     for group in groups_of(ec2, pool_id):
         for source in sources:

@@ -77,10 +77,10 @@ class Launch:
         """Return the machines, which have their addresses, as AWS describes them."""
         with under_way(self._order.pool_id, self._region, self._access.endpoint_url) as others:
             try:
-                with self._api.edge(self._doing, quota=self._quota, spot=self._order.spot):
+                with self._api.api_errors(self._doing, quota=self._quota, spot=self._order.spot):
                     with others.lock:
                         overrides = self._prepare()
-                    self._order.prepared()
+                    self._order.on_prepared()
                     answer = self._ask(overrides)
                     self._ids = [i for some in answer.get("Instances", ()) for i in some["InstanceIds"]]
                     if len(self._ids) < self._order.count:
@@ -129,7 +129,7 @@ class Launch:
         data: dict[str, Any] = {
             "ImageId": image["ImageId"],
             "InstanceType": self._offer.instance.name,
-            "UserData": base64.b64encode(order.birth.cloud_config().encode()).decode(),
+            "UserData": base64.b64encode(order.user_data.cloud_config().encode()).decode(),
             "InstanceInitiatedShutdownBehavior": "terminate",
             # Containers on the machine are one hop further away.
             "MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled", "HttpPutResponseHopLimit": 2},
@@ -191,7 +191,7 @@ class Launch:
         ami, offer = self._access.ami, self._offer
         if ami is None:
             name = _parameter(offer)
-            with self._api.edge(f"looking up the image {name} in {self._region}; sky.AWS(ami=...) names another"):
+            with self._api.api_errors(f"looking up the image {name} in {self._region}; sky.AWS(ami=...) names another"):
                 ssm = self._api.client("ssm", self._region)
                 ami = str(ssm.get_parameter(Name=name)["Parameter"]["Value"])
         image = image_of(self._api, self._region, ami)
@@ -350,7 +350,7 @@ def image_of(api: Api, region: str, ami: str) -> dict[str, Any]:
     """
     ec2 = api.client("ec2", region)
     none = ["InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"]
-    with api.edge(f"looking up image {ami} in {region}"):
+    with api.api_errors(f"looking up image {ami} in {region}"):
         answer = call(ec2.describe_images, unless=none, ImageIds=[ami])
     if not answer or not answer["Images"]:
         accepted = f"the id of an image in {region}"

@@ -86,7 +86,7 @@ def _types(api: Api, region: str, place: str, machine: str | None) -> dict[str, 
 
     def ask(**narrowed: Any) -> dict[str, dict[str, Any]]:
         ec2 = api.client("ec2", region)
-        with api.edge(f"listing the types of machines in {region}"):
+        with api.api_errors(f"listing the types of machines in {region}"):
             pages = ec2.get_paginator("describe_instance_types").paginate(**narrowed)
             raw = [t for page in pages for t in page["InstanceTypes"]]
         return {t["InstanceType"]: facts for t in raw if (facts := _facts(t)) is not None}
@@ -166,7 +166,7 @@ def _zones(api: Api, region: str, place: str, machine: str | None) -> dict[str, 
     def ask(**narrowed: Any) -> dict[str, list[str]]:
         ec2 = api.client("ec2", region)
         found: dict[str, list[str]] = {}
-        with api.edge(f"listing the zones of {region} that have each type"):
+        with api.api_errors(f"listing the zones of {region} that have each type"):
             pages = ec2.get_paginator("describe_instance_type_offerings").paginate(
                 LocationType="availability-zone", **narrowed
             )
@@ -191,7 +191,7 @@ def _on_demand(api: Api, region: str, place: str, machine: str | None) -> tuple[
         } | ({"instanceType": machine} if machine else {})  # fmt: skip
         filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in wanted.items()]
         pricing = api.client("pricing", _PRICING_REGION)
-        with api.edge(f"asking for prices in {region}"):
+        with api.api_errors(f"asking for prices in {region}"):
             pages = pricing.get_paginator("get_products").paginate(ServiceCode="AmazonEC2", Filters=filters)
             products = [json.loads(text) for page in pages for text in page["PriceList"]]
         found = {p["product"]["attributes"]["instanceType"]: _hourly(p) for p in products}
@@ -223,7 +223,7 @@ def _spot(api: Api, region: str, place: str, machine: str | None) -> tuple[dict[
             wanted["InstanceTypes"] = [machine]
         found: dict[str, dict[str, float]] = {}
         latest: dict[tuple[str, str], datetime] = {}
-        with api.edge(f"asking for spot prices in {region}"):
+        with api.api_errors(f"asking for spot prices in {region}"):
             for page in ec2.get_paginator("describe_spot_price_history").paginate(**wanted):
                 for row in page["SpotPriceHistory"]:
                     key = row["InstanceType"], row["AvailabilityZone"]

@@ -179,7 +179,7 @@ def end(api: Api, pool_id: str, region: str) -> list[str]:
     def late_machines() -> None:
         nonlocal are_ending
         # Those of a fleet that was asked for right before may not have been listed the first time.
-        time.sleep(max(0.0, began + listing.SETTLE_S - time.monotonic()))
+        time.sleep(max(0.0, began + listing.LATE_S - time.monotonic()))
         machines()
         are_ending = True
 

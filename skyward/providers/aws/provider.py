@@ -18,7 +18,7 @@ from skyward.accelerators.catalog import sold_by
 from skyward.errors import CredentialsError, ProviderError
 from skyward.providers.aws import pool as of
 from skyward.providers.aws.api import DENIED, Api, api, attempt, code_of
-from skyward.providers.aws.firewall import admit, caller_ranges
+from skyward.providers.aws.firewall import caller_ranges, open_firewall
 from skyward.providers.aws.launch import Access, Launch, image_of, wrong_image
 from skyward.providers.aws.offers import offers_in
 from skyward.providers.aws.tags import EXPIRES, OWNER
@@ -103,7 +103,7 @@ class AWS:
     ) -> None:
         problems = Problems("AWS")
         many = _texts(_REGION, "names of regions such as ['us-east-1'], or 'any'", least=1)
-        settled = {
+        checked = {
             "region": problems.check("region", region, _text(_REGION, "a region such as 'us-east-1'"), optional=True),
             "use_ssm": problems.check("use_ssm", use_ssm, check_bool),
             "regions": regions if regions == "any" else problems.check("regions", regions, many, optional=True),
@@ -123,7 +123,7 @@ class AWS:
         if use_ssm is True and caller_cidrs:
             problems.note("caller_cidrs", caller_cidrs, "() with use_ssm, which opens no port")
         problems.raise_if_any()
-        for name, value in settled.items():
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -199,7 +199,7 @@ class AWS:
     def _enabled(self, api: Api) -> list[str]:
         ec2 = api.client("ec2", api.default_region())
         enabled = [{"Name": "opt-in-status", "Values": ["opt-in-not-required", "opted-in"]}]
-        with api.edge("listing the regions"):
+        with api.api_errors("listing the regions"):
             return sorted(r["RegionName"] for r in ec2.describe_regions(Filters=enabled)["Regions"])
 
     # --- machines -------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class AWS:
 
         def ask(region: str) -> list[Machine]:
             ec2 = api.client("ec2", region)
-            with api.edge(f"listing machines in {region}"):
+            with api.api_errors(f"listing machines in {region}"):
                 return [self._machine(raw, region) for raw in of.machines_of(ec2, pool_id)]
 
         # Another shell may have launched them, with another region in its environment.
@@ -283,14 +283,14 @@ class AWS:
 
         _everywhere(sorted(set(regions)), lambda region: of.end(api, pool_id, region), pool_id)
 
-    def admit(self, pool_id: str, region: str) -> None:
+    def open_firewall(self, pool_id: str, region: str) -> None:
         """Let this computer's present address reach a pool's machines over SSH, besides those that could before."""
         if self.use_ssm or (self.private_ip and not self.caller_cidrs):
             return
         api = self._api()
         ec2 = api.client("ec2", region)
-        with api.edge(f"opening the firewall of pool {pool_id} in {region}"):
-            admit(ec2, pool_id, caller_ranges(ec2, self.caller_cidrs))
+        with api.api_errors(f"opening the firewall of pool {pool_id} in {region}"):
+            open_firewall(ec2, pool_id, caller_ranges(ec2, self.caller_cidrs))
 
 
 def _each(

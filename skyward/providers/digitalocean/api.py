@@ -105,7 +105,7 @@ def unless_missing(do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return None
 
 
-def once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], T | None]) -> T:
+def create_once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], T | None]) -> T:
     """Return what `create` makes, or what `find` finds if it is there already or its answer was lost: never two."""
     for pause in pauses(order):
         order.creating()

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from skyward.providers.digitalocean.account import POOL_TAG, Account, name_of
 from skyward.providers.digitalocean.api import call, explained, pages
+from skyward.providers.digitalocean.client import POOL_TAG, Client, name_of
 
 _ANYWHERE = {"addresses": ["0.0.0.0/0", "::/0"]}
 
 
-def admit(account: Account, pool_id: str) -> None:
+def open_firewall(client: Client, pool_id: str) -> None:
     """Let the caller's present address in too."""
     with explained(f"let this computer in to pool {pool_id}"):
-        for raw in firewalls(account.do, pool_id):
-            let_in(account.do, raw, account.sources())
+        for raw in firewalls(client.do, pool_id):
+            let_in(client.do, raw, client.sources())
 
 
 def firewalls(do: Any, pool_id: str) -> list[dict[str, Any]]:

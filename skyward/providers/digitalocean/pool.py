@@ -22,8 +22,8 @@ from azure.core.exceptions import AzureError, HttpResponseError
 from skyward.errors import CapacityError, ProviderError
 from skyward.providers import listing
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
-from skyward.providers.digitalocean.account import EXPIRES_TAG, OWNER_TAG, POOL_TAG, Account, name_of
-from skyward.providers.digitalocean.api import call, explained, is_unclear, once, pages, unless_missing
+from skyward.providers.digitalocean.api import call, create_once, explained, is_unclear, pages, unless_missing
+from skyward.providers.digitalocean.client import EXPIRES_TAG, OWNER_TAG, POOL_TAG, Client, name_of
 from skyward.providers.digitalocean.firewall import firewalls, let_in, rules_of
 from skyward.providers.launches import Launches, under_way
 
@@ -65,9 +65,9 @@ def pool_of(raw: Mapping[str, Any]) -> str | None:
     return _tagged(raw, POOL_TAG) or (named["pool"] if named else None)
 
 
-def machines(account: Account, pool_id: str | None) -> list[Machine]:
+def machines(client: Client, pool_id: str | None) -> list[Machine]:
     """Return the machines of a pool, or of all pools."""
-    return [_machine(raw, Login(host="", port=22, user="root"), account) for raw in find(account.do, pool_id)]
+    return [_machine(raw, Login(host="", port=22, user="root"), client) for raw in find(client.do, pool_id)]
 
 
 def destroy(do: Any, ids: Iterable[int]) -> None:
@@ -112,13 +112,13 @@ def _destroy_one(do: Any, droplet_id: int) -> None:
         next(pauses)
 
 
-def end(account: Account, pool_id: str) -> None:
+def end(client: Client, pool_id: str) -> None:
     """Delete all that a pool has."""
-    do, began = account.do, time.monotonic()
+    do, began = client.do, time.monotonic()
     with explained(f"end pool {pool_id}"):
         _destroy_all(do, pool_id)
         # A droplet that was created right before the first look may not have been listed by then.
-        time.sleep(max(0.0, began + listing.SETTLE_S - time.monotonic()))
+        time.sleep(max(0.0, began + listing.LATE_S - time.monotonic()))
         _destroy_all(do, pool_id)
         _clear(do, pool_id)
 
@@ -158,7 +158,7 @@ def _pauses(sleep: Callable[[float], None] = time.sleep) -> Iterator[None]:
         pause = min(most, pause * 1.5)
 
 
-def _machine(raw: Mapping[str, Any], login: Login, account: Account) -> Machine:
+def _machine(raw: Mapping[str, Any], login: Login, client: Client) -> Machine:
     public, private = _address(raw, "public"), _address(raw, "private")
     expires = _tagged(raw, EXPIRES_TAG)
     owner = _tagged(raw, OWNER_TAG)
@@ -166,7 +166,7 @@ def _machine(raw: Mapping[str, Any], login: Login, account: Account) -> Machine:
     return Machine(
         id=str(raw["id"]),
         provider="digitalocean",
-        login=replace(login, host=(private if account.private_ip else public) or ""),
+        login=replace(login, host=(private if client.private_ip else public) or ""),
         public_ip=public,
         private_ip=private,
         instance_type=raw["size_slug"],
@@ -206,11 +206,11 @@ def tags_of(order: LaunchOrder) -> list[str]:
 # --- launch -------------------------------------------------------------------------------------------------
 
 
-def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> list[Machine]:
+def launch(client: Client, offer: Offer, order: LaunchOrder, image: str) -> list[Machine]:
     """Launch an order's machines, or none and nothing left of it."""
-    do = account.do
+    do = client.do
     names = [f"{name_of(order.pool_id)}-{order.token}-{number}" for number in range(order.count)]
-    with under_way(order.pool_id, account.url) as others:
+    with under_way(order.pool_id, client.url) as others:
         made: list[dict[str, Any]] = []
         doubtful: set[str] = set()
         try:
@@ -219,20 +219,20 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
                 there = {raw["name"]: raw for raw in find(do, order.pool_id)}
                 made += [there[name] for name in names if name in there]
                 with others.lock:
-                    key, admitted = _prepare(account, order)
-                order.prepared()
+                    key, admitted = _prepare(client, order)
+                order.on_prepared()
                 body = {
                     "size": offer.instance.name,
                     "region": offer.region,
                     "image": image,
                     "ssh_keys": [key],
-                    "user_data": order.birth.cloud_config(),
+                    "user_data": order.user_data.cloud_config(),
                     "tags": tags_of(order),
                 }
                 _create(do, order, body, [name for name in names if name not in there], made, doubtful)
-                found = _await_addresses(account, order, names, made)
+                found = _await_addresses(client, order, names, made)
             others.has_machines = True
-            return [replace(_machine(raw, order.login, account), admitted=tuple(admitted)) for raw in found]
+            return [replace(_machine(raw, order.login, client), admitted=tuple(admitted)) for raw in found]
         except BaseException as exc:
             try:
                 with explained(f"undo the launch of {order.count} {offer.instance.name}"):
@@ -243,10 +243,10 @@ def launch(account: Account, offer: Offer, order: LaunchOrder, image: str) -> li
             raise
 
 
-def _prepare(account: Account, order: LaunchOrder) -> tuple[int, list[str]]:
+def _prepare(client: Client, order: LaunchOrder) -> tuple[int, list[str]]:
     """Make what droplets need, unless it exists; return the id of the key, and the ranges that the firewall admits."""
-    do, name = account.do, name_of(order.pool_id)
-    public = order.birth.authorized_key
+    do, name = client.do, name_of(order.pool_id)
+    public = order.user_data.authorized_key
 
     def find_key() -> int | None:
         # An account has a key once only, under whatever name.
@@ -254,17 +254,17 @@ def _prepare(account: Account, order: LaunchOrder) -> tuple[int, list[str]]:
         return next((raw["id"] for raw in keys if raw["public_key"].split()[:2] == public.split()[:2]), None)
 
     tag = {"name": f"{POOL_TAG}{order.pool_id}"}  # a firewall may only name tags that there are
-    once(order, lambda: call(do.tags.create, tag), lambda: unless_missing(do.tags.get, tag["name"]))
-    sources = account.sources()
+    create_once(order, lambda: call(do.tags.create, tag), lambda: unless_missing(do.tags.get, tag["name"]))
+    sources = client.sources()
     rules = rules_of(order.pool_id, sources)
-    once(
+    create_once(
         order,
         lambda: call(do.firewalls.create, rules),
         lambda: next((let_in(do, raw, sources) for raw in firewalls(do, order.pool_id)), None),
     )
     # Without a key of the account's DigitalOcean mails a password.
     key = {"name": name, "public_key": public}
-    made = once(order, lambda: int(call(do.ssh_keys.create, key)["ssh_key"]["id"]), find_key)
+    made = create_once(order, lambda: int(call(do.ssh_keys.create, key)["ssh_key"]["id"]), find_key)
     return made, sources
 
 
@@ -331,10 +331,10 @@ def _create_part(
 
 
 def _await_addresses(
-    account: Account, order: LaunchOrder, names: Sequence[str], made: list[dict[str, Any]]
+    client: Client, order: LaunchOrder, names: Sequence[str], made: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return an order's droplets when all have addresses; one that was made twice is deleted."""
-    do = account.do
+    do = client.do
     began, pauses = time.monotonic(), _pauses(order.pause)
     seen: set[int] = set()
     while True:

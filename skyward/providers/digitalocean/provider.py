@@ -23,7 +23,7 @@ from skyward.spec.pool import PoolSpec
 from skyward.spec.validation import Problems, check_bool, check_choice, check_index_url
 
 if TYPE_CHECKING:
-    from skyward.providers.digitalocean.account import Account
+    from skyward.providers.digitalocean.client import Client
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +116,13 @@ class DigitalOcean:
         problems.raise_if_any()
 
     def offers(self, need: Need) -> Sequence[Offer]:  # noqa: ARG002 - one list has all sizes
-        with self._account() as account:
+        with self._client() as client:
             from skyward.providers.digitalocean.api import explained, pages
 
             try:
                 with explained("list sizes and regions"):
-                    sizes = pages(account.do.sizes.list, "sizes")
-                    regions = {raw["slug"]: raw for raw in pages(account.do.regions.list, "regions")}
+                    sizes = pages(client.do.sizes.list, "sizes")
+                    regions = {raw["slug"]: raw for raw in pages(client.do.regions.list, "regions")}
                     return [
                         _offer(size, regions[slug])
                         for size in sizes
@@ -137,43 +137,43 @@ class DigitalOcean:
         return [_tabled(row) for row in prices.table(self.name) if self.region in (None, row.region)]
 
     def launch(self, offer: Offer, order: LaunchOrder) -> Sequence[Machine]:
-        with self._account() as account:
+        with self._client() as client:
             from skyward.providers.digitalocean import pool as of
 
-            return of.launch(account, offer, order, _image(offer.instance))
+            return of.launch(client, offer, order, _image(offer.instance))
 
     def machines(self, pool_id: str | None = None) -> Sequence[Machine]:
-        with self._account() as account:
+        with self._client() as client:
             from skyward.providers.digitalocean import pool as of
             from skyward.providers.digitalocean.api import explained
 
             with explained("list droplets"):
-                return of.machines(account, pool_id)
+                return of.machines(client, pool_id)
 
     def terminate(self, machines: Sequence[Machine]) -> None:
-        with self._account() as account:
+        with self._client() as client:
             from skyward.providers.digitalocean import pool as of
 
-            of.destroy(account.do, (int(machine.id) for machine in machines))
+            of.destroy(client.do, (int(machine.id) for machine in machines))
 
-    def admit(self, pool_id: str, region: str) -> None:  # noqa: ARG002 - a firewall has no region
-        with self._account() as account:
-            from skyward.providers.digitalocean.firewall import admit
+    def open_firewall(self, pool_id: str, region: str) -> None:  # noqa: ARG002 - a firewall has no region
+        with self._client() as client:
+            from skyward.providers.digitalocean.firewall import open_firewall
 
-            admit(account, pool_id)
+            open_firewall(client, pool_id)
 
     def end(self, pool_id: str, regions: Sequence[str]) -> None:  # noqa: ARG002 - tags have no region
-        with self._account() as account:
+        with self._client() as client:
             from skyward.providers.digitalocean import pool as of
 
-            of.end(account, pool_id)
+            of.end(client, pool_id)
 
     @contextmanager
-    def _account(self) -> Iterator[Account]:
+    def _client(self) -> Iterator[Client]:
         token = _token()
         try:
-            from skyward.providers.digitalocean.account import Account
             from skyward.providers.digitalocean.api import client
+            from skyward.providers.digitalocean.client import Client
 
             url = (self.endpoint_url or os.environ.get("DIGITALOCEAN_API_URL") or _URL).rstrip("/")
             url = url.removesuffix("/v2")  # the SDK has it in its paths
@@ -183,7 +183,7 @@ class DigitalOcean:
                 f"sky.DigitalOcean needs DigitalOcean's SDK: pip install 'skyward[digitalocean]' ({exc})"
             ) from exc
         try:
-            yield Account(do=do, url=url, private_ip=self.private_ip, cidrs=tuple(self.caller_cidrs))
+            yield Client(do=do, url=url, private_ip=self.private_ip, cidrs=tuple(self.caller_cidrs))
         finally:
             do.close()
 

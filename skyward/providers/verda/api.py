@@ -157,7 +157,7 @@ def is_no_capacity(exc: Exception) -> bool:
     )
 
 
-def once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], T | None]) -> T:
+def create_once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], T | None]) -> T:
     """Return what `create` makes, or what `find` finds of it if its answer was lost: never two.
 
     The SDK asks for what it has made before it returns it, so that any error may mean that it is there, though it may

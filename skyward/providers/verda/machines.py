@@ -20,7 +20,7 @@ from typing import Any
 from skyward.errors import CapacityError, CredentialsError, ProviderError
 from skyward.providers import listing
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
-from skyward.providers.verda.api import Api, explained, is_not_so, once
+from skyward.providers.verda.api import Api, create_once, explained, is_not_so
 from skyward.spec.instance import InstanceSpec
 
 logger = logging.getLogger(__name__)
@@ -98,14 +98,14 @@ def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str
             "instance_type": instance_type,
             "location": where,
             "image": _image(api, offer.instance),
-            "ssh_key_ids": [_text(order, api.ssh_keys, label, order.birth.authorized_key)],
-            "startup_script_id": _text(order, api.scripts, label, order.birth.script()),
+            "ssh_key_ids": [_text(order, api.ssh_keys, label, order.user_data.authorized_key)],
+            "startup_script_id": _text(order, api.scripts, label, order.user_data.script()),
             "description": _description(order),
             "is_spot": order.spot,
             "pricing": "FIXED_PRICE",
             "wait_for_status": None,
         }
-    order.prepared()
+    order.on_prepared()
 
     def create(number: int) -> Any:
         hostname = f"{label}-{number}"
@@ -130,7 +130,7 @@ def _create(api: Api, order: LaunchOrder, request: Mapping[str, Any]) -> Any:
     def find() -> Any:
         return next((i for i in api.instances.get() if i.hostname == request["hostname"]), None)
 
-    return once(order, lambda: api.instances.create(**request), find)
+    return create_once(order, lambda: api.instances.create(**request), find)
 
 
 def _text(order: LaunchOrder, service: Any, name: str, text: str) -> str:
@@ -139,7 +139,7 @@ def _text(order: LaunchOrder, service: Any, name: str, text: str) -> str:
     def find() -> Any:
         return next((there for there in service.get() if there.name == name), None)
 
-    found: str = (find() or once(order, lambda: service.create(name, text), find)).id
+    found: str = (find() or create_once(order, lambda: service.create(name, text), find)).id
     return found
 
 
@@ -258,7 +258,7 @@ def end(api: Api, pool_id: str, regions: Collection[str]) -> None:
     def destroy() -> None:
         _destroy(api, is_ours)
         # A machine that was created right before the first look may not have been listed by then.
-        time.sleep(max(0.0, began + listing.SETTLE_S - time.monotonic()))
+        time.sleep(max(0.0, began + listing.LATE_S - time.monotonic()))
         _destroy(api, is_ours)
         _delete_volumes(api, lambda volume: is_name(volume.name) and volume.location in regions)
 
@@ -324,10 +324,10 @@ def _ask_to_delete(api: Api, instances: Sequence[Any], *, is_first: bool) -> Any
     Refused for now are those that are being provisioned: "Can't discontinue a provisioning instance", GitHub
     dstackai/dstack at 1014ea6. Those that are gone meanwhile are refused as well; who is left shows in the next list.
     """
-    settled = [i for i in instances if i.status not in _ON_THE_WAY or i.status == "running"]
-    groups = [[i] for i in instances if i not in settled]
+    checked = [i for i in instances if i.status not in _ON_THE_WAY or i.status == "running"]
+    groups = [[i] for i in instances if i not in checked]
     # At first all at once and their disks with them; then one by one, since what is refused of one is refused of all.
-    groups += [settled] if is_first and settled else [[i] for i in settled]
+    groups += [checked] if is_first and checked else [[i] for i in checked]
     refusal = None
     for group in groups:
         # Without a list of disks Verda moves the machine's own one to the trash; with an empty list it would keep it.

@@ -124,7 +124,7 @@ class Verda:
 
         of.terminate(api, {machine.id for machine in machines})
 
-    def admit(self, pool_id: str, region: str) -> None:
+    def open_firewall(self, pool_id: str, region: str) -> None:
         """Do nothing: there is no firewall that would keep the caller out."""
 
     def end(self, pool_id: str, regions: Sequence[str]) -> None:

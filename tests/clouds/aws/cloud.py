@@ -164,7 +164,7 @@ class AwsCloud:
 
     # --- regions ----------------------------------------------------------------------------------------------
 
-    def settle(self, region: str) -> None:
+    def advance(self, region: str) -> None:
         """Bring a region up to now: its images, and states that have lasted long enough."""
         if region not in self._ready:
             self._ready.add(region)

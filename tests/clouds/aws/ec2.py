@@ -26,7 +26,7 @@ class Ec2(EC2Response):
     def call_action(self) -> Any:
         cloud, region, action = self.cloud, self.region, self._get_action()
         with cloud.lock:
-            cloud.settle(region)
+            cloud.advance(region)
             token = self.params.get("ClientToken")
             if not token:
                 return super().call_action()

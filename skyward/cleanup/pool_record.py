@@ -24,7 +24,7 @@ Verda is the slowest: it deletes no machine while it is being provisioned, which
 """
 
 
-class Record:
+class PoolRecord:
     """Made before anything is launched; closed when everything has ended, as far as that can be confirmed.
 
     `left` says what could not be: then the entry stays in the journal, and the guardian goes on.

@@ -12,7 +12,7 @@ _PRIVATE = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
+class Client:
     """The SDK's client, where it sends to, and how machines are reached."""
 
     do: Any

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Usual:
+class Configurable:
     """Stands for an option that was not given: the configuration's value, else `value`."""
 
     __slots__ = ("value",)
@@ -19,6 +19,6 @@ class Usual:
         return f"<configured, else {self.value!r}>"
 
 
-def usual(value: T) -> T:
+def configurable(value: T) -> T:
     """Return what to give an argument as its default, which is `value` unless something else is configured."""
-    return Usual(value)  # type: ignore[return-value]  # `config.Settings.fill` puts a value in its place
+    return Configurable(value)  # type: ignore[return-value]  # `config.Settings.fill` puts a value in its place
