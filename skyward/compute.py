@@ -67,7 +67,7 @@ class Target(BroadcastTarget, Protocol):
 class PendingCompute(Generic[R_co]):
     """A call that has not run: ``>> target`` runs it once, ``@ target`` on every node, ``&`` beside others.
 
-    `retries` counts reruns after an exception of its own; `timeout` is in seconds of its run time.
+    `retries` counts reruns after the call raised; `timeout` is in seconds of its run time.
     """
 
     fn: Callable[..., Any]
@@ -256,7 +256,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    # Called from a coroutine: a loop can't run inside another, so this one gets a thread of its own.
+    # Called from a coroutine: a loop can't run inside another, so this one gets its own thread.
     outcome: list[Any] = []
     failure: list[BaseException] = []
 
@@ -295,7 +295,7 @@ def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None
     Parameters
     ----------
     retries
-        How often a call is run again after it raised an exception of its own.
+        How often a call is run again after it raised an exception.
     timeout
         Seconds of run time after which a call is interrupted and `TimeoutError` is raised; None: no limit.
 

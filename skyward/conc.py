@@ -19,7 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_THREADS = 32
-"""Threads when `concurrency` is None. By feel: they wait most of the time."""
+"""Threads when `concurrency` is None. Chosen, not measured: they wait most of the time."""
 
 
 def map_async(fn: Callable[[T], R], items: Iterable[T], concurrency: int | None = None) -> list[R]:

@@ -160,7 +160,7 @@ def project_file(folder: Path | None = None) -> Path | None:
 
 
 def _mentions_us(pyproject: Path) -> bool:
-    """Tell whether a file has a table for us. One without the word is not read as TOML: it is somebody else's."""
+    """Tell whether a file has a table for us. One without the word is not read as TOML: it is for other tools."""
     try:
         return b"skyward" in pyproject.read_bytes() and _read(pyproject) is not None
     except (OSError, SpecError):

@@ -1,4 +1,4 @@
-"""Every error that skyward raises of its own accord. Imports nothing of skyward.
+"""Every error that skyward itself raises. Imports nothing of skyward.
 
 ::
 

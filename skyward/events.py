@@ -237,7 +237,7 @@ SkywardEvent: TypeAlias = (
 Callback: TypeAlias = Callable[[SkywardEvent], SkywardEvent | Sequence[SkywardEvent] | None]
 """Hears of events; those that it returns are emitted too."""
 
-_MOST_ANSWERS = 500  # to one event, and to its answers, and so on; picked by feel: beyond this it is a circle
+_MOST_ANSWERS = 500  # to one event, and to its answers, and so on; chosen, not measured: beyond this it is a circle
 
 
 def _events_of(answer: object) -> list[SkywardEvent]:

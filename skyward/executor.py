@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class Executor(concurrent.futures.Executor):
-    """Runs functions on a pool of its own, with the interface of `concurrent.futures`.
+    """Runs functions on its own pool, with the interface of `concurrent.futures`.
 
     Takes the options of `ComputePool`. The machines are brought up by ``with`` or by the first `submit`, and
     destroyed by `shutdown`, at the end of the block, or at the latest when the executor or the process ends.

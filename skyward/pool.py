@@ -75,7 +75,7 @@ class PoolOptions(TypedDict, total=False):
 
 
 _DASHBOARD_S = 10.0
-"""Seconds to wait for the dashboard at most. By feel: it takes less than one."""
+"""Seconds to wait for the dashboard at most. Chosen, not measured: it takes less than one."""
 
 
 class Slots:
@@ -516,7 +516,7 @@ class ComputePool:
         if cluster is None:  # not active, or about to be
             return pool_html(title, cost=self.cost)
         instances = self.instances
-        missing = len(getattr(cluster, "plan", instances)) - len(instances)  # somebody else's has no plan
+        missing = len(getattr(cluster, "plan", instances)) - len(instances)  # a joined cluster has no plan
         if missing > 0:
             title.append(f"{missing} not there now")
         # Not by way of `dashboard_link`, which waits for it.

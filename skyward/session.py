@@ -60,7 +60,7 @@ class Session:
             self.pool_id, pool.spec.nodes, pool.spec.slots_per_node, pool._where,
             is_here=isinstance(pool.provider, (Local, Dask)),
         )  # fmt: skip
-        # Not where the cluster is somebody else's: its scheduler does not know what to do with them.
+        # Not where the cluster was joined: its scheduler does not know what to do with them.
         wants_figures = pool.spec.collect_metrics and not isinstance(pool.provider, Dask)
         self._figures = DashboardData(self._info) if wants_figures else None
         self._there: dict[int, str] = {}  # nodes that are no cloud's, and the names of their machines
@@ -456,7 +456,7 @@ class _Hosts:
 
 
 _MOST_CHUNKS = 16_384
-"""Chunks that may be on their way at once, each with a connection of its own: two for each of many thousand slots."""
+"""Chunks that may be on their way at once, each with its own connection: two for each of many thousand slots."""
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
 
 
@@ -477,7 +477,7 @@ def _connect(cluster: SkyCluster, direct: bool) -> Client:
                 cluster, set_as_default=False, direct_to_workers=direct, connection_limit=_MOST_CHUNKS
             )
         except BaseException:
-            # Ctrl-C as a rule. Left to the garbage collector, it would wait for an event loop that has ended by then.
+            # Usually Ctrl-C. Left to the garbage collector, it would wait for an event loop that has ended by then.
             with contextlib.suppress(Exception):
                 client.close(timeout=2)
             client.status = "closed"

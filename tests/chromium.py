@@ -19,7 +19,7 @@ _OPTIONS = (
     "--hide-scrollbars",
 )  # fmt: skip
 _PAGE_S = 60
-"""Seconds that a page has to load. By feel: on two busy cores the first one takes a few."""
+"""Seconds that a page has to load. Chosen, not measured: on two busy cores the first one takes a few."""
 
 
 def why_not() -> str | None:

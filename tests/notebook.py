@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _CELL_S = 60
-"""Seconds that a cell has. By feel: those of ours take a few."""
+"""Seconds that a cell has. Chosen, not measured: those of ours take a few."""
 
 
 class Notebook:

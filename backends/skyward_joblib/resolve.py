@@ -67,4 +67,4 @@ def _join(client: Any) -> sky.ComputePool:
 
 
 _LONGEST_S = 365 * 24 * 3600.0
-"""A pool on somebody else's cluster holds nothing that costs, so it needs no time limit; by feel, a year."""
+"""A pool on a joined cluster holds nothing that costs, so it needs no time limit. A year was chosen, not measured."""

@@ -1,4 +1,4 @@
-"""Pools that clouds know of by the tags of their machines, whoever has started them, and from which computer."""
+"""Pools that clouds know of by the tags of their machines, no matter who started them or from which computer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skyward.providers import ask_all
 from skyward.providers.base import Cloud, Machine
 
 _UNKNOWN_S = 30 * 86400.0
-"""Seconds that a pool is taken to have left whose tags do not say when it expires: whoever ends it has to name it."""
+"""Seconds that a pool is taken to have left whose tags do not say when it expires: to end it, it has to be named."""
 
 
 def find_pools(clouds: Sequence[Cloud]) -> tuple[list[Entry], dict[str, ProviderError]]:

@@ -26,7 +26,7 @@ from skyward.scripts.bootstrap import POOL
 logger = logging.getLogger(__name__)
 
 MACHINE_S = 20.0
-"""Seconds that one machine may take. By feel: a log-in takes one or two, cleaning less."""
+"""Seconds that one machine may take. Chosen, not measured: a log-in takes one or two, cleaning less."""
 
 _ROUNDS = 5  # of looking for processes of a local pool: those that are found may just have started others
 _ROUND_S = 2.0

@@ -168,7 +168,7 @@ def _end(entry: Entry, owner: _Owner) -> int:
     for pause in _pauses():
         latest = _latest(entry)
         if latest is None:
-            logger.info("somebody else has ended it")
+            logger.info("another process has ended it")
             return 0
         entry = latest
         if not (entry.machines or entry.places):

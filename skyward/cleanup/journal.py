@@ -1,6 +1,6 @@
 """What exists, on disk, before it exists: one file per pool, from before its launch until its end is confirmed.
 
-A process that is killed leaves its entry behind, and whoever finds it can end the pool: the guardian, or
+A process that is killed leaves its entry behind, by which others can end the pool: the guardian, or
 ``skyward down``. Knows machines as facts only; ending them is in `end`.
 """
 
@@ -34,7 +34,8 @@ State = Literal["launching", "running", "stopping"]
 # The id becomes part of paths, here and on machines. Never so short that it begins another one.
 _POOL_ID = re.compile(r"[0-9a-z]{8,32}")
 _SAME_START_S = 5.0
-"""How far apart two readings of one process's start may be, by feel: the system derives it from a clock that is set."""
+"""How far apart two readings of one process's start may be. Chosen, not measured: the system derives it from a clock
+that is set."""
 _writing = threading.Lock()
 
 T = TypeVar("T")
@@ -245,7 +246,7 @@ def _path(pool_id: str) -> Path:
 
 
 def _without_keys(entry: Entry) -> tuple[Machine, ...]:
-    """Return the machines with paths for keys: a key that is given as text gets a file of its own, once."""
+    """Return the machines with paths for keys: a key that is given as text gets its own file, once."""
     files: dict[str, str] = {}
     machines = []
     for machine in entry.machines:

@@ -125,7 +125,7 @@ class PoolRecord:
 
 
 def note_local(pool_id: str, *, expires: float, folder: str, dashboard_port: int | None) -> None:
-    """Note a pool on this computer, for whoever looks: its agent ends with its owner, so it needs no guardian."""
+    """Note a pool on this computer, so that `skyward ps` shows it. It needs no guardian: its agent ends with it."""
     try:
         journal.open_entry(
             pool_id, provider="local", expires=expires, state="running", folder=folder, dashboard_port=dashboard_port

@@ -30,7 +30,7 @@ class _Main(click.Group):
         except SkywardError as exc:
             raise click.ClickException(str(exc)) from exc
         except OSError as exc:
-            if exc.errno == errno.EPIPE:  # whoever reads has read enough, which click knows what to do about
+            if exc.errno == errno.EPIPE:  # the reader has read enough, which click handles
                 raise
             raise click.ClickException(str(exc)) from exc
 

@@ -19,7 +19,7 @@ from skyward.cli.pools import machine_of, pool_argument, with_keys
 
 _LOOK_S = 1.0
 _LOAD_S = 30.0
-"""Seconds that the page has to be there: a pool that has just come up loads it afterwards. By feel."""
+"""Seconds that the page has to be there: a pool that has just come up loads it afterwards. Chosen, not measured."""
 
 
 @click.command(epilog=statuses())

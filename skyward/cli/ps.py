@@ -25,7 +25,7 @@ def ps(as_json: bool, here: bool) -> None:
     """List pools whose end has not been confirmed.
 
     Those that were started on this computer, and those whose machines are found in the clouds that there are
-    credentials for, whoever has started them. A pool whose owner is gone is "orphaned": its guardian tries to end it,
+    credentials for, no matter who started them. A pool whose owner is gone is "orphaned": its guardian tries to end it,
     and `skyward down` can.
     """
     found = all_pools(here)

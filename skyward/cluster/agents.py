@@ -104,7 +104,7 @@ class LocalAgent:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=self._environment,
-            start_new_session=True,  # a process group of its own: Ctrl-C does not reach it, one kill ends it all
+            start_new_session=True,  # a new process group: Ctrl-C does not reach it, one kill ends it all
         )
         _forget_after_fork(self._process)
         self._write(self._config.to_json())

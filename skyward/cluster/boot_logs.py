@@ -13,7 +13,7 @@ from skyward.paths import data_folder
 logger = logging.getLogger(__name__)
 
 KEPT_DAYS = 30
-"""Days after which a log is removed. By feel: long enough to come back to it after a holiday."""
+"""Days after which a log is removed. Chosen, not measured: long enough to come back to it after a holiday."""
 MOST_BYTES = 2_000_000
 """Of a longer log the end is kept."""
 

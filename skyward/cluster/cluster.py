@@ -29,9 +29,10 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
-"""Seconds that workers have to come up once their machines are ready. By feel: far more than a loaded laptop needs."""
+"""Seconds that workers have to come up once their machines are ready.
+Chosen, not measured: far more than a loaded laptop needs."""
 _EVACUATION_MARGIN_S = 15.0
-"""Seconds before a machine is taken away by which its work has been moved. By feel."""
+"""Seconds before a machine is taken away by which its work has been moved. Chosen, not measured."""
 _FLUSH_MARGIN_S = 45.0
 """The same for a machine that also has to send what was written to volumes. Chosen, not measured."""
 _CLOUD_CALLS = 6
@@ -46,7 +47,8 @@ _BREAK_S = 0.5
 _TOLD = {"told_by_event": True}
 """Marks what is logged and of which an event tells too: consoles show it once."""
 _REPLACEMENT_PAUSES_S = (1.0, 15.0, 60.0, 120.0, 300.0)
-"""Pauses before attempts to find a replacement for a lost machine. By feel: capacity comes back in minutes."""
+"""Pauses before attempts to find a replacement for a lost machine.
+Chosen, not measured: capacity comes back in minutes."""
 
 
 class SkyCluster(Cluster):  # type: ignore[misc]
@@ -72,7 +74,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
         return f"{self.name}-{node}"
 
     def machine(self, node: int) -> Machine | None:  # noqa: ARG002 - where there are several, it says which
-        """Return what is known of the machine that is node `node`; None for this host, and for somebody else's."""
+        """Return what is known of the machine that is node `node`; None for this host, and for a joined cluster's."""
         return None
 
     def slots(self) -> list[Slot]:
@@ -106,7 +108,7 @@ class AgentCluster(SkyCluster):
     node_spec
         Makes the specification of a further node, for `scale`.
     new_agents
-        Makes agents for further nodes, where each has a machine of its own, other than those in its second argument;
+        Makes agents for further nodes, where each has its own machine, other than those in its second argument;
         may block. None: the first agent runs them all.
     discard
         Destroys a machine that is not used any more; may block. Then one that is lost is replaced. None: machines stay
@@ -115,7 +117,7 @@ class AgentCluster(SkyCluster):
         Seconds that the machines may take to become ready: those of the pool itself.
     """
 
-    _close_within_s = None  # each part has limits of its own, and data is sent for as long as that takes
+    _close_within_s = None  # each part has its own limits, and data is sent for as long as that takes
 
     def __init__(
         self,
@@ -529,7 +531,7 @@ class AgentCluster(SkyCluster):
         self.changed.set()
         if self._address is not None and not self._address.done():
             self._address.set_exception(error)
-            self._address.exception()  # whoever waits for it is told; nobody has to
+            self._address.exception()  # those who wait for it are told; nobody has to
         elif self.status == Status.running:
             # From a thread: what follows closes this loop's clients, which can't be awaited here.
             threading.Thread(target=self.on_lost, args=[error], daemon=True).start()
@@ -671,7 +673,7 @@ class AgentCluster(SkyCluster):
                 return
             self._agents += agents
         for agent in agents:
-            if self._discard is None:  # otherwise whoever launched it has told
+            if self._discard is None:  # otherwise the launch has told
                 for node in agent.nodes:
                     self.on_node_added(node, agent.instance_id(node), agent.facts)
             self._spawn_growth(self._grow_by(agent))

@@ -1,4 +1,4 @@
-"""Join a Dask cluster that is somebody else's, after checking that its workers can run our calls."""
+"""Join a Dask cluster that exists already, after checking that its workers can run our calls."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class JoinedCluster(SkyCluster):
         """Ask the scheduler for its workers.
 
         Not through the subscription that Dask's own cluster objects use: a scheduler has room for one subscriber,
-        and that is whoever made the cluster.
+        and that is up to the cluster's owner.
         """
         self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
         self.changed.set()

@@ -1,4 +1,4 @@
-"""Ask a cloud which machines of a pool it still has: once for all nodes that ask, and in a thread of its own."""
+"""Ask a cloud which machines of a pool it still has: once for all nodes that ask, and in a separate thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build the cluster of a pool on machines of its own, each reached over SSH and with an agent for one node."""
+"""Build the cluster of a pool on its own machines, each reached over SSH and with an agent for one node."""
 
 from __future__ import annotations
 

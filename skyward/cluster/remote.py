@@ -56,12 +56,13 @@ from skyward.spec.volume import S3Volume
 logger = logging.getLogger(__name__)
 
 UNREACHABLE_S = 45.0
-"""Seconds that a machine may be out of reach before the pool goes on without it. By feel: a router restarts in less."""
+"""Seconds that a machine may be out of reach before the pool goes on without it.
+Chosen, not measured: a router restarts in less."""
 _AGAIN_S = 0.2
 _ASK_S = 5.0
 """Seconds that a machine is out of reach before its cloud is asked whether it is still there, and between questions."""
 _ANSWER_S = 5.0
-"""Seconds that a machine may take to answer. By feel: a busy one takes one."""
+"""Seconds that a machine may take to answer. Chosen, not measured: a busy one takes one."""
 _STOP_S = 15.0
 _FIRST_LOGIN_S = 3.0
 _SHARED_BEATS = 4
@@ -70,7 +71,8 @@ _TOLD = {"told_by_event": True}
 _TELL_FLUSH_S = 5.0
 """Seconds that sending what was written to volumes takes before it is told of, and between the tellings."""
 _LOG_S = 10.0
-"""Seconds that the logs of a machine that failed may take to arrive. By feel: nobody waits longer for bad news."""
+"""Seconds that the logs of a machine that failed may take to arrive.
+Chosen, not measured: nobody waits longer for bad news."""
 _HEARD_LINES = 10_000
 _READ_DEVICES = shlex.quote(
     "import sys; sys.path.insert(0, sys.argv[1]); from skyward.accelerators.devices import read; "
@@ -90,7 +92,7 @@ _ADVICE = {
     "include": "Check the files in Image(include=...), and the space on the machine's disk.",
 }
 """What to do about a step that failed, where what it said may not tell."""
-_LOOKS = 4  # times that a watch on a machine looks for a beat in vain before it ends what is there
+_LOOKS = 4  # times that a watch on a machine looks for a beat in vain before it ends the pool's processes
 _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
 
@@ -653,7 +655,7 @@ def _claim_command(folder: str, mine: str) -> str:
 def watch_command(pool_id: str, patience_s: float, *, power_off: bool) -> str:
     """Return the shell command that starts a watch on a machine: without beats for so long, it ends all of the pool.
 
-    It does so until there is an agent, who has a heartbeat of its own.
+    It does so until there is an agent, which has its own heartbeat.
     """
     folder = pool_folder(pool_id)
     end = clean_command(pool_id) + (f"; {POWER_OFF}" if power_off else "")

@@ -240,7 +240,7 @@ class Link:
                 raise self._runs_nothing(ended, noise)
             return ended if status is None else status
         finally:
-            process.close()  # without waiting for it: whoever is cancelled would wait for the command's own end
+            process.close()  # without waiting for it: a cancelled caller would wait for the command's own end
 
     def _note_noise(self, noise: str) -> None:
         if noise.strip():

@@ -17,7 +17,7 @@ from skyward.console.model import Model
 from skyward.console.notebook import line_html, table_html
 
 _PERIOD_S = 0.5
-"""Seconds between two changes at least. By feel: each of them is a message to the browser."""
+"""Seconds between two changes at least. Chosen, not measured: each of them is a message to the browser."""
 _WORK_S = 0.5
 _SAID_LINES = 20
 

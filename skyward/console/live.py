@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _PATIENCE_S = 0.5
-"""Seconds that something takes before it is shown. By feel: what is over at once needs no display."""
+"""Seconds that something takes before it is shown. Chosen, not measured: what is over at once needs no display."""
 _WORK_S = 1.0
 _FEW_NODES = 10
 _NARROW = 80

@@ -1,4 +1,4 @@
-"""What is known of a pool from its events: phases, nodes, calls and cost. Pure: whoever hears has the clock."""
+"""What is known of a pool from its events: phases, nodes, calls and cost. Pure: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PoolInfo:
 
 @dataclass(slots=True)
 class Phase:
-    """A part of a pool's life. Times are those of whoever hears; `ended` is None while it lasts."""
+    """A part of a pool's life. Times are those of the caller; `ended` is None while it lasts."""
 
     name: str
     began: float

@@ -12,8 +12,8 @@ from skyward.events import LogLine
 LINES_KEPT = 10_000
 """Lines kept per node."""
 LINES_PER_S = 10_000
-"""Lines a second that are taken of a whole pool, when it goes on for long. By feel: nobody reads as much, and it leaves
-most of the event loop's time to results."""
+"""Lines a second that are taken of a whole pool, when it goes on for long. Chosen, not measured: nobody reads as
+much, and it leaves most of the event loop's time to results."""
 _AT_ONCE = 2 * LINES_PER_S
 
 

@@ -12,10 +12,10 @@ from skyward.console.model import Model
 from skyward.console.streams import Streams
 
 _FEW_NODES = 8
-"""Up to so many nodes each has lines of its own. Chosen, not measured: of more, totals are shown."""
+"""Up to so many nodes each has its own lines. Chosen, not measured: of more, totals are shown."""
 _TOGETHER_S = 5.0
 _PROGRESS_S = (5.0, 10.0, 30.0, 60.0)
-"""Pauses between lines about progress and cost, the last of them from then on. By feel."""
+"""Pauses between lines about progress and cost, the last of them from then on. Chosen, not measured."""
 
 
 class PlainView:

@@ -1,4 +1,4 @@
-"""What skyward's loggers warn of, on a console: unless the program has handlers of its own, which then have it."""
+"""What skyward's loggers warn of, on a console: unless the program has its own handlers, which then have it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from skyward.console.streams import fitting, is_terminal
 
 _ERASE = "\x1b[J"  # from the cursor to the end of the screen
 _BAR_S = 1.0
-"""Seconds after a sign that somebody moves the cursor until we draw again. By feel: bars come more often."""
+"""Seconds after a sign that somebody moves the cursor until we draw again.
+Chosen, not measured: bars come more often."""
 
 
 class Screen:
@@ -135,7 +136,7 @@ class Screen:
             self._is_held = False
 
     def let_through(self, name: str, text: str) -> int:
-        """Write what somebody else has to write."""
+        """Write what another part of the program writes."""
         stream = self._streams[name]
         with self._lock:
             self.clear()

@@ -29,7 +29,7 @@ _RESTART_S = 60.0
 
 _VERDICT_S = 1.0
 """Seconds after the first failure of a job in which the one that caused it may still arrive: when one ends, all others
-see their connections to it break. By feel."""
+see their connections to it break. Chosen, not measured."""
 
 
 class Broadcaster:

@@ -36,7 +36,7 @@ _FUNCTIONS_BYTES = 16 << 20
 class Call:
     """One call to be made on a worker.
 
-    `retries` counts reruns after an exception of its own; `timeout` is in seconds of run time; `alone` keeps it
+    `retries` counts reruns after the call raised; `timeout` is in seconds of run time; `alone` keeps it
     out of chunks with others; `name` is what the Dask dashboard shows; `tasks` is how many it counts for. `owner` is
     an object among the arguments whose method is called: a large one goes to each node once, as large buffers do.
     """

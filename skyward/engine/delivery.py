@@ -16,7 +16,7 @@ from skyward.engine.store import Store
 from skyward.transfer.wire import DROP, FETCH, KEEP, PIECE
 
 _READERS = 2
-"""Nodes that a node sends a buffer to at once. By feel: more would share its line."""
+"""Nodes that a node sends a buffer to at once. Chosen, not measured: more would share its line."""
 
 
 class Delivery:
@@ -31,7 +31,7 @@ class Delivery:
         self._removals: dict[tuple[int, str], asyncio.Task[None]] = {}
 
     async def bring(self, digests: Iterable[str], node: int, address: str) -> None:
-        """Return when the node has the buffers; the worker at `address`, one of its own, receives those it lacks.
+        """Return when the node has the buffers; the worker at `address`, on that node, receives those it lacks.
 
         Raises
         ------
@@ -66,7 +66,7 @@ class Delivery:
                 total = len(self._store.data(digest))
                 await self._ask(address, FETCH, digest=digest, total=total, source=source)
         except BaseException:
-            sources.put_nowait(None)  # whoever is next has it from the caller
+            sources.put_nowait(None)  # the next one has it from the caller
             raise
         for _ in range(_READERS):
             sources.put_nowait(address)

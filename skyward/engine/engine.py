@@ -40,14 +40,15 @@ from skyward.worker.context import host_of
 logger = logging.getLogger(__name__)
 
 _CHUNK_CALLS = 20_000
-"""Most calls in one chunk. By feel: a chunk's list stays within a few megabytes."""
+"""Most calls in one chunk. Chosen, not measured: a chunk's list stays within a few megabytes."""
 _CHUNK_BYTES = 16 << 20
 _ENDING_S = interrupts.GRACE_S + 10.0
-"""Seconds after which a worker that was to end because of a cancelled call has ended, or goes on. By feel."""
+"""Seconds after which a worker that was to end because of a cancelled call has ended, or goes on.
+Chosen, not measured."""
 _ASK_AGAIN_S = 1.0
 """Seconds after which a worker that is to end is asked again. Chosen, not measured."""
 _VERDICT_S = 10.0
-"""Seconds to wait for the reason why the scheduler is out of reach. By feel: known within one, as a rule."""
+"""Seconds to wait for the reason why the scheduler is out of reach. Chosen, not measured: usually known within one."""
 _CANCEL_CALLS = 5_000
 """Most cancelled calls that are dropped at once, a few milliseconds of work: then the loop has other turns."""
 _SHOWN_S = 10.0
@@ -80,7 +81,7 @@ class Engine:
         How often a call is run again after it was lost with its worker.
     alive
         Gives the addresses of workers that are there, more than `slots` where some get no new work; None: workers
-        are somebody else's, and the scheduler chooses among them.
+        belong to a joined cluster, and the scheduler chooses among them.
     was_reclaimed
         Tells whether a worker, by its address, ended because its machine was taken away or is not wanted any more:
         then what ran there runs again, whatever `retries` says.

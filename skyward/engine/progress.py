@@ -1,4 +1,4 @@
-"""How many calls have ended, told a few times a second: what is counted is what is there anyway.
+"""How many calls have ended, told a few times a second: only what is known anyway is counted.
 
 Used in the event loop of the Dask client only.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 PERIOD_S = 0.25
-"""Seconds between two words at least. By feel: more often than that nobody looks."""
+"""Seconds between two words at least. Chosen, not measured: more often than that nobody looks."""
 
 Tell = Callable[[int, int | None, int], None]
 """Hears how many calls have ended, of how many (None: not known), and how many of them failed."""

@@ -19,7 +19,8 @@ from skyward.transfer.wire import Outcome
 _CHUNKS_AHEAD = 4
 """Chunks per slot that may be on their way: some run, some wait, and some are being made meanwhile."""
 _AHEAD_CALLS = 50_000
-"""Calls that may be on their way, where there are not even more slots. By feel: a few dozen MB of small ones."""
+"""Calls that may be on their way, where there are not even more slots.
+Chosen, not measured: a few dozen MB of small ones."""
 _AHEAD_BYTES = 256 << 20
 """Pickled arguments and new large buffers that may wait for a slot (bytes), beyond two calls per slot.
 

@@ -16,7 +16,8 @@ from skyward.engine.transport import Transport, UnreachableError, WorkerGoneErro
 from skyward.transfer.wire import Chunk, Outcomes
 
 UNREACHABLE_S = 1.0
-"""Seconds for which a worker that could not be reached gets nothing more. By feel: it is back by then, or gone."""
+"""Seconds for which a worker that could not be reached gets nothing more.
+Chosen, not measured: it is back by then, or gone."""
 _PLACEHOLDER_S = 1.5 * Estimates.BUDGET_S
 """Seconds after which the scheduler is told of a chunk that runs: only calls that are long themselves take so long."""
 

@@ -26,7 +26,7 @@ from skyward.worker import handlers, interrupts, ranks, runtime
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 1.0
-"""Seconds that connections have to be made at the end. By feel: it takes milliseconds."""
+"""Seconds that connections have to be made at the end. Chosen, not measured: it takes milliseconds."""
 
 
 class WorkerGoneError(Exception):
@@ -170,7 +170,7 @@ class Transport:
         """Ask a worker to give back chunks that it has not begun: they come back as not run."""
         try:
             await self._send(address, TAKE_BACK, keys=keys)
-        except OSError as exc:  # its chunks are lost then, and whoever waits for them is told
+        except OSError as exc:  # its chunks are lost then, and those who wait for them are told
             logger.debug("%s can't be asked for chunks: %s", address, exc)
 
     async def end_worker(self, address: str) -> None:

@@ -1,6 +1,6 @@
 """Decorators for distributed training: `torch`, `jax`, `keras`, `tensorflow`, `transformers`.
 
-Under ``@`` the parts of a decorated function are one job: each runs in a process of its own, in which its framework
+Under ``@`` the parts of a decorated function are one job: each runs in a separate process, in which its framework
 knows the others before the function begins. Under ``>>`` the function is alone, a world of one. The frameworks
 themselves are imported on workers only, by the modules of `setup`.
 """
@@ -48,7 +48,7 @@ class Distributed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         fn: Callable[..., Any] = self.__wrapped__  # type: ignore[attr-defined]
-        if runtime.prepare is not None:  # a process of its own, which is ready
+        if runtime.prepare is not None:  # a separate process, which is ready
             return fn(*args, **kwargs)
         isolation = self.skyward_isolation
         with _one_at_a_time, importlib.import_module(isolation.setup).session(context.world(), **isolation.options):
@@ -105,7 +105,7 @@ def torch(backend: Any = None) -> Any:
     """Run a function under ``@`` as the ranks of a `torch.distributed` process group, which ends after it.
 
     Above or below ``@sky.compute``. `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
-    `LOCAL_WORLD_SIZE` and `NODE_RANK` are set as torchrun sets them. Each rank runs in a process of its own, so nothing
+    `LOCAL_WORLD_SIZE` and `NODE_RANK` are set as torchrun sets them. Each rank runs in a separate process, so nothing
     stays from one job to the next but what is returned or written. When a rank fails, its exception is raised at once
     and the others are ended.
 

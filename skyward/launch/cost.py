@@ -1,6 +1,6 @@
 """What a pool costs: prices times hours as each provider bills them, and the events that tell of it.
 
-Machines alone: disks, addresses and traffic are not in it. Pure; whoever meters a pool has the clock.
+Machines alone: disks, addresses and traffic are not in it. Pure; the caller passes the time.
 """
 
 from __future__ import annotations

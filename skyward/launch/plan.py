@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LEAST_CPU, _LEAST_MEMORY_MB, _MEMORY_PER_SLOT_MB = 2, 3500, 1500
-"""What a node has at least where the pool does not say. By feel: Python, Dask and scikit-learn need so much."""
+"""What a node has at least where the pool does not say. Chosen, not measured: Python, Dask and scikit-learn need so
+much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

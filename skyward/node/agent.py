@@ -1,4 +1,4 @@
-"""The agent: a process that runs a node's part of the Dask cluster, and ends with whoever started it.
+"""The agent: a process that runs a node's part of the Dask cluster, and ends with the process that started it.
 
 Talks in lines of JSON: commands to it, events from it. On this host it is a child process and talks over standard
 input and output, whose end means that the caller is gone; for local pools one agent plays all nodes. On a machine of
@@ -44,7 +44,8 @@ SOCKET = "agent.sock"
 CONFIG = "config.json"
 LOG = "agent.log"
 _ATTEMPTS = 3
-"""How often a worker process may fail to come up at first. By feel: more than one is a rare race, not a fault."""
+"""How often a worker process may fail to come up at first. Chosen, not measured: more than one is a rare race, not a
+fault."""
 _AGAIN_S = 1.0
 _TOLD_LINES = 500
 """Lines of its log that an agent sends with a failure: its folder may be gone when they are asked for."""
@@ -118,7 +119,7 @@ def _read_line() -> bytes:
 
 
 def _end(config: AgentConfig, *, alone: bool = False) -> None:
-    """Remove all files, kill all that this agent has started, and itself: it leads a process group of its own.
+    """Remove all files, kill all that this agent has started, and itself: it leads its own process group.
 
     `alone`: nobody has asked for it, so a machine that exists for the pool only sends what was written to its volumes
     and is switched off.
@@ -165,7 +166,7 @@ def _start_forkserver(config: AgentConfig) -> None:
     from multiprocessing import forkserver
 
     if len(config.folder) < _SHORT:
-        # Its socket would lie in a folder of its own, which nobody removes when we are killed.
+        # Its socket would lie in a separate folder, which nobody removes when we are killed.
         multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["skyward.node.adoption", "distributed.worker", "skyward.worker.preload"])

@@ -27,7 +27,7 @@ _HEADER = struct.Struct(">BI")
 _DATA, _ACK, _END = range(3)
 _READ_BYTES = 1 << 18
 _UNCONFIRMED_BYTES = 16 << 20
-"""Bytes kept for a peer that has not confirmed them; nothing more is read until it does. By feel."""
+"""Bytes kept for a peer that has not confirmed them; nothing more is read until it does. Chosen, not measured."""
 
 
 class StreamEnded(Exception):  # noqa: N818 - it says what has happened
@@ -110,7 +110,7 @@ class Relay:
         try:
             self._writer.write(data)
             await self._writer.drain()
-        except OSError:  # whoever was to read this is gone: the other side is told by the end of our reading
+        except OSError:  # the reader of this is gone: the other side is told by the end of our reading
             self._ended_there = True
 
     def _end(self) -> None:

@@ -130,7 +130,7 @@ class Offer:
     available, available_spot
         Whether there are any at present; None: known only when it is tried.
     prices
-        Where the prices are from: ``"live"``, or words for whoever reads them, such as ``"table of this release"``.
+        Where the prices are from: ``"live"``, or words for the reader, such as ``"table of this release"``.
     """
 
     provider: str

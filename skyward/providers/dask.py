@@ -41,7 +41,7 @@ class Dask:
         return "dask"
 
     def check(self, spec: PoolSpec) -> None:
-        """Refuse what would have to be done to machines that are somebody else's.
+        """Refuse what would have to be done to machines that are not ours.
 
         Raises
         ------

@@ -89,7 +89,7 @@ class Local:
         reading = _read(wanted.vendor)
         if why := missing(replace(wanted, count=wanted.count * nodes), reading):
             raise NoMatchingInstanceError(
-                f"accelerator={str(wanted)!r} for {nodes} nodes on this machine: {why}. Ask for what is there, or try "
+                f"accelerator={str(wanted)!r} for {nodes} nodes on this machine: {why}. Ask for fewer, or try "
                 f"the code path without it through provider=sky.Local(gpus={wanted.count})."
             )
         mine = fitting(wanted, reading.devices)[node * wanted.count : (node + 1) * wanted.count]

@@ -24,7 +24,7 @@ class ReportsPlugin(SchedulerPlugin):  # type: ignore[misc]
 
     def log_event(self, topic: str, msg: Any) -> None:  # noqa: ARG002 - Dask's signature
         if topic == LOG_TOPIC:
-            # They are on their way to whoever listens. Dask would keep a thousand batches, hundreds of MB in a storm.
+            # They are on their way to their listeners. Dask would keep a thousand batches, hundreds of MB in a storm.
             self._scheduler._broker.truncate(topic)
 
     def ran(self, worker: str, key: str, start: float, stop: float, thread: int, has_failed: bool) -> None:

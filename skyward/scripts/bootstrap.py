@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 HOME = "${SKYWARD_HOME:-$HOME/.cache/skyward}"
 """Where environments lie on a machine, with uv, its cache and skyward itself; as a shell sees it."""
 POOL = "SKYWARD_POOL"
-"""Environment variable that marks the processes of a pool, for whoever has to end them."""
+"""Environment variable that marks the processes of a pool, so that they can be found and ended."""
 
 POWER_OFF = "poweroff || sudo -n poweroff || shutdown -P now || sudo -n shutdown -P now"
-"""Shell command that switches a machine off, whoever of its users runs it."""
+"""Shell command that switches a machine off, for any of its users."""
 
 _KEPT = (
     "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CERT", "PIP_CLIENT_CERT",

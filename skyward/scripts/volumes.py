@@ -103,7 +103,7 @@ def unmount_script(volumes: Sequence[S3Volume], *, region: str | None = None, st
         steps.append(
             f"unmount_{number}() {{\n{_facts(volume, len(volumes), patience_s=5)}    stalled={int(stalled_s)}\n"
             f"    unmount_volume {shlex.join(_remote_flags(volume, region))}\n}}\n"
-            # In a shell of its own, since a step that fails ends the shell.
+            # In a subshell, since a step that fails ends the shell.
             f"( step {shlex.quote(f'unmount {volume.mount_path}')} unmount_{number} ) || left=1\n"
         )
     return "\n".join([*steps, f'[ "$left" = 0 ] || exit 1\nrm -f "{UNMOUNT}"\nsay step done\n'])
@@ -175,8 +175,8 @@ mount_volume() {
     mkdir -p "$own/cache"
     room=$(df -Pk "$own" | awk -v shares="$shares" 'NR == 2 { printf "%d", $4 / shares }')
     # mount2, since mount as Debian and Ubuntu build it (1.60) answers questions for extended attributes with EIO, and
-    # shutil.copy2 gives up. Times and sizes are picked by feel: how old a listing may be, how soon after its close a
-    # file is sent, what of the disk may hold copies.
+    # shutil.copy2 gives up. Chosen, not measured: how old a listing may be, how soon after its close a file is
+    # sent, what of the disk may hold copies.
     client mount2 --daemon --cache-dir "$own/cache" "$@" $mode \\
         --allow-other --default-permissions --uid "$(id -u)" --gid "$(id -g)" --umask 022 \\
         --vfs-cache-mode full --vfs-cache-max-size "${room}K" --vfs-cache-max-age 24h --vfs-write-back 1s \\

@@ -44,7 +44,7 @@ def _check_mount_path(value: Any) -> str:
     if not path.startswith("/") or not _is_plain(path) or any(part in ("", ".", "..") for part in parts):
         raise ValueError("an absolute path such as '/data', without quotes or shell characters")
     if parts[0] in _SYSTEM_FOLDERS or path in _TAKEN_FOLDERS:
-        raise ValueError("a folder of its own such as '/data', not one that the system needs")
+        raise ValueError("a separate folder such as '/data', not one that the system needs")
     return path
 
 

@@ -72,7 +72,7 @@ class WireCall(NamedTuple):
 
 
 class Isolation(NamedTuple):
-    """What a chunk needs that runs in a process of its own.
+    """What a chunk needs that runs in a separate process.
 
     `setup` names the module whose `session` makes the process ready; `packages` are those that have to be there, in the
     same version on all participants. `environment` is read by packages when they are imported.

@@ -20,7 +20,7 @@ VARIABLE = "SKYWARD_SHARE"
 Refusal = tuple[str, str]
 """Why a buffer is not there: "room" or "source", and a text."""
 _REACH_S = 5.0
-"""Seconds to wait for a connection to another node. By feel: nodes are near each other."""
+"""Seconds to wait for a connection to another node. Chosen, not measured: nodes are near each other."""
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 

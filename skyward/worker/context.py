@@ -74,7 +74,7 @@ class Peer(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a part in a process of its own is told: its worker's address, and who else takes part, by rank."""
+    """What a part in a separate process is told: its worker's address, and who else takes part, by rank."""
 
     address: str
     peers: tuple[Peer, ...]

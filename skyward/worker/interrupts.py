@@ -114,7 +114,7 @@ def runs_any() -> bool:
 def _raise_in(key: str, found: Running) -> bool:
     """Raise in the chunk's thread, and tell whether that is settled; not while it imports a module.
 
-    An import that is cut short leaves its submodules behind without their package, and whoever imports that package
+    An import that is cut short leaves its submodules behind without their package, and code that imports that package
     later in this process gets a broken one.
     """
     with _lock:

@@ -18,9 +18,11 @@ from skyward.worker import buffer_files, capture, handlers, interrupts, nanny, r
 LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
 _AGAIN_S = 1.0
-"""Seconds for which lines that were sent go again with outcomes. By feel: events take a few dozen milliseconds."""
+"""Seconds for which lines that were sent go again with outcomes.
+Chosen, not measured: events take a few dozen milliseconds."""
 _LINES_KEPT = 2_000
-"""Lines that wait to be sent; a storm drops the oldest and says how many. By feel: a screenful many times over."""
+"""Lines that wait to be sent; a storm drops the oldest and says how many.
+Chosen, not measured: a screenful many times over."""
 _LOOK_S = 0.005
 """Seconds between two looks whether a pipe fills up, while there is output. Chosen: a print of 64 KiB takes longer."""
 _BEGUN_S = 1.0

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: one part of a broadcast. `skyward.worker.ranks` starts it and talks to it.
+"""What runs in a separate process: one part of a broadcast. `skyward.worker.ranks` starts it and talks to it.
 
 Run as ``python -m skyward.worker.rank FD``.
 """

@@ -25,7 +25,8 @@ _LOOK_S = 0.05
 _GRACE_S = 1.0
 """Seconds that an interrupted part has to end by itself: less than its worker has."""
 _LEAVE_S = 5.0
-"""Seconds that a process has to leave in good order when its job is over. By feel: enough to write what is left."""
+"""Seconds that a process has to leave in good order when its job is over.
+Chosen, not measured: enough to write what is left."""
 
 _staying: dict[str, _Child] = {}  # by chunk: parts that are done, in jobs that are not
 _lock = threading.Lock()
@@ -59,7 +60,7 @@ def run(
     environment: Mapping[str, str],
     stop: Callable[[], Kind | None],
 ) -> Outcomes | None:
-    """Run a chunk in a process of its own, and let that stay until `end` names the chunk's `key`.
+    """Run a chunk in a separate process, and let that stay until `end` names the chunk's `key`.
 
     It prints where this process prints.
 

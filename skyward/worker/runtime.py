@@ -60,7 +60,7 @@ def run_batch(chunk: Chunk, *blobs: Any, job: context.Job | None = None) -> Outc
     """Run the calls of `chunk` one after another and return one outcome for each, in order.
 
     Never raises for what a call does. `blobs` are the large buffers that came with the task, in the order in
-    which their digests appear in the chunk. `job` says that this is the process of its own that a chunk may ask for.
+    which their digests appear in the chunk. `job` says that this is the separate process that a chunk may ask for.
     """
     worker = _worker()
     outcomes: list[Outcome] = []
@@ -181,7 +181,7 @@ def _result(
 def _run_isolated(
     chunk: Chunk, part: Participant, blobs: tuple[Any, ...], worker: Any, me: interrupts.Running, layout: Layout
 ) -> list[Outcome]:
-    """Run the one call of a chunk in a process of its own, when all participants are here and have what it needs."""
+    """Run the one call of a chunk in a separate process, when all participants are here and have what it needs."""
     assert chunk.isolation is not None
     host = context.host_of(worker.address)
     mine: list[Any] = [host, context.free_port(host), [_version(p) for p in chunk.isolation.packages]]

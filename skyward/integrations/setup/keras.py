@@ -48,7 +48,7 @@ def _load(backend: str) -> Any:
     if keras.backend.backend() != backend:  # only where other calls have run in this process before
         raise SpecError(
             f"backend={backend!r}: Keras runs on {keras.backend.backend()!r} in this worker since an earlier call, and "
-            f"can't change. Use a pool of its own, or send it with @, which gives every job new processes",
+            f"can't change. Use a separate pool, or send it with @, which gives every job new processes",
             option="backend",
             value=backend,
             accepted=repr(keras.backend.backend()),

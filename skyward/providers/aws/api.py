@@ -259,7 +259,7 @@ class Api:
         )
 
     def _bad(self, how: str) -> CredentialsError:
-        # Next time they are read anew: whoever mends them need not start a new process.
+        # Next time they are read anew: to mend them one need not start a new process.
         _session.cache_clear()
         credentials = getattr(self._session, "get_credentials", lambda: None)()
         return CredentialsError(

@@ -72,7 +72,7 @@ def is_unready_profile(code: str, message: str) -> bool:
 
 
 def remove_profile(iam: Any, name: str) -> None:
-    """Delete an instance profile with its role, or what is there of them."""
+    """Delete an instance profile with its role, as far as they exist."""
     # Who may not even look has made none: most pools need no role, and most users' keys have no rights on IAM.
     none = [*_GONE, "AccessDenied", "AccessDeniedException"]
     role = call(iam.get_role, unless=none, RoleName=name)

@@ -31,7 +31,7 @@ _END_LIMIT_S = 900.0
 """Verda deletes no machine while it is being provisioned, which takes minutes."""
 _DISKS_LIMIT_S = 120.0
 _MOST_CALLS = 16
-"""Machines that are asked for at once. By feel: a pool of a hundred takes some seconds."""
+"""Machines that are asked for at once. Chosen, not measured: a pool of a hundred takes some seconds."""
 _POLLS_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 # States: GitHub verda-cloud/verdacloud-sdk-go at ca1aa5c, pkg/verda/instances_types.go.
@@ -368,7 +368,7 @@ def _delete_texts(service: Any, is_name: Callable[[str], bool]) -> None:
             if is_name(there.name):
                 try:
                     service.delete_by_id(there.id)
-                except Exception as exc:  # judged by `is_not_so`: somebody else has deleted it meanwhile
+                except Exception as exc:  # judged by `is_not_so`: it was deleted meanwhile by another process
                     if not is_not_so(exc):
                         raise
 
