@@ -96,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(CASES)
     if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--only {','.join(unknown)}: accepted is {', '.join(CASES)}")
+        parser.error(f"--only {','.join(unknown)} is invalid: expected {', '.join(CASES)}")
 
     facts = report.facts(options.rounds, quick=options.quick)
     started = time.perf_counter()

@@ -104,7 +104,7 @@ class AwsBench:
 
     def __init__(self, cloud: Emulated, folder: Path, *, nodes: int) -> None:
         self._cloud, self._folder, self._nodes = cloud, folder, nodes
-        self._baked = cloud.yard.baked
+        self._baked = cloud.rack.baked
         self._peer = _install_peer(folder)
         self._peer_arguments = self._prepare_account()
 
@@ -132,8 +132,8 @@ class AwsBench:
             command = [self._peer, "-c", _CLOCK + _THEIRS, *machines, *self._peer_arguments, docker]
         else:
             command = [sys.executable, "-c", _CLOCK + _OURS, *machines, *IMAGE.pip]
-        self._cloud.yard.baked = None if is_cold else self._baked
-        self._cloud.yard.boot_delay_s = boot_s
+        self._cloud.rack.baked = None if is_cold else self._baked
+        self._cloud.rack.boot_delay_s = boot_s
         with tempfile.TemporaryDirectory(dir=self._folder) as nothing:
             cache = nothing if is_cold else str(self._folder / "cache")
             environment = {**os.environ, "SKYWARD_CACHE_DIR": cache}

@@ -28,7 +28,7 @@ from typing import (
 )
 
 from skyward.current import resolve
-from skyward.errors import SpecError
+from skyward.errors import invalid
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -318,11 +318,11 @@ def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None
     42
     """
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        raise _bad_option("retries", retries, "a whole number from 0")
+        raise invalid("retries", retries, "an integer >= 0")
     if timeout is not None and not (
         isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and 0 < timeout < math.inf
     ):
-        raise _bad_option("timeout", timeout, "seconds greater than 0, or None for no limit")
+        raise invalid("timeout", timeout, "seconds greater than 0, or None for no limit")
     if fn is None:
         return functools.partial(compute, retries=retries, timeout=timeout)
     if isinstance(fn, ComputeFunction):
@@ -345,10 +345,6 @@ def refuse_generator(fn: Callable[..., Any]) -> None:
 
 lazy = compute
 """The same as `compute`."""
-
-
-def _bad_option(option: str, value: Any, accepted: str) -> SpecError:
-    return SpecError(f"{option}={value!r}: accepted is {accepted}", option=option, value=value, accepted=accepted)
 
 
 # --- many calls ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPo
 from contextvars import copy_context
 from typing import Any, Literal, TypeVar, overload
 
-from skyward.errors import SpecError
+from skyward.errors import invalid
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,7 +31,7 @@ def map_async(fn: Callable[[T], R], items: Iterable[T], concurrency: int | None 
     Raises
     ------
     SpecError
-        `concurrency` is not a whole number from 1.
+        `concurrency` is not an integer >= 1.
     """
     return _run([(fn, (item,)) for item in items], concurrency)
 
@@ -64,13 +64,8 @@ def _run(calls: list[tuple[Callable[..., R], tuple[Any, ...]]], concurrency: int
     if concurrency is not None and (
         isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
     ):
-        accepted = "a whole number from 1, or None"
-        raise SpecError(
-            f"concurrency={concurrency!r}: accepted is {accepted}",
-            option="concurrency",
-            value=concurrency,
-            accepted=accepted,
-        )
+        accepted = "an integer >= 1, or None"
+        raise invalid("concurrency", concurrency, accepted)
     if not calls:
         return []
     executor = ThreadPoolExecutor(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skyward.errors import SpecError
+from skyward.errors import SpecError, invalid
 from skyward.spec.configurable import Configurable
 
 PROJECT_FILE = "skyward.toml"
@@ -126,7 +126,7 @@ def _take(
         found[key] = Setting(_check(key)(value), source)
     except ValueError as exc:
         accepted = getattr(exc, "accepted", None) or str(exc)
-        problems.append(SpecError(f"{shown}: accepted is {accepted}", option=key, value=value, accepted=accepted))
+        problems.append(invalid(key, value, accepted, shown=shown))
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar, overload
 
-from skyward.errors import SpecError
+from skyward.errors import invalid
 from skyward.worker import context
 
 T = TypeVar("T")
@@ -26,12 +26,7 @@ def _place(node: int | None, total_nodes: int | None) -> tuple[int, int]:
     ok = isinstance(node, int) and isinstance(total_nodes, int) and 0 <= node < total_nodes
     if not ok or node is None or total_nodes is None:
         accepted = "both of node and total_nodes, with 0 <= node < total_nodes, or neither"
-        raise SpecError(
-            f"node={node!r}, total_nodes={total_nodes!r}: accepted is {accepted}",
-            option="node",
-            value=node,
-            accepted=accepted,
-        )
+        raise invalid("node", node, accepted, shown=f"node={node!r}, total_nodes={total_nodes!r}")
     return node, total_nodes
 
 

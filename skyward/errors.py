@@ -49,6 +49,12 @@ class SpecError(SkywardError, ValueError):
     """An option has a value that can't work. Attributes: `option`, `value`, `accepted`."""
 
 
+def invalid(option: str, value: Any, accepted: str, *, shown: str = "") -> SpecError:
+    """Return the error for the value of an option. `accepted` follows "expected"; `shown` replaces ``option=value``."""
+    text = f"{shown or f'{option}={value!r}'} is invalid: expected {accepted}"
+    return SpecError(text, option=option, value=value, accepted=accepted)
+
+
 class NoActivePoolError(SkywardError, RuntimeError):
     """Work was sent to a pool that does not exist (yet, or any more)."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypedDict, Type
 from skyward import forks
 from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute
 from skyward.current import enter, leave
-from skyward.errors import NoActivePoolError, PoolError, SkywardError, SpecError, VolumeError
+from skyward.errors import NoActivePoolError, PoolError, SkywardError, VolumeError, invalid
 from skyward.spec.configurable import configurable
 from skyward.worker.context import host_of
 
@@ -459,10 +459,7 @@ class ComputePool:
 
         if not isinstance(self.provider, tuple):
             accepted = "sky.AWS(), sky.DigitalOcean(), sky.Verda() or several of them, for a pool with a plan"
-            raise SpecError(
-                f"provider={self.provider!r}: accepted is {accepted}",
-                option="provider", value=self.provider, accepted=accepted,
-            )  # fmt: skip
+            raise invalid("provider", self.provider, accepted)
         return make_plan(self.provider, self.spec)
 
     @property

@@ -153,8 +153,8 @@ def test_a_bad_argument_is_not_blamed_on_the_configuration(project: Path) -> Non
         ("nodes = 4", "nodes", "one of the keys provider, region"),
         ("max_price = 'cheap'", "max_price", "USD per hour greater than 0"),
         ("max_price = -1", "max_price", "USD per hour greater than 0"),
-        ("retries = 1.5", "retries", "a whole number from 0"),
-        ("retries = true", "retries", "a whole number from 0"),
+        ("retries = 1.5", "retries", "an integer >= 0"),
+        ("retries = true", "retries", "an integer >= 0"),
         ("timeout = inf", "timeout", "seconds greater than 0"),
         ("allocation = 1.5", "allocation", "a share from 0 to 1"),
         ("selection = 'best'", "selection", "'cheapest'"),
@@ -184,7 +184,7 @@ def test_all_bad_values_are_told_at_once(project: Path, user: Path, monkeypatch:
 
     lines = str(info.value).splitlines()
     assert lines[1].startswith(f"  {user} can't be read: ")
-    assert lines[-1].startswith("  SKYWARD_RETRIES='many': accepted is a whole number")
+    assert lines[-1].startswith("  SKYWARD_RETRIES='many' is invalid: expected a whole number")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from skyward.engine import Access, Engine
-from skyward.errors import SpecError
+from skyward.errors import invalid
 
 
 def access(max_nbytes: float | None, mmap_mode: str | None, engine: Engine) -> Access:
@@ -32,9 +32,4 @@ def access(max_nbytes: float | None, mmap_mode: str | None, engine: Engine) -> A
             why = " on a pool of other machines, where tasks can't write into one file: let them return what they write"
         case _:
             accepted, why = "'r', 'r+', 'w+', 'c' or None", ""
-    raise SpecError(
-        f"mmap_mode={mmap_mode!r} is invalid: expected {accepted}{why}",
-        option="mmap_mode",
-        value=mmap_mode,
-        accepted=accepted,
-    )
+    raise invalid("mmap_mode", mmap_mode, accepted + why)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from skyward.errors import SpecError
+from skyward.errors import SpecError, invalid
 
 
 class Profile(NamedTuple):
@@ -221,9 +221,7 @@ def unknown(text: Any) -> SpecError:
 
 def bad(value: Any, accepted: str) -> SpecError:
     shown = value if isinstance(value, str) else repr(value)
-    return SpecError(
-        f"accelerator={shown!r}: accepted is {accepted}", option="accelerator", value=value, accepted=accepted
-    )
+    return invalid("accelerator", value, accepted, shown=f"accelerator={shown!r}")
 
 
 # --- MIG ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 from skyward.accelerators import catalog
 from skyward.accelerators.model import Accelerator
-from skyward.errors import SpecError
+from skyward.errors import invalid
 
 # --- facts --------------------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ def _cores(wanted: Accelerator, environment: Mapping[str, str]) -> int:
     text = environment.get(_LOGICAL, str(grouped))
     if text not in {"1", str(grouped)}:
         accepted = f"1 or {grouped} for {wanted.model}" if grouped > 1 else f"1 for {wanted.model}, or nothing"
-        raise SpecError(f"{_LOGICAL}={text!r}: accepted is {accepted}", option="env", value=text, accepted=accepted)
+        raise invalid("env", text, accepted, shown=f"{_LOGICAL}={text!r}")
     return wanted.count * physical // int(text)
 
 

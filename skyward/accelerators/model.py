@@ -45,7 +45,7 @@ class Accelerator:
 
     def __post_init__(self) -> None:
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise bad(f"{self.model}:{self.count}", "a count that is a whole number from 1")
+            raise bad(f"{self.model}:{self.count}", "a count that is an integer >= 1")
         model = catalog.find(self.model) if isinstance(self.model, str) else None
         if model is None:
             raise unknown(self.model)
@@ -97,7 +97,7 @@ class Accelerator:
             raise bad(text, "a name such as 'A100' or 'A100:4', or an sky.Accelerator")
         name, colon, count = text.partition(":")
         if colon and not count.strip().isdecimal():
-            raise bad(text, "a count that is a whole number from 1, as in 'A100:4'")
+            raise bad(text, "a count that is an integer >= 1, as in 'A100:4'")
         model, rest = catalog.split(name)
         if model is None:
             raise unknown(text)

@@ -45,7 +45,7 @@ def offers(names: tuple[str, ...], limit: int, as_json: bool, **options: Any) ->
         resolved = resolve(list(names)) if names else tuple(clouds())
         if not isinstance(resolved, tuple):
             accepted = ", ".join(cloud.name for cloud in clouds())
-            raise click.UsageError(f"--provider {names[0]}: accepted are {accepted}")
+            raise click.UsageError(f"--provider {names[0]} is invalid: expected {accepted}")
         plan = make_plan(resolved, spec)
     except SpecError as exc:
         raise click.UsageError(str(exc)) from exc

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from skyward.compute import ComputeFunction, refuse_generator, run_coroutine
-from skyward.errors import SpecError
+from skyward.errors import invalid
 from skyward.spec.validation import check_choice
 from skyward.transfer.wire import Isolation
 from skyward.worker import context, runtime
@@ -84,9 +84,7 @@ def _chosen(value: Any, accepted: tuple[str, ...], *, optional: bool) -> str | N
     try:
         return str(check_choice(accepted, "None to choose by what there is" if optional else "")(value))
     except ValueError as exc:
-        raise SpecError(
-            f"backend={value!r}: accepted is {exc}", option="backend", value=value, accepted=str(exc)
-        ) from None
+        raise invalid("backend", value, str(exc)) from None
 
 
 _TORCH_BACKENDS = ("nccl", "gloo")

@@ -310,7 +310,7 @@ def _preferred(providers: Sequence[Cloud], spec: PoolSpec) -> list[Cloud]:
     if all(chosen is not p for p in providers):
         accepted = "a function that returns one of the providers that it is given"
         raise SpecError(
-            f"selection={spec.selection!r} returned {chosen!r}: accepted is {accepted}",
+            f"selection={spec.selection!r} returned {chosen!r}: expected {accepted}",
             option="selection", value=spec.selection, accepted=accepted,
         )  # fmt: skip
     return [chosen, *(p for p in providers if p is not chosen)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from skyward.accelerators.catalog import memory_sizes
 from skyward.accelerators.model import Accelerator
-from skyward.errors import NoMatchingInstanceError, SpecError
+from skyward.errors import NoMatchingInstanceError, SpecError, invalid
 from skyward.spec.instance import InstanceSpec
 
 _SHOWN = 3  # nearest offers in an error's message
@@ -105,13 +105,8 @@ def wanted(
     if callable(accelerator_count):
         return Wanted(cpu, memory_mb, model, None, accelerator_count)
     if isinstance(accelerator_count, bool) or not isinstance(accelerator_count, int) or accelerator_count < 1:
-        accepted = "a whole number from 1, or a function of the number"
-        raise SpecError(
-            f"accelerator_count={accelerator_count!r}: accepted is {accepted}",
-            option="accelerator_count",
-            value=accelerator_count,
-            accepted=accepted,
-        )
+        accepted = "an integer >= 1, or a function of the number"
+        raise invalid("accelerator_count", accelerator_count, accepted)
     exact = model.count if model is not None and model.count != 1 else accelerator_count
     return Wanted(cpu, memory_mb, model, exact, lambda n: n == exact)
 

@@ -442,7 +442,7 @@ class _Agent:
             protocol="tls",
             env={
                 **node.environments[slot],
-                buffer_files.VARIABLE: f"{self.config.folder}/shelf",
+                buffer_files.VARIABLE: f"{self.config.folder}/buffer-files",
                 **environment,
                 "SKYWARD_NODE": str(node.node),
                 "SKYWARD_SLOT": str(slot),

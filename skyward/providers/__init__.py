@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any, TypeAlias, TypeVar
 
-from skyward.errors import ProviderError, SkywardError, SpecError
+from skyward.errors import ProviderError, SkywardError, invalid
 from skyward.providers.base import Cloud
 from skyward.providers.dask import Dask
 from skyward.providers.local import Local
@@ -48,7 +48,7 @@ def resolve(provider: ProviderLike, region: str | Mapping[str, str] | None = Non
         return _several(provider, region)
     if all(hasattr(provider, name) for name in ("offers", "launch", "end")):
         return (provider,)
-    raise _error(provider, "a provider such as sky.AWS() or sky.SSH(hosts), or a name such as 'aws'")
+    raise invalid("provider", provider, "a provider such as sky.AWS() or sky.SSH(hosts), or a name such as 'aws'")
 
 
 def _several(given: Sequence[Provider | str], region: str | Mapping[str, str] | None) -> Resolved:
@@ -58,7 +58,7 @@ def _several(given: Sequence[Provider | str], region: str | Mapping[str, str] | 
     several = [p for p in found if isinstance(p, tuple)]
     if not found or len(several) < len(found):
         accepted = "one provider, or several clouds to choose from: sky.AWS(), sky.DigitalOcean(), sky.Verda()"
-        raise _error(given, accepted)
+        raise invalid("provider", given, accepted)
     return tuple(cloud for one in several for cloud in one)
 
 
@@ -114,13 +114,13 @@ def _named(name: str, region: str | Mapping[str, str] | None) -> Provider:
         return _cloud(key)(region=chosen) if chosen else _cloud(key)()
     names = ["local", *_CLOUDS]
     if key == "dask":
-        raise _error(name, "sky.Dask(client_or_address): the name alone does not say which cluster")
+        raise invalid("provider", name, "sky.Dask(client_or_address): the name alone does not say which cluster")
     if key == "ssh":
-        raise _error(name, "sky.SSH(hosts): the name alone does not say which hosts")
+        raise invalid("provider", name, "sky.SSH(hosts): the name alone does not say which hosts")
     close = difflib.get_close_matches(key, names, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     accepted = ", ".join(map(repr, names))
-    raise _error(name, f"{accepted}, sky.SSH(hosts) or sky.Dask(client){hint}")
+    raise invalid("provider", name, f"{accepted}, sky.SSH(hosts) or sky.Dask(client){hint}")
 
 
 def _check_regions(regions: Mapping[str, str]) -> Mapping[str, str]:
@@ -128,11 +128,5 @@ def _check_regions(regions: Mapping[str, str]) -> Mapping[str, str]:
         if name not in _CLOUDS:
             close = difflib.get_close_matches(name, _CLOUDS, 1)
             accepted = f"for each of {', '.join(_CLOUDS)} a region" + (f"; did you mean {close[0]!r}?" if close else "")
-            raise SpecError(
-                f"region={dict(regions)!r}: accepted is {accepted}", option="region", value=regions, accepted=accepted
-            )
+            raise invalid("region", regions, accepted, shown=f"region={dict(regions)!r}")
     return regions
-
-
-def _error(value: Any, accepted: str) -> SpecError:
-    return SpecError(f"provider={value!r}: accepted is {accepted}", option="provider", value=value, accepted=accepted)

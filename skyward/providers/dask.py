@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from skyward.errors import SpecError
+from skyward.errors import SpecError, invalid
 from skyward.spec.pool import PoolSpec
 from skyward.spec.validation import Problems
 
@@ -78,4 +78,4 @@ class Dask:
 
 
 def _error(target: Any, accepted: str) -> SpecError:
-    return SpecError(f"sky.Dask({target!r}): accepted is {accepted}", option="target", value=target, accepted=accepted)
+    return invalid("target", target, accepted, shown=f"sky.Dask({target!r})")

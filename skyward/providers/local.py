@@ -12,7 +12,7 @@ import psutil
 
 from skyward.accelerators.devices import Reading, declared, fitting, missing, names, read
 from skyward.accelerators.model import Accelerator
-from skyward.errors import NoMatchingInstanceError, SpecError
+from skyward.errors import NoMatchingInstanceError, invalid
 from skyward.spec.pool import PoolSpec
 from skyward.spec.validation import Problems
 
@@ -33,8 +33,8 @@ class Local:
     def __post_init__(self) -> None:
         gpus = self.gpus
         if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 0):
-            accepted = "a whole number from 0, or None for the GPUs of this machine"
-            raise SpecError(f"gpus={gpus!r}: accepted is {accepted}", option="gpus", value=gpus, accepted=accepted)
+            accepted = "an integer >= 0, or None for the GPUs of this machine"
+            raise invalid("gpus", gpus, accepted)
 
     @property
     def name(self) -> str:

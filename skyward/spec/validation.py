@@ -1,7 +1,7 @@
 """Checks of single options, and the error that tells of all bad ones at once. Imports only errors.
 
 A check takes a value and returns it in the form that is used from then on; it raises `ValueError` with what would
-be accepted, in words that follow "accepted is".
+be accepted, in words that follow "expected".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from skyward.errors import SpecError
+from skyward.errors import SpecError, invalid
 
 Check = Callable[[Any], Any]
 
@@ -37,15 +37,12 @@ class Problems:
         except ValueError as exc:
             shown = f"{option}={'...' if secret else repr(value)}"
             where = f"{self._what}({shown})" if self._what else shown
-            text = f"{where}: accepted is {exc}"
-            self._errors.append(SpecError(text, option=option, value=value, accepted=str(exc)))
+            self._errors.append(invalid(option, value, str(exc), shown=where))
         return None
 
     def note(self, option: str, value: Any, accepted: str) -> None:
         """Note a problem that was found elsewhere."""
-        self._errors.append(
-            SpecError(f"{option}={value!r}: accepted is {accepted}", option=option, value=value, accepted=accepted)
-        )
+        self._errors.append(invalid(option, value, accepted))
 
     def raise_if_any(self) -> None:
         """Raise the problem, or one error for all of them."""
@@ -69,7 +66,7 @@ class Problems:
 def check_count(least: int) -> Check:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"a whole number from {least}")
+            raise ValueError(f"an integer >= {least}")
         return value
 
     return check

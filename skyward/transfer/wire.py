@@ -22,7 +22,7 @@ class BlobRef(NamedTuple):
 
     digest: str
     nbytes: int
-    path: str | None  # None: the data comes with the task, under this digest, or lies on the node's shelf
+    path: str | None  # None: the data comes with the task, under this digest, or is a file of the node
 
 
 class Access(NamedTuple):

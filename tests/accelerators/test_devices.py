@@ -248,7 +248,7 @@ def test_other_vendors_have_variables_of_their_own() -> None:
         ({"accelerator": "TPU-v5e:4", "concurrency": 3}, "1 or 2 or 4 with 4 × TPU-v5e"),
         (
             {"accelerator": "Trainium2", "env": {"NEURON_LOGICAL_NC_CONFIG": "3"}},
-            "NEURON_LOGICAL_NC_CONFIG='3': accepted is 1 or 2",
+            "NEURON_LOGICAL_NC_CONFIG='3' is invalid: expected 1 or 2",
         ),
     ],
 )

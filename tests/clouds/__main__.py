@@ -8,7 +8,7 @@ import signal
 import sys
 
 from tests.cloudbox import why_not
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 
 CLOUDS = {"aws": "AwsCloud", "digitalocean": "DigitalOceanCloud", "verda": "VerdaCloud"}
 
@@ -22,9 +22,9 @@ def main() -> None:
         sys.exit(f"{reason}; with --no-machines there is the API alone")
     module = importlib.import_module(f"tests.clouds.{names[0]}")
     with contextlib.ExitStack() as stack:
-        yard = Yard(boots=boots)
-        stack.callback(yard.close)
-        cloud = getattr(module, CLOUDS[names[0]])(yard)
+        rack = Rack(boots=boots)
+        stack.callback(rack.close)
+        cloud = getattr(module, CLOUDS[names[0]])(rack)
         stack.callback(cloud.close)
         print(f"{names[0]} at {cloud.url}")
         for name, value in getattr(cloud, "environment", {}).items():

@@ -1,4 +1,4 @@
-"""DigitalOcean in a box: an HTTP server that answers as DigitalOcean's API is described, and boots machines in a yard.
+"""DigitalOcean in a box: an HTTP server that answers as DigitalOcean's API is described, and boots machines in a rack.
 
 Sources: the published API description (data/README.md), against which every request and every answer is checked; and,
 for what it leaves open, the words of refusals as GitHub issues quote them (pry0cc/axiom 422 of 2021-08-14: droplet
@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from skyward.providers.prices import TableRow, table
 from tests.clouds.openapi import describe
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 
 _DESCRIPTION = Path(__file__).with_name("data") / "digitalocean-openapi.json"
 REGIONS = {
@@ -151,7 +151,7 @@ class _Droplet:
 
 
 class DigitalOceanCloud:
-    """A DigitalOcean account with its API at `url`. Close it; the yard is its owner's to close.
+    """A DigitalOcean account with its API at `url`. Close it; the rack is its owner's to close.
 
     Attributes
     ----------
@@ -170,8 +170,8 @@ class DigitalOceanCloud:
         deleted.
     """
 
-    def __init__(self, yard: Yard, *, port: int = 0) -> None:
-        self.yard = yard
+    def __init__(self, rack: Rack, *, port: int = 0) -> None:
+        self.rack = rack
         self.token = f"dop_v1_{secrets.token_hex(32)}"
         self.faults = Faults()
         self.violations: list[str] = []
@@ -212,7 +212,7 @@ class DigitalOceanCloud:
         self._thread.join()
         self._server.server_close()
         for droplet in self.droplets.values():
-            self.yard.destroy(droplet.yard_name)
+            self.rack.destroy(droplet.yard_name)
 
     # --- for tests ------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class DigitalOceanCloud:
         """Take a droplet's machine away without notice: it is off, and billed, or `gone` altogether."""
         with self._lock:
             droplet = self.droplets[int(droplet_id)]
-            self.yard.destroy(droplet.yard_name)
+            self.rack.destroy(droplet.yard_name)
             droplet.status = "off"
             if gone:
                 droplet.gone_at = droplet.ended = self.clock()
@@ -482,7 +482,7 @@ class DigitalOceanCloud:
             self.droplets[droplet.id] = droplet
             if not is_errored:
                 user_data = body.get("user_data") or "#cloud-config\n{}"
-                droplet.address = self.yard.boot(droplet.yard_name, user_data, lambda d=droplet: self._off(d))
+                droplet.address = self.rack.boot(droplet.yard_name, user_data, lambda d=droplet: self._off(d))
             made.append(droplet)
         links = [{"id": d.action, "rel": "create", "href": f"{self.url}/v2/actions/{d.action}"} for d in made]
         shown = [self._show(d) for d in made]
@@ -548,7 +548,7 @@ class DigitalOceanCloud:
     def _addresses(self, droplet: _Droplet) -> list[dict[str, Any]]:
         # A machine in a box has one address, for both; where nothing boots, they can be told apart.
         private = droplet.address
-        public = private if self.yard.boots else str(ipaddress.ip_address("198.18.0.0") + droplet.id % 100_000)
+        public = private if self.rack.boots else str(ipaddress.ip_address("198.18.0.0") + droplet.id % 100_000)
         return [
             {"ip_address": private, "netmask": "255.255.240.0", "gateway": "<nil>", "type": "private"},
             {"ip_address": public, "netmask": "255.255.240.0", "gateway": public, "type": "public"},
@@ -563,7 +563,7 @@ class DigitalOceanCloud:
         now = self.clock()
         droplet.ended = droplet.ended or now
         droplet.gone_at = droplet.gone_at or now + self.deleting_s
-        self.yard.destroy(droplet.yard_name)
+        self.rack.destroy(droplet.yard_name)
 
     # --- actions --------------------------------------------------------------------------------------------
 
@@ -589,7 +589,7 @@ class DigitalOceanCloud:
     def _act(self, droplet: _Droplet, body: dict[str, Any]) -> dict[str, Any]:
         match body["type"]:
             case "power_off" | "shutdown":
-                self.yard.destroy(droplet.yard_name)
+                self.rack.destroy(droplet.yard_name)
                 droplet.status = "off"
             case "rename":
                 droplet.name = body["name"]

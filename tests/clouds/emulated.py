@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import skyward as sky
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 from tests.waiting import wait_until
 
 NAMES = ("aws", "digitalocean", "verda")
@@ -22,12 +22,12 @@ _END = {"aws": "TerminateInstances", "digitalocean": ("DELETE", "/v2/droplets"),
 
 
 class Emulated:
-    """One emulated cloud, with machines that boot unless told otherwise. Owns its yard."""
+    """One emulated cloud, with machines that boot unless told otherwise. Owns its rack."""
 
     def __init__(self, name: str, *, baked: Path | None = None, boots: bool = True) -> None:
         self.name = name
-        self.yard = Yard(baked=baked, boots=boots)
-        self.cloud: Any = _start(name, self.yard)
+        self.rack = Rack(baked=baked, boots=boots)
+        self.cloud: Any = _start(name, self.rack)
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -68,7 +68,7 @@ class Emulated:
 
     def close(self) -> None:
         self.cloud.close()
-        self.yard.close()
+        self.rack.close()
 
     # --- faults ---------------------------------------------------------------------------------------------
 
@@ -174,17 +174,17 @@ def emulated_aws() -> Iterator[Emulated]:
         aws.close()
 
 
-def _start(name: str, yard: Yard) -> Any:
+def _start(name: str, rack: Rack) -> Any:
     match name:
         case "aws":
             from tests.clouds.aws import AwsCloud
 
-            return AwsCloud(yard)
+            return AwsCloud(rack)
         case "digitalocean":
             from tests.clouds.digitalocean import DigitalOceanCloud
 
-            return DigitalOceanCloud(yard)
+            return DigitalOceanCloud(rack)
         case _:
             from tests.clouds.verda import VerdaCloud
 
-            return VerdaCloud(yard)
+            return VerdaCloud(rack)

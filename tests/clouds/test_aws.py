@@ -28,7 +28,7 @@ from skyward.providers.aws.provider import AWS
 from skyward.providers.base import LaunchOrder, Login, Need, Offer, UserData
 from skyward.spec.pool import PoolSpec
 from tests.clouds.aws import AwsCloud
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 
 REGION = "us-east-1"
 OTHER = "eu-west-1"
@@ -37,7 +37,7 @@ CALLER = "198.51.100.7"
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[AwsCloud]:
-    cloud = AwsCloud(Yard(boots=False))
+    cloud = AwsCloud(Rack(boots=False))
     for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
@@ -126,7 +126,7 @@ def left(region: str = REGION) -> dict[str, int]:
         ({"use_ssm": True, "caller_cidrs": ["203.0.113.7"]}, "which opens no port"),
         ({"ami": "ubuntu"}, "an id such as"),
         ({"endpoint_url": "localhost"}, "https://"),
-        ({"disk_gib": 1}, "a whole number from 8"),
+        ({"disk_gib": 1}, "an integer >= 8"),
     ],
 )
 def test_options_that_can_not_work_are_refused_at_once(options: dict[str, Any], words: str) -> None:

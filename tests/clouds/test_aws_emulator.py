@@ -18,7 +18,7 @@ from skyward.providers import prices
 from skyward.scripts.bootstrap import POWER_OFF
 from tests.cloudbox import why_not
 from tests.clouds.aws import AwsCloud
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 
 UBUNTU = "/aws/service/canonical/ubuntu/server/24.04/stable/current/{}/hvm/ebs-gp3/ami-id"
 NVIDIA = "/aws/service/deeplearning/ami/{}/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
@@ -27,7 +27,7 @@ _SESSION = boto3.session.Session()
 
 @pytest.fixture
 def cloud() -> Iterator[AwsCloud]:
-    with AwsCloud(Yard(boots=False)) as cloud:
+    with AwsCloud(Rack(boots=False)) as cloud:
         cloud.pending_s = cloud.shutting_down_s = cloud.unlisted_s = cloud.undescribed_s = 0.0
         yield cloud
 
@@ -36,12 +36,12 @@ def cloud() -> Iterator[AwsCloud]:
 def booting() -> Iterator[AwsCloud]:
     if reason := why_not():
         pytest.skip(reason)
-    yard = Yard()
+    rack = Rack()
     try:
-        with AwsCloud(yard) as cloud:
+        with AwsCloud(rack) as cloud:
             yield cloud
     finally:
-        yard.close()
+        rack.close()
 
 
 def client(cloud: AwsCloud, service: str = "ec2", region: str = "us-east-1", **options: Any) -> Any:
@@ -511,7 +511,7 @@ def script(*lines: str) -> str:
 
 
 def machine(cloud: AwsCloud, instance: str) -> Any:
-    return until(lambda: cloud.yard.machines.get(instance))
+    return until(lambda: cloud.rack.machines.get(instance))
 
 
 def ask(machine: Any, path: str, *options: str, expect: str = "200") -> str:
@@ -536,7 +536,7 @@ def test_a_machine_boots_with_its_user_data_and_ends_with_its_instance(booting: 
     assert {found["PublicIpAddress"], found["PrivateIpAddress"]} == {first.address}
     client(booting).terminate_instances(InstanceIds=ids(answer))
     until(lambda: not first.is_running and not second.is_running)
-    assert booting.yard.machines == {}
+    assert booting.rack.machines == {}
 
 
 @pytest.mark.slow
@@ -548,7 +548,7 @@ def test_a_machine_that_switches_itself_off_is_ended_or_stopped(booting: AwsClou
 
     found = until(lambda: (d := described(booting, instance))["State"]["Name"] == state and d)
     assert found["StateReason"]["Code"] == "Client.InstanceInitiatedShutdown"
-    assert booting.yard.machines == {}
+    assert booting.rack.machines == {}
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from skyward.spec.pool import PoolSpec
 from skyward.spec.volume import S3Volume
 from tests.cloudbox import why_not
 from tests.clouds.digitalocean import REGIONS, DigitalOceanCloud
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 from tests.waiting import wait_until
 
 POOL, OTHER = "0123abcd", "4567cdef"
@@ -54,7 +54,7 @@ def _point_to(cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[DigitalOceanCloud]:
     """Its machines are addresses alone."""
-    with DigitalOceanCloud(Yard(boots=False)) as cloud:
+    with DigitalOceanCloud(Rack(boots=False)) as cloud:
         _point_to(cloud, monkeypatch)
         yield cloud
         assert cloud.violations == []
@@ -749,12 +749,12 @@ def test_lost_answers_and_short_outages_do_not_keep_the_end(cloud: DigitalOceanC
 def booting(monkeypatch: pytest.MonkeyPatch) -> Iterator[DigitalOceanCloud]:
     if reason := why_not():
         pytest.skip(reason)
-    yard = Yard()
-    with DigitalOceanCloud(yard) as cloud:
+    rack = Rack()
+    with DigitalOceanCloud(rack) as cloud:
         _point_to(cloud, monkeypatch)
         yield cloud
         assert cloud.violations == []
-    yard.close()
+    rack.close()
 
 
 def _run(machine: Machine, command: str) -> str:
@@ -792,12 +792,12 @@ def test_machines_boot_accept_their_key_and_cost_until_deleted(booting: DigitalO
     DigitalOcean().end(POOL, ["nyc3"])
 
     assert _left(booting) == []
-    assert booting.yard.machines == {}
+    assert booting.rack.machines == {}
 
 
 @pytest.mark.slow
 def test_slow_machines_have_addresses_and_can_be_ended_before_they_boot(booting: DigitalOceanCloud) -> None:
-    booting.yard.boot_delay_s = 2.0
+    booting.rack.boot_delay_s = 2.0
 
     start = time.monotonic()
     machines = _launch(2)
@@ -815,7 +815,7 @@ def test_a_machine_that_is_lost_is_off_at_once(booting: DigitalOceanCloud) -> No
 
     booting.lose(machine.id)
 
-    assert booting.yard.machines == {}
+    assert booting.rack.machines == {}
     assert [m.id for m in DigitalOcean().machines(POOL)] == [machine.id]
     DigitalOcean().end(POOL, ["nyc3"])
     assert _left(booting) == []

@@ -15,14 +15,14 @@ import pytest
 
 from tests.clouds.digitalocean import DigitalOceanCloud
 from tests.clouds.openapi import Description
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 
 _NAMED = {"size": "s-1vcpu-1gb", "region": "nyc1", "image": "ubuntu-24-04-x64"}
 
 
 @pytest.fixture
 def cloud() -> Iterator[DigitalOceanCloud]:
-    with DigitalOceanCloud(Yard(boots=False)) as cloud:
+    with DigitalOceanCloud(Rack(boots=False)) as cloud:
         cloud.new_s = cloud.unlisted_s = cloud.deleting_s = 0.0
         yield cloud
         assert cloud.violations == []

@@ -203,11 +203,11 @@ def test_lost_create_answer(cloud: Emulated) -> None:
 
 
 def test_slow_boot(cloud: Emulated) -> None:
-    cloud.yard.boot_delay_s = 6.0
+    cloud.rack.boot_delay_s = 6.0
 
     with open_pool(cloud, nodes=2) as pool:
         assert len(host() @ pool) == 2
-        for machine in cloud.yard.machines.values():  # theirs, unlike a host's, may be stopped
+        for machine in cloud.rack.machines.values():  # theirs, unlike a host's, may be stopped
             assert "stop apt-daily.timer" in machine.run("cat /tmp/skyward-*/bootstrap.sh")
 
     assert_nothing_left(cloud)
@@ -230,13 +230,13 @@ def test_bad_user_data(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_bad_machine(emulate: Callable[..., Emulated], baked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One machine of two never lets anybody in: another one takes its place."""
     cloud = emulate("digitalocean", baked=baked)
-    boot, names = cloud.yard.boot, []
+    boot, names = cloud.rack.boot, []
 
     def boot_first_badly(name: str, user_data: str, *args: Any) -> str:
         names.append(name)
         return boot(name, user_data if len(names) > 1 else "#cloud-config\n{}", *args)
 
-    monkeypatch.setattr(cloud.yard, "boot", boot_first_badly)
+    monkeypatch.setattr(cloud.rack, "boot", boot_first_badly)
     told: list[Any] = []
 
     with open_pool(cloud, nodes=2, boot_timeout=10, on_event=told.append) as pool:
@@ -408,7 +408,7 @@ def test_client_and_guardian_killed(cloud: Emulated, client: Callable[[str], sub
         guardian.kill()
     process.kill()
 
-    wait_until(lambda: not cloud.yard.machines, 60)  # all are off
+    wait_until(lambda: not cloud.rack.machines, 60)  # all are off
     (entry,) = journal.entries()
     ended = CliRunner().invoke(main, ["down", entry.pool_id])
 

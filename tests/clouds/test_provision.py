@@ -296,7 +296,7 @@ class Stops:
 
     def at(self, step: str) -> None:
         """Make launches wait from now on."""
-        boot = self._cloud.yard.boot
+        boot = self._cloud.rack.boot
         match step:
             case "before the create call":
                 self._wait_at = sky.InstanceLaunching
@@ -306,7 +306,7 @@ class Stops:
                     self._wait()
                     return boot(*args, **options)
 
-                self._patch.setattr(self._cloud.yard, "boot", wait_and_boot)
+                self._patch.setattr(self._cloud.rack, "boot", wait_and_boot)
             case "before it has an address":
                 self._cloud.take_long_to_start()
 
@@ -314,7 +314,7 @@ class Stops:
                     self._reached.set()
                     return boot(*args, **options)
 
-                self._patch.setattr(self._cloud.yard, "boot", boot_and_tell)
+                self._patch.setattr(self._cloud.rack, "boot", boot_and_tell)
             case "while it is made ready":
                 self._wait_at = None
 

@@ -29,8 +29,8 @@ from skyward.providers.verda import machines as verda_machines
 from skyward.providers.verda.provider import Verda
 from skyward.spec.pool import PoolSpec
 from tests.cloudbox import why_not
+from tests.clouds.rack import Rack
 from tests.clouds.verda import VerdaCloud
-from tests.clouds.yard import Yard
 
 SMALL, A100, V100 = "CPU.4V.16G", "1A100.22V", "1V100.6V"
 HERE = "FIN-03"
@@ -53,7 +53,7 @@ def _point_to(cloud: VerdaCloud, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[VerdaCloud]:
     """Its machines are addresses alone."""
-    with VerdaCloud(Yard(boots=False)) as cloud:
+    with VerdaCloud(Rack(boots=False)) as cloud:
         _point_to(cloud, monkeypatch)
         yield cloud
 
@@ -645,13 +645,13 @@ def _until(is_so: Callable[[], bool], cloud: VerdaCloud | None = None, *, limit_
 def booting(monkeypatch: pytest.MonkeyPatch) -> Iterator[VerdaCloud]:
     if reason := why_not():
         pytest.skip(reason)
-    yard = Yard()
+    rack = Rack()
     try:
-        with VerdaCloud(yard) as cloud:
+        with VerdaCloud(rack) as cloud:
             _point_to(cloud, monkeypatch)
             yield cloud
     finally:
-        yard.close()
+        rack.close()
 
 
 def _run(machine: Machine, command: str) -> str:
@@ -688,12 +688,12 @@ def test_machines_boot_accept_the_given_key_and_end_themselves(booting: VerdaClo
     Verda().end(POOL, [HERE])
 
     assert booting.left() == []
-    assert booting.yard.machines == {}
+    assert booting.rack.machines == {}
 
 
 @pytest.mark.slow
 def test_slow_machines_have_addresses_and_can_be_ended_before_they_boot(booting: VerdaCloud) -> None:
-    booting.yard.boot_delay_s = 2.0
+    booting.rack.boot_delay_s = 2.0
 
     start = time.monotonic()
     machines = _launch(2)
@@ -711,5 +711,5 @@ def test_a_reclaimed_machine_is_off_at_once(booting: VerdaCloud) -> None:
 
     booting.reclaim(machine.id)
 
-    assert booting.yard.machines == {}
+    assert booting.rack.machines == {}
     assert Verda().machines() == []

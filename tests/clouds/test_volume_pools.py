@@ -194,7 +194,7 @@ def test_after_ctrl_c_while_data_is_sent_the_guardian_goes_on(
         run()
 
     assert bucket.sizes() == {}
-    assert len(cloud.yard.machines) == 1
+    assert len(cloud.rack.machines) == 1
     assert "the pool's guardian goes on" in errors[-1]
     wait_until(lambda: cloud.left() == [], 60)
     assert bucket.sizes() == {"run/result": SIZE}
@@ -214,7 +214,7 @@ def test_a_machine_without_its_caller_sends_before_it_ends(
         pool.cluster.loop.add_callback(agent._beating.cancel)
         agent._heartbeats._loop.call_soon_threadsafe(agent._heartbeat._task.cancel)
 
-        wait_until(lambda: not cloud.yard.machines, 60)
+        wait_until(lambda: not cloud.rack.machines, 60)
 
         assert bucket.sizes() == {"run/result": SIZE}
         wait_until(lambda: any(isinstance(e, sky.Error) and "/out" in e.message for e in told), 60)

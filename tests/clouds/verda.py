@@ -1,4 +1,4 @@
-"""Verda in a box: an HTTP server that speaks Verda's public API as its SDK uses it, and boots machines in a yard.
+"""Verda in a box: an HTTP server that speaks Verda's public API as its SDK uses it, and boots machines in a rack.
 
 Sources: the SDK `verda` 1.25 (paths, fields, states, answers); GitHub verda-cloud/verdacloud-sdk-go at ca1aa5c
 (further states, what a `delete` does with volumes, answers 202 and 207 of actions, fields of images and volume
@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from skyward.providers.prices import TableRow, table
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 
 LOCATIONS = ("FIN-01", "FIN-02", "FIN-03", "ICE-01")
 _VOLUME_USD_PER_GB_MONTH = 0.2
@@ -128,7 +128,7 @@ class _Instance:
 
 
 class VerdaCloud:
-    """A Verda account with its API at `url`, which ends in ``/v1``. Close it; the yard is its owner's to close.
+    """A Verda account with its API at `url`, which ends in ``/v1``. Close it; the rack is its owner's to close.
 
     Attributes
     ----------
@@ -144,8 +144,8 @@ class VerdaCloud:
         (method, path) of every call so far.
     """
 
-    def __init__(self, yard: Yard, *, port: int = 0) -> None:
-        self.yard = yard
+    def __init__(self, rack: Rack, *, port: int = 0) -> None:
+        self.rack = rack
         self.client_id, self.client_secret = secrets.token_urlsafe(12), secrets.token_urlsafe(24)
         self.faults = Faults()
         self.calls: list[tuple[str, str]] = []
@@ -186,7 +186,7 @@ class VerdaCloud:
         self._thread.join()
         self._server.server_close()
         for instance in self._instances.values():
-            self.yard.destroy(instance.yard_id)
+            self.rack.destroy(instance.yard_id)
 
     # --- for tests ------------------------------------------------------------------------------------------
 
@@ -349,8 +349,8 @@ class VerdaCloud:
             if instance.status == "ordered" and age >= self.ordered_s:
                 instance.status = instance.fate or "provisioning"
             if instance.status == "provisioning" and age >= self.ordered_s + self.provisioning_s:
-                is_up = not self.yard.boots or instance.yard_id in self.yard.machines
-                failed = instance.yard_id in self.yard.failed
+                is_up = not self.rack.boots or instance.yard_id in self.rack.machines
+                failed = instance.yard_id in self.rack.failed
                 instance.status = "running" if is_up else "error" if failed else "provisioning"
             if instance.gone_at is not None and now >= instance.gone_at:
                 instance.status = "discontinued"
@@ -417,7 +417,7 @@ class VerdaCloud:
         disk.on_spot_discontinue = volume.get("on_spot_discontinue") or "keep_detached"
         taken = {i.yard_id for i in self._instances.values()}
         yard_id = body["hostname"] if body["hostname"] not in taken else f"{body['hostname'][:50]}-{ident[:4]}"
-        ip = "" if fate else self.yard.boot(yard_id, self._user_data(body), lambda: self._off(ident))
+        ip = "" if fate else self.rack.boot(yard_id, self._user_data(body), lambda: self._off(ident))
         price = row.price_spot if spot else row.price_on_demand
         assert price is not None
         self._instances[ident] = _Instance(ident, row, body, yard_id, ip, now, price, disk, fate)
@@ -498,7 +498,7 @@ class VerdaCloud:
 
     def _act_on(self, instance: _Instance, body: Any) -> None:
         if body["action"] == "shutdown":
-            self.yard.destroy(instance.yard_id)
+            self.rack.destroy(instance.yard_id)
             instance.status = "offline"
             return
         if instance.status in ("provisioning", "no_capacity", "deleting", "discontinued"):
@@ -517,7 +517,7 @@ class VerdaCloud:
 
     def _end(self, instance: _Instance) -> None:
         instance.ended = instance.ended or self.clock()
-        self.yard.destroy(instance.yard_id)
+        self.rack.destroy(instance.yard_id)
 
     # --- volumes --------------------------------------------------------------------------------------------
 

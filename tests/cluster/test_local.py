@@ -102,7 +102,7 @@ def test_gpus_are_divided_among_slots() -> None:
 
 
 def test_more_gpus_than_are_declared_are_refused_when_the_pool_is_made() -> None:
-    with pytest.raises(sky.SpecError, match=r"accelerator='T4:2': accepted is up to 1 per node") as info:
+    with pytest.raises(sky.SpecError, match=r"accelerator='T4:2' is invalid: expected up to 1 per node") as info:
         sky.ComputePool(sky.Local(gpus=1), accelerator="T4:2", display="quiet")
 
     assert info.value.option == "accelerator"

@@ -125,7 +125,7 @@ def test_dropped_buffers_leave_the_nodes_and_return_when_needed(
 
 
 def test_a_file_has_its_name_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(buffer_files.VARIABLE, str(tmp_path / "shelf"))
+    monkeypatch.setenv(buffer_files.VARIABLE, str(tmp_path / "buffer-files"))
     digest = "0" * 32
 
     buffer_files._write(digest, 0, 95, memoryview(DATA[:50]))
@@ -134,7 +134,7 @@ def test_a_file_has_its_name_when_it_is_complete(tmp_path: Path, monkeypatch: py
 
     assert buffer_files.path_of(digest).read_bytes() == DATA
     assert buffer_files._read(digest, 90) == DATA[90:]
-    assert [p.name for p in (tmp_path / "shelf").iterdir()] == [digest]
+    assert [p.name for p in (tmp_path / "buffer-files").iterdir()] == [digest]
 
 
 def test_a_node_without_room_is_reported_and_not_retried(nodes: Nodes, store: Store) -> None:

@@ -49,7 +49,7 @@ class Tabled:
     def launch(self, *_: Any) -> Any:
         raise NotImplementedError
 
-    machines = terminate = admit = end = launch
+    machines = terminate = open_firewall = end = launch
 
 
 AWS, DO, VERDA = Tabled("aws"), Tabled("digitalocean"), Tabled("verda")

@@ -287,7 +287,7 @@ def test_a_large_argument_lies_once_on_each_machine(site: Site, boot: Boot, tmp_
         assert sky.gather(*(total(array[::2]) for _ in range(6))) >> pool == ((int(array[::2].sum()), False),) * 6
         assert sky.gather(*(sky.compute(len)(bytes(2_000_000)) for _ in range(6))) >> pool == (2_000_000,) * 6
         for machine in machines:
-            sizes = {int(size) for size in machine.run("stat -c %s /tmp/skyward-*/shelf/*").split()}
+            sizes = {int(size) for size in machine.run("stat -c %s /tmp/skyward-*/buffer-files/*").split()}
             assert array.nbytes in sizes
             assert sizes <= {array.nbytes, array.nbytes // 2, 2_000_000}  # calls may not have run on all machines
 
@@ -308,7 +308,7 @@ def test_unneeded_arguments_leave_machines_without_a_further_call(site: Site, bo
         pool.engine.store._keep_bytes = 5 << 20
         assert sum(sky.gather(*(total(np.full(250_000, i)) for i in range(20))) >> pool) == 190  # 2 MB each
 
-        wait_until(lambda: len(machine.run("ls /tmp/skyward-*/shelf").split()) <= 3)
+        wait_until(lambda: len(machine.run("ls /tmp/skyward-*/buffer-files").split()) <= 3)
 
 
 @pytest.mark.usefixtures("data_folder")

@@ -123,7 +123,7 @@ def test_all_that_is_wrong_is_told_at_once(files: Path) -> None:
 
 
 def test_more_nodes_than_hosts_are_refused_before_anything_starts() -> None:
-    with pytest.raises(sky.SpecError, match=r"nodes=3: accepted is up to 2, as many as sky.SSH was given hosts"):
+    with pytest.raises(sky.SpecError, match=r"nodes=3 is invalid: expected up to 2, as many as sky.SSH was given"):
         sky.ComputePool(sky.SSH(["a", "b"]), nodes=3)
 
 

@@ -18,10 +18,10 @@ from skyward.spec.pool import PoolSpec
 from skyward.spec.validation import parse_memory
 
 BAD = [
-    ("nodes", 0, "a whole number from 1"),
-    ("nodes", True, "a whole number from 1"),
-    ("nodes", "2", "a whole number from 1"),
-    ("concurrency", -1, "a whole number from 1"),
+    ("nodes", 0, "an integer >= 1"),
+    ("nodes", True, "an integer >= 1"),
+    ("nodes", "2", "an integer >= 1"),
+    ("concurrency", -1, "an integer >= 1"),
     ("accelerator", "A1000", "did you mean"),
     ("memory", "lots", "'32GB' or '32GiB'"),
     ("memory", 0, "'32GB' or '32GiB'"),
@@ -35,8 +35,8 @@ BAD = [
     ("boot_timeout", 0, "seconds greater than 0"),
     ("heartbeat_timeout", 9, "seconds from 10"),
     ("heartbeat_timeout", 3601, "at most timeout=3600"),
-    ("retries", -1, "a whole number from 0"),
-    ("cpu", 0.5, "a whole number from 1"),
+    ("retries", -1, "an integer >= 0"),
+    ("cpu", 0.5, "an integer >= 1"),
     ("max_price", 0, "USD per hour greater than 0"),
     ("max_cost", "5", "USD greater than 0"),
     ("display", "loud", "'auto', 'log', 'spinner', 'quiet'"),

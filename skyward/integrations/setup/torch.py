@@ -24,7 +24,7 @@ def session(world: World, backend: str | None) -> Iterator[None]:
         if chosen == "nccl" and not (has_gpu and dist.is_nccl_available()):
             accepted = "'gloo', or None to choose by what there is"
             raise SpecError(
-                f"backend='nccl': torch {torch.__version__} sees no GPU on rank {world.rank}; accepted is {accepted}. "
+                f"backend='nccl': torch {torch.__version__} sees no GPU on rank {world.rank}; expected {accepted}. "
                 "For GPUs: accelerator=... of the pool, and a torch that was built for them",
                 option="backend",
                 value="nccl",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
+from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, invalid
 from skyward.version import __version__
 
 _RETRIES: Any = {"mode": "standard", "total_max_attempts": 6}  # backs off with jitter, by up to 20 s; some 20 s in all
@@ -147,9 +147,7 @@ class Api:
         if region not in known:
             near = difflib.get_close_matches(region, known, n=3, cutoff=0.5)
             accepted = "a region of AWS" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
-            raise SpecError(
-                f"AWS(region={region!r}): accepted is {accepted}", option="region", value=region, accepted=accepted
-            )
+            raise invalid("region", region, accepted, shown=f"AWS(region={region!r})")
 
     def arn_partition(self, region: str) -> str:
         """Return ``"aws"``, or what ARNs in China and in government regions have in its place."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from skyward.errors import CapacityError, ProviderError, SpecError
+from skyward.errors import CapacityError, ProviderError, SpecError, invalid
 from skyward.providers import listing
 from skyward.providers.aws import pool as of
 from skyward.providers.aws.api import Api, attempt, call, quota_of
@@ -354,10 +354,10 @@ def image_of(api: Api, region: str, ami: str) -> dict[str, Any]:
         answer = call(ec2.describe_images, unless=none, ImageIds=[ami])
     if not answer or not answer["Images"]:
         accepted = f"the id of an image in {region}"
-        raise SpecError(f"AWS(ami={ami!r}): accepted is {accepted}", option="ami", value=ami, accepted=accepted)
+        raise invalid("ami", ami, accepted, shown=f"AWS(ami={ami!r})")
     return dict(answer["Images"][0])
 
 
 def wrong_image(ami: str, architecture: str, wanted: str) -> SpecError:
     accepted = f"an image for {wanted}; this one is for {architecture}"
-    return SpecError(f"AWS(ami={ami!r}): accepted is {accepted}", option="ami", value=ami, accepted=accepted)
+    return invalid("ami", ami, accepted, shown=f"AWS(ami={ami!r})")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.clouds.aws.faults import Faults, Place
-from tests.clouds.yard import Yard
+from tests.clouds.rack import Rack
 
 if TYPE_CHECKING:
     from tests.clouds.aws.launch import Pool
@@ -87,7 +87,7 @@ class AwsCloud:
 
     Parameters
     ----------
-    yard
+    rack
         Where machines boot. It is the caller's to close; machines that are left are destroyed by `close`.
 
     Attributes
@@ -111,12 +111,12 @@ class AwsCloud:
     secret_key = "skyward-emulator-secret-0123456789abcdef"
     expired_token = "an-expired-session-token"
 
-    def __init__(self, yard: Yard) -> None:
+    def __init__(self, rack: Rack) -> None:
         # moto's own images are more than a thousand in each region, and nobody here asks for them.
         os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
         from tests.clouds.aws import servers
 
-        self.yard = yard
+        self.rack = rack
         self.faults = Faults()
         self.calls: Counter[str] = Counter()
         self.pending_s = 0.1
@@ -159,7 +159,7 @@ class AwsCloud:
             timer.cancel()
         with self.lock:
             for lent in self.instances.values():
-                self.yard.destroy(lent.machine)
+                self.rack.destroy(lent.machine)
         os.environ.pop("MOTO_EC2_LOAD_DEFAULT_AMIS", None)
 
     # --- regions ----------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class AwsCloud:
 
     def _boot(self, lent: Lent, user_data: str) -> None:
         lent.began = time.time()
-        lent.address = self.yard.boot(lent.machine, user_data, lambda: self.switched_off(lent.instance.id))
+        lent.address = self.rack.boot(lent.machine, user_data, lambda: self.switched_off(lent.instance.id))
         lent.spans.append((lent.began + self.pending_s, None))
         nic = lent.instance.nics[0]
         nic.public_ip = None
@@ -263,7 +263,7 @@ class AwsCloud:
             lent.instance.state_reason.code, lent.instance.state_reason.message = code, f"{code}: {words}"
 
     def _off(self, lent: Lent) -> None:
-        self.yard.destroy(lent.machine)
+        self.rack.destroy(lent.machine)
         now = time.time()
         lent.ended = now
         start, end = lent.spans[-1]

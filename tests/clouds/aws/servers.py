@@ -36,7 +36,7 @@ class Servers:
         self.url = self._serve("127.0.0.1", front)
         self.url_for_machines = self.metadata_url = None
         self._table = ""
-        network = cloud.yard.network
+        network = cloud.rack.network
         if network is not None:
             self.url_for_machines = self._serve(network.gateway, front)
             self.metadata_url = self._serve(network.gateway, Metadata(cloud))

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.cloudbox import Machine, Network
 
 
-class Yard:
+class Rack:
     """Boots machines in the background, as clouds do, and notices those that switch themselves off.
 
     Parameters
