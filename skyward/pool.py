@@ -231,6 +231,25 @@ class ComputePool:
             if exc_info[0] is None:
                 raise
 
+    def start(self) -> Self:
+        """Do what entering the block does: bring the machines up, and make this the pool that ``>> sky`` means.
+
+        For notebooks, and where a block does not fit. `close` ends it; so does the end of the program. Raises what
+        entering raises.
+        """
+        return self.__enter__()
+
+    def close(self) -> None:
+        """Do what leaving the block does: destroy the machines. May be called twice.
+
+        Raises
+        ------
+        VolumeError
+            What was written to a volume could not be sent. The machines are destroyed all the same.
+        """
+        leave(self)
+        self._stop()
+
     async def __aenter__(self) -> Self:
         import asyncio
 

@@ -85,6 +85,33 @@ def test_entering_an_active_pool_is_refused_and_harms_nothing() -> None:
         assert double(1) >> pool == 2
 
 
+def test_start_and_close_do_what_entering_and_leaving_do() -> None:
+    pool = small().start()
+    there = psutil.Process(pid() >> sky)
+
+    pool.close()
+    pool.close()
+
+    wait_until(lambda: not there.is_running())
+    assert not pool.is_active
+    with pytest.raises(sky.NoActivePoolError):
+        pid() >> sky
+
+
+def test_a_pool_that_is_never_closed_ends_with_the_program() -> None:
+    script = """
+        import os
+        import skyward as sky
+        sky.ComputePool(display="quiet").start()
+        print(sky.compute(os.getpid)() >> sky)
+    """
+
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+
+    assert ran.returncode == 0, ran.stderr
+    wait_until(lambda: not psutil.pid_exists(int(ran.stdout)))
+
+
 def test_an_exception_in_the_block_ends_the_pool_and_passes_through() -> None:
     pool = small()
 
