@@ -57,6 +57,9 @@ class Executor(concurrent.futures.Executor):
                 self.pool._start()
                 self._started = True
 
+    def __repr__(self) -> str:
+        return f"<Executor on {self.pool!r}>"
+
     def __enter__(self) -> Self:
         self._start()
         return self

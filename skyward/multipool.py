@@ -21,6 +21,9 @@ class MultiPool:
             raise TypeError("MultiPool was given the same pool twice")
         self.pools = pools
 
+    def __repr__(self) -> str:
+        return f"MultiPool({', '.join(map(repr, self.pools))})"
+
     def __enter__(self) -> tuple[ComputePool, ...]:
         """Bring all up.
 

@@ -72,6 +72,9 @@ class Session:
         self.client: Client
         self.engine: Engine
 
+    def __repr__(self) -> str:
+        return f"<Session {self.pool_id}: {self._info}>"
+
     def emit(self, event: Any) -> None:
         if self._emitter is not None:
             self._emitter.emit(event)

@@ -78,6 +78,21 @@ def test_a_pool_used_after_its_block_says_so() -> None:
             use()
 
 
+def test_what_a_pool_is_made_of_says_what_it_is() -> None:
+    with small(nodes=2) as pool:
+        session = pool._active()
+        shown = [repr(pool), repr(session), repr(session.engine), *map(repr, pool.cluster._agents)]
+
+    assert shown == [
+        "<ComputePool active: 2 nodes × 1 slot on local>",
+        f"<Session {session.pool_id}: 2 nodes × 1 slot on local>",
+        "<Engine: 0 chunks in flight, 0 groups with calls that wait>",
+        "<LocalAgent of nodes [0, 1]>",
+    ]
+    assert repr(sky.MultiPool(pool)) == "MultiPool(<ComputePool not active: 2 nodes × 1 slot on local>)"
+    assert repr(sky.Executor("local")) == "<Executor on <ComputePool not active: 1 node × 1 slot on local>>"
+
+
 def test_entering_an_active_pool_is_refused_and_harms_nothing() -> None:
     with small() as pool:
         with pytest.raises(sky.PoolError, match="active already"):

@@ -91,6 +91,9 @@ class LocalAgent:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
+    def __repr__(self) -> str:
+        return f"<LocalAgent of nodes {sorted(self.nodes)}>"
+
     def instance_id(self, node: int) -> str:
         return instance_id(self._config.pool_id, node)
 

@@ -140,7 +140,7 @@ class AgentCluster(SkyCluster):
         self._timeout_s = timeout_s
         self._nodes = {node for agent in agents for node in agent.nodes}
         self._places: dict[str, int] = {}  # nodes of all workers that ever were
-        self._excused: set[str] = set()  # workers that had to go: their machines were taken away, or not wanted
+        self._reclaimed: set[str] = set()  # workers that had to go: their machines were taken away, or not wanted
         self._address: asyncio.Future[str] | None = None  # of the scheduler, as nodes reach it
         self.dashboard_port: int | None = None  # on the scheduler's host, on its loopback
         self.folder = ""  # where it is all on this host: what ends with it
@@ -465,7 +465,7 @@ class AgentCluster(SkyCluster):
             self._places[address] = int(str(worker["name"]).partition("-")[0])
 
     def _excuse(self, nodes: Collection[int]) -> None:
-        self._excused |= {address for address, node in self._places.items() if node in nodes}
+        self._reclaimed |= {address for address, node in self._places.items() if node in nodes}
 
     async def was_reclaimed(self, address: str) -> bool:
         """Tell, once it is known, whether a worker has ended because it had to: its machine was taken away, say.
@@ -473,17 +473,17 @@ class AgentCluster(SkyCluster):
         Waits for the last lines that it has printed, so that they come before the error. Then until it is clear whether
         its agent has ended too, which may be the end of the pool: that is a better reason for the calls to fail.
         """
-        if address not in self._excused:
+        if address not in self._reclaimed:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited[address].wait(), _EXIT_S)
-        if self._new_agents is not None and address not in self._excused:
+        if self._new_agents is not None and address not in self._reclaimed:
             await asyncio.sleep(_BREAK_S)
             node = self._places.get(address)
             while agent := next((agent for agent in self._agents if node in agent.nodes), None):
                 if self._stopping or self._failed is not None or await agent.answers():
                     break
                 await asyncio.sleep(_BREAK_S)  # until it is heard again, or it is known what has become of it
-        return address in self._excused
+        return address in self._reclaimed
 
     def _addresses(self, agent: Agent) -> list[str]:
         return [address for address in self.scheduler_info["workers"] if self._places.get(address) in agent.nodes]

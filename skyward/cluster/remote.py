@@ -179,6 +179,9 @@ class RemoteAgent:
         self._buckets = buckets(shipment.volumes)
         self._flushed = False
 
+    def __repr__(self) -> str:
+        return f"<RemoteAgent of node {min(self.nodes)} on {self.machine}>"
+
     @property
     def has_unsent(self) -> bool:
         return self._started and bool(self._buckets) and not self._flushed

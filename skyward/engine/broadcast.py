@@ -114,9 +114,9 @@ class Broadcaster:
                     raise first
                 return [first]
         finally:
-            has_inbox = self._engine._alive is not None
+            has_handlers = self._engine._alive is not None
             left_over = map(tasks.__getitem__, pending)
-            unfinished = {keys[i]: (addresses[i] or None) if has_inbox else None for i in left_over}
+            unfinished = {keys[i]: (addresses[i] or None) if has_handlers else None for i in left_over}
             for task in pending:
                 task.cancel()
             if unfinished:

@@ -146,7 +146,7 @@ class Engine:
         self._chunks: dict[str, SentChunk] = {}
         self._wait_for_worker = wait_for_worker
         self._watch: asyncio.Task[None] | None = None  # while there are no slots and something needs one
-        self._suspects = 0  # queued or running calls that were on a worker when it died
+        self._reruns = 0  # queued or running calls that were on a worker when it died
         self._ending: dict[str, float] = {}  # workers that may end at our own request, and until when
         self._tasks: set[asyncio.Task[None]] = set()
         self._broadcaster = Broadcaster(self)
@@ -158,6 +158,9 @@ class Engine:
         self._callbacks = Callbacks(self.decoder)
         self._futures_group = Group(self, self._callbacks.put)
         self.roster_changed()
+
+    def __repr__(self) -> str:
+        return f"<Engine: {len(self._chunks)} chunks in flight, {len(self._ready)} groups with calls that wait>"
 
     def demand(self) -> int:
         """Return how many slots the calls that wait and run could use now. In the loop."""
@@ -433,7 +436,7 @@ class Engine:
 
     def _ahead(self, item: Item) -> int:
         """Return how many chunks a slot may have when one that begins with `item` is sent there."""
-        if self._suspects:
+        if self._reruns:
             return 1  # if it kills its worker, it takes no others with it
         if self._alive is None:
             return self._shown(item)
@@ -579,10 +582,10 @@ class Engine:
                 continue
             seconds += outcome.seconds
             runs += 1
-            self._suspects -= item.losses > 0
+            self._reruns -= item.losses > 0
             if kind in _ITS_OWN and item.attempts < item.call.retries:
                 item.attempts += 1
-                self._suspects += item.losses > 0
+                self._reruns += item.losses > 0
                 again.append(item)
             else:
                 done.append((item, outcome))
@@ -595,7 +598,7 @@ class Engine:
         cancelled = []
         for item in reversed(list(items)):
             if item.is_cancelled:
-                self._suspects -= item.losses > 0
+                self._reruns -= item.losses > 0
                 cancelled.append((item, Outcome(Kind.CANCELLED)))
             else:
                 group.put_back(item)
@@ -616,7 +619,7 @@ class Engine:
                 # The worker that held a large argument may be lost, and with it the task that needed it.
                 logger.debug("%s runs again with new copies of its large arguments: %s", batch_label(items), cause)
                 for item in items:
-                    self._suspects += item.losses == 0
+                    self._reruns += item.losses == 0
                     item.losses += 1
                 self._requeue(group, items)
                 return
@@ -630,7 +633,7 @@ class Engine:
         done: list[tuple[Item, Outcome | BaseException]] = []
         again: list[Item] = []
         for item in items:
-            self._suspects -= item.losses > 0
+            self._reruns -= item.losses > 0
             item.losses += 1
             timeout = item.call.timeout
             if timeout is not None and seconds >= timeout:
@@ -638,7 +641,7 @@ class Engine:
             elif item.losses > self.retries:
                 done.append((item, died(item, cause.name or self._placement.name(cause.address))))
             else:
-                self._suspects += 1
+                self._reruns += 1
                 again.append(item)
         logger.warning("a worker died with %d calls of %s; %d run again", len(items), batch_label(items), len(again))
         self._requeue(group, again)
@@ -654,7 +657,7 @@ class Engine:
         self._drop_chunks(keys)
         group.in_flight.clear()
         for item in [*items, *pending]:
-            self._suspects -= item.losses > 0
+            self._reruns -= item.losses > 0
         if items or pending:
             group.deliver([(item, Outcome(Kind.CANCELLED)) for item in [*items, *pending]])
         self._pump()
@@ -690,7 +693,7 @@ class Engine:
 
     def _forget(self, items: Iterable[Item]) -> None:
         for item in items:
-            self._suspects -= item.losses > 0
+            self._reruns -= item.losses > 0
             self.store.release(item.refs)
 
     def _drop_chunks(self, keys: list[str]) -> None:

@@ -157,7 +157,7 @@ def simulated(client: Any, count: int, fates: list[tuple[str, int]], retries: in
             settled.result(10)
             assert not made._chunks
             assert made.busy() == set()
-            assert made._suspects == 0
+            assert made._reruns == 0
         finally:
             made.close()
 
