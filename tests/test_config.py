@@ -184,7 +184,7 @@ def test_all_bad_values_are_told_at_once(project: Path, user: Path, monkeypatch:
 
     lines = str(info.value).splitlines()
     assert lines[1].startswith(f"  {user} can't be read: ")
-    assert lines[-1].startswith("  SKYWARD_RETRIES='many' is invalid: expected a whole number")
+    assert lines[-1].startswith("  SKYWARD_RETRIES='many' is invalid: expected an integer")
 
 
 @pytest.mark.parametrize(

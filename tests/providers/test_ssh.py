@@ -148,7 +148,7 @@ def test_a_missing_file_to_ship_is_refused_before_anything_starts(
     monkeypatch.chdir(files)
     sky.ComputePool(sky.SSH("a"), image=Image(include=["key", str(files)]))
 
-    with pytest.raises(sky.SpecError, match=r"include='nothing.csv': .* that can be read in ") as caught:
+    with pytest.raises(sky.SpecError, match=r"include='nothing.csv' is invalid: .* that can be read in ") as caught:
         sky.ComputePool(sky.SSH("a"), image=Image(include=["key", "nothing.csv"]))
 
     assert caught.value.option == "include"
