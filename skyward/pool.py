@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from skyward import events
     from skyward.accelerators.model import Accelerator
-    from skyward.cluster.cluster import SkyCluster
+    from skyward.cluster.base import SkyCluster
     from skyward.console.output import Output
     from skyward.engine import Call, Engine
     from skyward.launch.plan import Plan

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from skyward.cleanup.pool_record import PoolRecord
-    from skyward.cluster.cluster import AgentCluster, SkyCluster
+    from skyward.cluster.base import SkyCluster
+    from skyward.cluster.cluster import AgentCluster
     from skyward.engine import Engine
     from skyward.launch.provisioner import Provisioner
     from skyward.pool import ComputePool

@@ -6,18 +6,17 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from distributed.core import Status, rpc
-from distributed.deploy import Cluster
-from distributed.deploy.adaptive import Adaptive
+from distributed.core import Status
 
+from skyward.cluster.adaptive import NodeAdaptive
 from skyward.cluster.agents import Agent
+from skyward.cluster.base import CLOSE_S, SkyCluster
 from skyward.cluster.failures import LOST, WORKERS, StartFailures
 from skyward.errors import BootstrapError, PoolError, PoolTimeoutError, SkywardError, VolumeError
 from skyward.node.config import NodeSpec
@@ -37,8 +36,6 @@ _FLUSH_MARGIN_S = 45.0
 """The same for a machine that also has to send what was written to volumes. Chosen, not measured."""
 _CLOUD_CALLS = 6
 """Calls to clouds at a time that launch or destroy single machines of a pool that runs. Chosen, not measured."""
-_CLOSE_S = 30.0
-"""Seconds that a cluster may take to close, not counting the data that its machines still send."""
 _LOOK_S = 2.0
 _EXIT_S = 1.0
 """Seconds to wait for the agent to tell of a worker that has ended. Chosen: it tells at once, if it is there."""
@@ -49,53 +46,6 @@ _TOLD = {"told_by_event": True}
 _REPLACEMENT_PAUSES_S = (1.0, 15.0, 60.0, 120.0, 300.0)
 """Pauses before attempts to find a replacement for a lost machine.
 Chosen, not measured: capacity comes back in minutes."""
-
-
-class SkyCluster(Cluster):  # type: ignore[misc]
-    """A `distributed.deploy.Cluster` that knows which workers are slots of which node.
-
-    `on_change` is called, in the event loop, whenever a worker comes or goes.
-    """
-
-    _name = "SkyCluster"
-    _close_within_s: float | None = _CLOSE_S
-
-    def __init__(self, name: str, security: Any = None) -> None:
-        super().__init__(asynchronous=False, quiet=True, name=name)
-        self.security = security
-        self.on_change: Callable[[], None] = lambda: None
-        self.on_lost: Callable[[BaseException], None] = lambda _: None
-        self.changed = asyncio.Event()
-        self.has_dashboard = threading.Event()  # set when `dashboard_link` leads to something
-        self._loop_runner.start()
-
-    def instance_id(self, node: int) -> str:
-        """Return the name of the machine that is node `node`."""
-        return f"{self.name}-{node}"
-
-    def machine(self, node: int) -> Machine | None:  # noqa: ARG002 - where there are several, it says which
-        """Return what is known of the machine that is node `node`; None for this host, and for a joined cluster's."""
-        return None
-
-    def slots(self) -> list[Slot]:
-        """Return the slots that are there now, by node and then by number."""
-        raise NotImplementedError  # each kind of cluster numbers its nodes in its own way
-
-    def _update_worker_status(self, op: str, msg: Any) -> None:
-        super()._update_worker_status(op, msg)
-        self.changed.set()
-        self.on_change()
-
-    def _open_rpc(self, address: str) -> None:
-        arguments = self.security.get_connection_args("client") if self.security else None
-        self.scheduler_comm = rpc(address, connection_args=arguments)
-
-    def stop(self) -> None:
-        """Close and end the event loop's thread. May be called twice; never raises for what is gone already."""
-        with contextlib.suppress(Exception):  # the scheduler may be dead: closing then only tidies up
-            self.close(timeout=self._close_within_s)
-        with contextlib.suppress(Exception):
-            self._loop_runner.stop()
 
 
 class AgentCluster(SkyCluster):
@@ -550,7 +500,7 @@ class AgentCluster(SkyCluster):
 
     async def _end_tasks(self) -> None:
         if self._tasks:
-            _, pending = await asyncio.wait(self._tasks, timeout=_CLOSE_S)
+            _, pending = await asyncio.wait(self._tasks, timeout=CLOSE_S)
             for task in pending:
                 task.cancel()
 
@@ -703,31 +653,9 @@ class AgentCluster(SkyCluster):
 
     def adapt(self, *, minimum: int = 1, maximum: int, **options: Any) -> Any:
         """Keep between `minimum` and `maximum` nodes, as many as the waiting calls can use."""
-        return super().adapt(Adaptive=_NodeAdaptive, minimum=minimum, maximum=maximum, **options)
+        return super().adapt(Adaptive=NodeAdaptive, minimum=minimum, maximum=maximum, **options)
 
 
 def _named(agent: Agent) -> str:
     """Return what an agent's machine is called in messages: by its node, as events and the console do."""
     return ", ".join(f"node {node} ({agent.instance_id(node)})" for node in sorted(agent.nodes))
-
-
-class _NodeAdaptive(Adaptive):  # type: ignore[misc]
-    """Dask's adaptive scaling, counted in nodes and driven by what waits in the engine."""
-
-    async def target(self) -> int:
-        wanted: int = self.cluster.demand()
-        per_node: int = self.cluster._per_node
-        return math.ceil(wanted / per_node)
-
-    async def workers_to_close(self, target: int) -> list[int]:
-        busy_workers = await self.cluster.scheduler_comm.processing()
-        ours = self.cluster.busy()
-        busy = {s.node for s in self.cluster.slots() if busy_workers.get(s.address) or s.address in ours}
-        idle = sorted(self.cluster.observed - busy - {0}, reverse=True)
-        return idle[: max(0, len(self.cluster.plan) - target)]
-
-    async def scale_down(self, workers: Any) -> None:
-        self.cluster.scale_down(list(workers))
-
-    async def scale_up(self, n: int) -> None:
-        self.cluster._scale(n)

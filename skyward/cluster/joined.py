@@ -18,7 +18,7 @@ from distributed.core import Status
 from distributed.objects import SchedulerInfo
 from packaging.requirements import Requirement
 
-from skyward.cluster.cluster import SkyCluster
+from skyward.cluster.base import SkyCluster
 from skyward.errors import PoolError, PoolTimeoutError, VersionMismatchError
 from skyward.providers.dask import Dask
 from skyward.scheduler.barrier import barrier_plugin, remove_barrier
