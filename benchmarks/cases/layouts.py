@@ -40,14 +40,18 @@ def _mapped(values: np.ndarray, folder: Path) -> np.ndarray:
 KINDS: dict[str, Callable[[np.ndarray, Path], np.ndarray]] = {"view": _view, "datetime64": _dates, "memmap": _mapped}
 
 
+def new(make: Callable[[np.ndarray, Path], np.ndarray], megabytes: int, folder: Path) -> np.ndarray:
+    """Return an array of so many MB that no peer has seen."""
+    return make(np.random.default_rng(next(_seeds)).integers(0, 1 << 30, megabytes * 125_000), folder)
+
+
 def rows(peers: Mapping[str, Any], pick: Pick) -> Iterator[Row]:
     megabytes = pick(200, 20)
 
     def measure(make: Callable[[np.ndarray, Path], np.ndarray]) -> Callable[[Any], float]:
         def work(peer: Any) -> float:
-            values = np.random.default_rng(next(_seeds)).integers(0, 1 << 30, megabytes * 125_000)
             with tempfile.TemporaryDirectory() as folder, peer.joblib():
-                array = make(values, Path(folder))
+                array = new(make, megabytes, Path(folder))
                 seconds, found = timed(lambda: Parallel()(delayed(touch)(array, i) for i in range(TASKS)))
             assert found == [touch(array, i) for i in range(TASKS)]
             return seconds

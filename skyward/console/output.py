@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from skyward.events import LogLine
+from skyward.worker.capture import DROPPED
 
 LINES_KEPT = 10_000
 """Lines kept per node."""
@@ -15,6 +16,8 @@ LINES_PER_S = 10_000
 """Lines a second that are taken of a whole pool, when it goes on for long. Chosen, not measured: nobody reads as
 much, and it leaves most of the event loop's time to results."""
 _AT_ONCE = 2 * LINES_PER_S
+_LAST = 10
+"""Lines at the end of each batch that are never dropped, so that the end of a storm is seen."""
 
 
 class Output:
@@ -42,16 +45,15 @@ class Output:
         come = self._come.get(message["process"], 0)
         lines = message["lines"][max(0, come - first) :]
         self._come[message["process"]] = max(come, first + len(message["lines"]))
-        dropped = message["dropped"] + max(0, len(lines) - self._allowed())
-        if len(lines) > self._allowance:
-            lines = lines[len(lines) - int(self._allowance) :]
+        most = max(_LAST, self._allowed())
+        if dropped := lines[:-most]:
+            lines = [(dropped[-1][0], DROPPED, str(sum(map(_count, dropped)))), *lines[-most:]]
         self._allowance -= len(lines)
-        if dropped:
-            stamp = lines[0][0] if lines else time.time()
-            lines = [(stamp, "stderr", f"... {dropped} lines dropped ..."), *lines]
         kept = self._kept.setdefault(node, deque(maxlen=LINES_KEPT))
         instance_id = self._instance_id(node)
         for stamp, stream, line in lines:
+            if stream == DROPPED:
+                stream, line = "stderr", f"... {line} lines dropped ..."
             kept.append(line)
             self._emit(LogLine(node=node, instance_id=instance_id, line=line, timestamp=stamp, stream=stream))
 
@@ -65,3 +67,8 @@ class Output:
         """Return the last lines of a node, or of all, by node. From any thread."""
         nodes = sorted(self._kept) if node is None else [node]
         return [line for n in nodes for line in list(self._kept.get(n, ()))]
+
+
+def _count(entry: tuple[float, str, str]) -> int:
+    _, stream, line = entry
+    return int(line) if stream == DROPPED else 1

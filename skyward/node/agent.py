@@ -468,7 +468,7 @@ def _last_lines(node: int, output: capture.Reader) -> dict[str, Any]:
     """Return what a worker process that has ended has printed and not sent, in the form in which workers send it."""
     now = time.time()
     lines = [(now, *line) for line in (*output.read(), *output.rest())][-_TOLD_LINES:]
-    return {"node": node, "process": uuid.uuid4().hex, "first": 0, "dropped": 0, "lines": lines}
+    return {"node": node, "process": uuid.uuid4().hex, "first": 0, "lines": lines}
 
 
 async def _close(server: asyncio.Server) -> None:

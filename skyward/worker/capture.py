@@ -33,7 +33,8 @@ _BEGIN, _END = b"\0\x0e\0", b"\0\x0f\0"
 _MARKED = re.compile(re.escape(_BEGIN) + rb"(.*?)" + re.escape(_END), re.DOTALL)
 
 Line = tuple[str, str]
-"""``"stdout"`` or ``"stderr"``, and the text without its end."""
+"""``"stdout"`` or ``"stderr"``, and the text without its end. Or `DROPPED`, and how many lines stood in its place."""
+DROPPED = "dropped"
 
 
 @contextlib.contextmanager

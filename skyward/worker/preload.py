@@ -98,16 +98,18 @@ class _Shipper:
         while self._sent and self._sent[0][0] < now - _AGAIN_S:
             self._sent.popleft()
         old = list(self._sent) if again else []
+        if self._dropped:
+            self._lines.appendleft((time.time(), capture.DROPPED, str(self._dropped)))
+            self._dropped = 0
         new = [(now, *line) for line in self._lines]
         self._lines.clear()
         self._sent.extend(new)
         first = self._count - len(old)
         self._count += len(new)
-        dropped, self._dropped = self._dropped, 0
         if not (old or new):
             return None
         lines = [entry[1:] for entry in (*old, *new)]
-        return {"node": self._node, "process": self._id, "first": first, "dropped": dropped, "lines": lines}
+        return {"node": self._node, "process": self._id, "first": first, "lines": lines}
 
     def _run(self) -> None:
         pipes = select.poll()

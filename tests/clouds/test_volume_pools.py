@@ -111,7 +111,7 @@ def pool_on(cloud: Emulated, bucket: Bucket, **options: Any) -> sky.ComputePool:
 def test_last_writes_arrive_however_long_they_take(
     cloud: Emulated, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_module, "_CLOSE_S", 2.0)
+    monkeypatch.setattr(cluster_module, "CLOSE_S", 2.0)
     monkeypatch.setattr(remote, "_TELL_FLUSH_S", 1.0)
     events: list[sky.SkywardEvent] = []
 

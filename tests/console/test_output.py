@@ -15,12 +15,15 @@ import pytest
 
 import skyward as sky
 from skyward.console.output import LINES_KEPT, Output
+from skyward.worker.capture import DROPPED
 from tests.waiting import wait_until
 
 
 def message(first: int, *lines: str, process: str = "p", node: int = 0, dropped: int = 0) -> dict[str, Any]:
     stamped = [(float(i), "stdout", line) for i, line in enumerate(lines)]
-    return {"node": node, "process": process, "first": first, "dropped": dropped, "lines": stamped}
+    if dropped:
+        stamped.insert(0, (0.0, DROPPED, str(dropped)))
+    return {"node": node, "process": process, "first": first, "lines": stamped}
 
 
 @pytest.fixture
@@ -31,6 +34,15 @@ def heard() -> list[sky.LogLine]:
 @pytest.fixture
 def output(heard: list[sky.LogLine]) -> Output:
     return Output(lambda node: f"i-{node}", heard.append)
+
+
+def test_the_end_of_a_storm_is_kept(output: Output, heard: list[sky.LogLine]) -> None:
+    output.receive(message(0, *map(str, range(100_000))))
+    for i in range(1_000):
+        output.receive(message(100_000 + i, f"end {i}"))
+
+    assert [e.line for e in heard[-1_000:]] == [f"end {i}" for i in range(1_000)]
+    assert heard[0].line == f"... {100_000 - len(heard[1:-1_000])} lines dropped ..."
 
 
 def test_lines_that_come_twice_are_taken_once(output: Output, heard: list[sky.LogLine]) -> None:
@@ -47,11 +59,12 @@ def test_lines_that_come_twice_are_taken_once(output: Output, heard: list[sky.Lo
     assert output.lines(2) == []
 
 
-def test_what_was_dropped_on_the_way_is_told_in_its_place(output: Output) -> None:
+def test_what_the_worker_dropped_is_told_once_in_its_place(output: Output) -> None:
     output.receive(message(0, "a"))
-    output.receive(message(5, "f", dropped=4))
+    output.receive(message(1, "f", "g", dropped=4))
+    output.receive(message(1, "f", dropped=4))
 
-    assert output.lines() == ["a", "... 4 lines dropped ...", "f"]
+    assert output.lines() == ["a", "... 4 lines dropped ...", "f", "g"]
 
 
 def test_a_storm_is_cut_down_to_its_newest_lines_and_counted(output: Output, heard: list[sky.LogLine]) -> None:
