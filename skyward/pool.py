@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from skyward.engine import Call, Engine
     from skyward.launch.plan import Plan
     from skyward.providers import ProviderLike
-    from skyward.session import Session
+    from skyward.session.session import Session
     from skyward.spec.allocation import Allocation
     from skyward.spec.image import Image
     from skyward.spec.instance import Instance
@@ -274,19 +274,20 @@ class ComputePool:
                 raise PoolError("this pool is active already; make a second ComputePool to have another one")
             self._ended = self._loss = None
             self._last_cost = 0.0
-            from skyward.session import Session
+            from skyward.session.session import Session
 
-            self._session = Session(self)
-            self._output = self._session.output
+            session = Session(self.spec, self.provider, self.callbacks(), lambda reason: self._end(session, reason))
+            self._session = session
+            self._output = session.output
             forks.tell(self)
             try:
-                self._session.start()
+                session.start()
             except BaseException as exc:
-                session, self._session = self._session, None
+                self._session = None
                 try:
                     session.stop(PoolError("the pool did not start"))
                 finally:
-                    self._last_cost = session.cost()
+                    self._last_cost = session.cost
                 if isinstance(exc, SkywardError):  # its message says it all; the way it came is ours and long
                     raise exc.with_traceback(None) from exc.__cause__
                 raise
@@ -306,11 +307,17 @@ class ComputePool:
                 try:
                     session.stop(reason or PoolError("the pool is closed"))
                 finally:
-                    self._last_cost = session.cost()
+                    self._last_cost = session.cost
                     self._loss = session.loss
             if reason is None and self._loss is not None:
                 loss, self._loss = self._loss, None
                 raise loss
+
+    def _end(self, session: Session, reason: BaseException) -> None:
+        """End the pool because it has reached a limit, unless its user has ended it, and maybe entered it again."""
+        with self._lock:
+            if self._session is session:
+                self._stop(reason)
 
     def forked(self) -> None:
         """Leave the pool to the parent of this process, which was forked from it."""
@@ -408,17 +415,22 @@ class ComputePool:
     @property
     def engine(self) -> Engine:
         """The engine that runs this pool's calls, for backends."""
-        return self._active().engine
+        return _started(self._active().engine)
 
     @property
     def client(self) -> Client:
         """A `distributed.Client` of the pool's Dask cluster."""
-        return self._active().client
+        return _started(self._active().client)
 
     @property
     def cluster(self) -> SkyCluster:
         """The pool's Dask cluster, a `distributed.deploy.Cluster`."""
-        return self._active().cluster
+        return _started(self._active().cluster)
+
+    @property
+    def _known_cluster(self) -> SkyCluster | None:
+        session = self._session
+        return session.cluster if session is not None else None
 
     @property
     def dashboard_link(self) -> str:
@@ -439,12 +451,11 @@ class ComputePool:
     @property
     def instances(self) -> tuple[Instance, ...]:
         """The nodes that are there now, in order; empty outside the block."""
-        session = self._session
-        if session is None:
+        cluster = self._known_cluster
+        if cluster is None:
             return ()
         from skyward.spec.instance import Instance
 
-        cluster = session.cluster
         hosts = {slot.node: slot.address for slot in reversed(cluster.slots())}
 
         def instance(node: int) -> Instance:
@@ -488,7 +499,7 @@ class ComputePool:
         Counted from prices that were known at the launch; disks, addresses and traffic are not in it.
         """
         session = self._session
-        return session.cost() if session is not None else self._last_cost
+        return session.cost if session is not None else self._last_cost
 
     def scale(self, nodes: int) -> None:
         """Grow or shrink to `nodes` nodes. Returns at once; calls on a removed node are run again elsewhere."""
@@ -520,14 +531,15 @@ class ComputePool:
     def _state(self) -> tuple[str, str]:
         """Return whether the pool is active, and what it has been asked for."""
         from skyward.console.model import PoolInfo
+        from skyward.providers import provider_names
 
         state = "active" if self.is_active else "not active"
-        return state, str(PoolInfo("", self.spec.nodes, self.spec.slots_per_node, self._where))
+        return state, str(PoolInfo("", self.spec.nodes, self.spec.slots_per_node, provider_names(self.provider)))
 
     def _repr_html_(self) -> str:
         from skyward.console.notebook import pool_html
 
-        cluster = getattr(self._session, "cluster", None)
+        cluster = self._known_cluster
         title = [type(self).__name__, *self._state()]
         if cluster is None:  # not active, or about to be
             return pool_html(title, cost=self.cost)
@@ -545,17 +557,16 @@ class ComputePool:
         most = self.spec.slots_per_node
         return {node: "ready" if n >= most else f"{n} of {most} slots ready" for node, n in there.items()}
 
-    # --- events ---------------------------------------------------------------------------------------------
-
-    @property
-    def _where(self) -> str:
-        """Where machines come from, in words: the provider's name, or the providers' names."""
-        provider = self.provider
-        return " or ".join(p.name for p in provider) if isinstance(provider, tuple) else provider.name
-
     def callbacks(self) -> list[events.Callback]:
         """Return who hears of this pool's events: `on_event`, and what `on` has added."""
         return [*([self.spec.on_event] if self.spec.on_event is not None else []), *self._handlers]
+
+
+def _started(part: R | None) -> R:
+    """Return a part of the session, which another thread may still be starting."""
+    if part is None:
+        raise NoActivePoolError("this pool is still starting: it can be used when entering its `with` block has ended")
+    return part
 
 
 def _call(pending: PendingCompute[Any]) -> Call:

@@ -51,6 +51,12 @@ def resolve(provider: ProviderLike, region: str | Mapping[str, str] | None = Non
     raise invalid("provider", provider, "a provider such as sky.AWS() or sky.SSH(hosts), or a name such as 'aws'")
 
 
+def provider_names(provider: Resolved) -> str:
+    """Return where a pool's machines come from, in words."""
+    clouds = provider if isinstance(provider, tuple) else (provider,)
+    return " or ".join(dict.fromkeys(one.name for one in clouds))
+
+
 def _several(given: Sequence[Provider | str], region: str | Mapping[str, str] | None) -> Resolved:
     found = [resolve(p, region) for p in given]
     if len(found) == 1:

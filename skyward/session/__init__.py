@@ -1,0 +1,1 @@
+"""What an active pool holds, from its start to its end."""
