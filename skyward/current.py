@@ -12,7 +12,7 @@ from skyward.errors import NoActivePoolError
 
 _current: ContextVar[Any] = ContextVar("skyward_current_pool", default=None)
 _entered: list[tuple[Any, Any]] = []  # every target whose block is open in this process, with the one around it
-_entered_lock = threading.Lock()
+_entered_lock = threading.RLock()  # a collected executor leaves its pool, maybe in a thread that holds it
 
 
 def enter(target: Any) -> None:
@@ -88,7 +88,7 @@ def _no_pool(what: str) -> str:
 def _not_a_target(target: Any, what: str, method: str) -> str:
     if hasattr(target, "broadcast"):
         return f"`{what} >> pool.slots` is not possible: use `{what} @ pool.slots`, or `{what} >> pool` for one worker"
-    if getattr(target, "__module__", "") == "skyward.pool" and callable(target):
+    if getattr(target, "__module__", "") == "skyward.pool.decorator" and callable(target):
         return f"`sky.pool` is a decorator, not a pool: write `{what} >> sky`, or name the pool that `with` gave you"
     if _is_dask(target):
         return f"to use a Dask cluster, join it: `with sky.ComputePool(sky.Dask(client)) as pool: {what} >> pool`"
@@ -100,7 +100,7 @@ def _not_a_target(target: Any, what: str, method: str) -> str:
 
 def _unlock() -> None:
     global _entered_lock
-    _entered_lock = threading.Lock()
+    _entered_lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # another thread may hold it just then

@@ -208,12 +208,6 @@ class Error:
     instance_id: str | None = None
 
 
-def of_error(error: BaseException) -> Error:
-    """Return the event that tells of an error."""
-    message = str(error) or type(error).__name__
-    return Error(message=message, instance_id=getattr(error, "instance_id", None))
-
-
 SkywardEvent: TypeAlias = (
     InfraCreating
     | InfraCreated

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
 from skyward import forks
 from skyward.compute import ComputeFunction, compute
-from skyward.pool import ComputePool, PoolOptions
+from skyward.pool import ComputePool, PoolOptions, bring_up
 from skyward.providers import ProviderLike
 
 P = ParamSpec("P")
@@ -41,7 +41,7 @@ class Executor(concurrent.futures.Executor):
         self._shut = False
         self._pending: set[Future[Any]] = set()
         # An executor that is forgotten, or alive when the interpreter exits, must not keep its machines.
-        self._end = weakref.finalize(self, _stop, self.pool)
+        self._end = weakref.finalize(self, self.pool.close)
         forks.tell(self)
 
     def forked(self) -> None:
@@ -54,7 +54,7 @@ class Executor(concurrent.futures.Executor):
             if self._shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if not self._started:
-                self.pool._start()
+                bring_up(self.pool)
                 self._started = True
 
     def __repr__(self) -> str:
@@ -142,10 +142,6 @@ class Executor(concurrent.futures.Executor):
             concurrent.futures.wait(pending)
         finally:
             self._end()
-
-
-def _stop(pool: ComputePool) -> None:
-    pool._stop()
 
 
 def _results(futures: list[Future[R]], deadline: float | None) -> Iterator[R]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
-from skyward.pool import ComputePool
+from skyward.pool import ComputePool, bring_up
 
 
 class MultiPool:
@@ -32,14 +32,14 @@ class MultiPool:
         ExceptionGroup
             Some failed; the others are destroyed. Its exceptions are the causes, in the order of the pools.
         """
-        failures = _in_parallel(ComputePool._start, self.pools)
+        failures = _in_parallel(bring_up, self.pools)
         if failures:
-            failures += _in_parallel(ComputePool._stop, self.pools)
+            failures += _in_parallel(ComputePool.close, self.pools)
             _raise(f"{len(failures)} of {len(self.pools)} pools could not be started; all were destroyed", failures)
         return self.pools
 
     def __exit__(self, *exc_info: object) -> None:
-        if failures := _in_parallel(ComputePool._stop, self.pools):
+        if failures := _in_parallel(ComputePool.close, self.pools):
             _raise("pools could not be destroyed properly", failures)
 
 
@@ -50,13 +50,10 @@ def _in_parallel(
         futures = [threads.submit(action, p) for p in pools]
         try:
             return [e for f in futures if (e := f.exception()) is not None]
-        except BaseException:  # Ctrl-C: a start must be waited for, or it would outlive us
-            for p in pools:
-                p._abandon()
-            for future in futures:
-                future.exception()
-            for p in pools:
-                p._stop()
+        except BaseException:  # Ctrl-C: what is being started would outlive us
+            _in_parallel(ComputePool.close, pools)
+            wait(futures)
+            _in_parallel(ComputePool.close, pools)  # those whose start had not begun before
             raise
 
 

@@ -22,6 +22,7 @@ import pytest
 
 import skyward as sky
 from skyward.current import current_pool
+from skyward.session.session import Session
 from tests.waiting import wait_until
 
 
@@ -79,10 +80,28 @@ def test_a_pool_used_after_its_block_says_so() -> None:
             use()
 
 
+def test_a_pool_that_is_still_starting_says_so() -> None:
+    pool, said = small(accelerator="A100:9"), []
+
+    def use(_: Any) -> None:
+        said.append(pool.instances)
+        for part in ("engine", "client", "cluster"):
+            try:
+                getattr(pool, part)
+            except sky.NoActivePoolError as exc:
+                said.append(str(exc).partition(":")[0])
+
+    pool.on(sky.InfraCreating, use)
+    with pytest.raises(sky.NoMatchingInstanceError):
+        pool.start()
+
+    assert said == [(), *["this pool is still starting"] * 3]
+
+
 def test_what_a_pool_is_made_of_says_what_it_is() -> None:
+    session = Session(small(nodes=2).spec, sky.Local(), (), print)
     with small(nodes=2) as pool:
-        session = pool._active()
-        shown = [repr(pool), repr(session), repr(session.engine), *map(repr, pool.cluster._agents)]
+        shown = [repr(pool), repr(session), repr(pool.engine), *map(repr, pool.cluster._agents)]
 
     assert shown == [
         "<ComputePool active: 2 nodes × 1 slot on local>",

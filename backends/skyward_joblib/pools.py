@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import skyward as sky
 from skyward.errors import VersionMismatchError
@@ -48,31 +48,15 @@ class JoblibPool(ComputePool):
         super().__init__(provider, **_with_package(options, "joblib", joblib_version, "joblib_version"))
         self._block: Block | None = None
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self._use()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._unuse()
-        super().__exit__(*exc_info)
-
-    async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        self._use()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._unuse()
-        await super().__aexit__(*exc_info)
-
     def _use(self) -> None:
+        super()._use()
         self._block = Block(SkywardBackend(pool=self))
 
     def _unuse(self) -> None:
         block, self._block = self._block, None
         if block is not None:
             block.end()
+        super()._unuse()
 
 
 class ScikitLearnPool(JoblibPool):

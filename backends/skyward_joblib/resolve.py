@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import skyward as sky
 from skyward.current import current_pool
+from skyward.pool import bring_up
 
 if TYPE_CHECKING:
     from skyward.engine import Engine
@@ -61,8 +62,8 @@ def _join(client: Any) -> sky.ComputePool:
         pool = _joined.get(address)
         if pool is None or not pool.is_active:
             pool = _joined[address] = sky.ComputePool(sky.Dask(client), display="quiet", timeout=_LONGEST_S)
-            pool._start()
-            atexit.register(pool._stop)
+            bring_up(pool)
+            atexit.register(pool.close)
         return pool
 
 

@@ -146,7 +146,7 @@ class Machines:
             if self.cluster is not None and self.cluster.has_unsent:
                 # Ctrl-C, or the like, while data was being sent: nobody waits for it here, but it is not given up.
                 record.left = ["data is still being sent"]
-                self._emit(events.of_error(_still_sending(self._pool_id, mounts)))
+                self._emit(events.Error(message=str(_still_sending(self._pool_id, mounts))))
                 return
             record.left = provisioner.end()
             self._emit(provisioner.final_cost())

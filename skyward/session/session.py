@@ -79,11 +79,12 @@ class Session:
         self._machines = Machines(
             spec, provider, self.pool_id, stack=self._stack, over=self._over,
             emit=self.emit if isinstance(provider, tuple) else self._emit_here,
-            is_up=lambda: self.engine is not None, end=self._end,
+            is_up=lambda: self._is_up, end=self._end,
         )  # fmt: skip
         self.cluster: SkyCluster | None = None
         self.client: Client | None = None
         self.engine: Engine | None = None
+        self._is_up = False
 
     def __repr__(self) -> str:
         return f"<Session {self.pool_id}: {self._info}>"
@@ -97,7 +98,8 @@ class Session:
                 self._figures.hear(event)
 
     def _tell_error(self, error: BaseException) -> None:
-        self.emit(events.of_error(error))
+        message, instance_id = str(error) or type(error).__name__, getattr(error, "instance_id", None)
+        self.emit(events.Error(message=message, instance_id=instance_id))
 
     def _tell_progress(self, engine: Engine) -> None:
         """Let the engine tell of its progress, if anybody hears it."""
@@ -215,12 +217,14 @@ class Session:
         console.link = str(cluster.dashboard_link)
         if self._figures is not None:
             self._figures.send = functools.partial(_send_figures, client)
+        self._is_up = True
         self.emit(events.PoolStarted())
 
     def abandon(self) -> None:
-        """Let `start`, which runs in another thread, fail soon: launch nothing more and wait for no machine."""
-        self._over.set()
-        self._machines.abort(PoolError("the pool was closed while it started"))
+        """Let `start`, if it still runs in another thread, fail soon: launch nothing more and wait for no machine."""
+        if not self._is_up:
+            self._over.set()
+            self._machines.abort(PoolError("the pool was closed while it started"))
 
     def stop(self, reason: BaseException) -> None:
         """End everything. Calls that have not ended fail with `reason`."""

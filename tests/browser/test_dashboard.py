@@ -113,7 +113,7 @@ def test_the_page_of_skyward_shows_what_machines_of_a_cloud_cost(browser: Browse
                 elapsed_seconds=110.0, accumulated_cost=0.0123, hourly_rate=0.0, spot_count=1, ondemand_count=0
             ),
         ):
-            pool._session.emit(event)  # type: ignore[union-attr]
+            pool._life.session.emit(event)
         wait_until(lambda: "i-0ab3 g5.xlarge spot 0.4031 ready" in browser.text)
         wait_until(lambda: "Cost so far, in USD (times are UTC)" in browser.plots())
         shown, costs = browser.text, browser.data("cost")[0]["cost"]

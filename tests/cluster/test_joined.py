@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import subprocess
@@ -337,6 +338,38 @@ def test_a_wait_for_the_first_worker_says_what_it_waits_for(
         pool.__exit__(None, None, None)
 
     assert all(f"waiting for the first worker of the Dask cluster at {empty.scheduler_address}" in t for t in told())
+
+
+def test_closing_a_pool_ends_a_start_in_another_thread(empty: LocalCluster) -> None:
+    pool = joined(empty, timeout=60)
+    with ThreadPoolExecutor(1) as thread, Client(empty, set_as_default=False) as client:
+        starting = thread.submit(pool.start)
+        wait_until(lambda: tasks(client) == 1)
+
+        pool.close()
+
+        with pytest.raises(sky.PoolError, match="closed while it started"):
+            starting.result(60)
+    assert not pool.is_active
+
+
+def test_a_task_that_is_cancelled_while_it_enters_leaves_nothing(empty: LocalCluster) -> None:
+    pool = joined(empty, timeout=60)
+
+    async def enter() -> None:
+        async with pool:
+            pass
+
+    async def main(client: Client) -> bool:
+        entering = asyncio.create_task(enter())
+        await asyncio.to_thread(wait_until, lambda: tasks(client) == 1)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        return pool.is_active
+
+    with Client(empty, set_as_default=False) as client:
+        assert not asyncio.run(main(client))
 
 
 def test_a_pool_whose_timeout_passes_without_a_worker_is_an_error(empty: LocalCluster) -> None:

@@ -39,6 +39,17 @@ def test_joblib_uses_the_pool_inside_its_block_and_not_after() -> None:
         assert not pool.is_active
 
 
+def test_start_and_close_do_what_entering_and_leaving_do() -> None:
+    before = default_backend()
+
+    pool = JoblibPool("local", display="quiet").start()
+    inside = joblib.parallel.get_active_backend()[0]
+    pool.close()
+
+    assert isinstance(inside, SkywardBackend)
+    assert default_backend() == before
+
+
 def test_it_works_in_coroutines_too() -> None:
     async def main() -> list[int]:
         async with JoblibPool("local", concurrency=2, display="quiet"):
