@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+from skyward import forks
 from skyward.errors import NoActivePoolError
 
 _current: ContextVar[Any] = ContextVar("skyward_current_pool", default=None)
@@ -98,10 +98,8 @@ def _not_a_target(target: Any, what: str, method: str) -> str:
     )
 
 
+@forks.in_child
 def _unlock() -> None:
+    """Replace the lock, which another thread of the parent may hold."""
     global _entered_lock
     _entered_lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may hold it just then
-    os.register_at_fork(after_in_child=_unlock)

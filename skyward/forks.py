@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -25,11 +26,15 @@ def tell(what: Forkable) -> None:
     _known.add(what)
 
 
+def in_child(function: Callable[[], None]) -> Callable[[], None]:
+    """Decorate a function to be called in each child that this process forks, and in theirs."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+    return function
+
+
+@in_child
 def _forked() -> None:
     for what in list(_known):
         what.forked()
     _known.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

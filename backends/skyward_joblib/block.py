@@ -7,7 +7,6 @@ for "not given" in joblib's configuration has it (joblib 1.5 and 1.6).
 
 from __future__ import annotations
 
-import os
 import threading
 from contextvars import ContextVar
 from typing import Any
@@ -16,6 +15,7 @@ from joblib import parallel
 from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase
 
 import skyward as sky
+from skyward import forks
 from skyward_joblib.backend import SkywardBackend
 
 _NOT_GIVEN = parallel.default_parallel_config["backend"]
@@ -124,6 +124,7 @@ def _set_default(backend: BlockBackend | None) -> None:
     object.__setattr__(_NOT_GIVEN, "default_value", backend)  # it is frozen
 
 
+@forks.in_child
 def _forget() -> None:
     """End all blocks of a forked process: its parent's pools are out of its reach."""
     global _lock
@@ -132,6 +133,3 @@ def _forget() -> None:
         block.is_open = False
     _open.clear()
     _set_default(None)
-
-
-os.register_at_fork(after_in_child=_forget)
