@@ -38,7 +38,7 @@ class _Main(click.Group):
 @click.group(cls=_Main, epilog=statuses())
 @click.version_option(__version__, prog_name="skyward", message="%(prog)s %(version)s")
 def main() -> None:
-    """See which machines there are and could be, look into those of a pool, and end those that nobody needs."""
+    """List pools and machine offers, log in to machines, read their logs, and shut pools down."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
 

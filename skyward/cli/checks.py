@@ -105,7 +105,7 @@ def _installed(name: str, wanted: Requirement | None) -> Check:
     version = _version(name)
     if wanted is None or _is_met(wanted):
         return Check("versions", name, "ok", version)
-    return Check("versions", name, "problem", f"{version}, and {wanted} is needed", f"pip install '{wanted}'")
+    return Check("versions", name, "problem", f"{version}; skyward needs {wanted}", f"pip install '{wanted}'")
 
 
 def _is_met(requirement: Requirement) -> bool:
@@ -143,7 +143,7 @@ def _configuration() -> tuple[config.Settings, list[Check]]:
         providers.resolve(settings.get("provider"), settings.get("region"))
     except SpecError as exc:
         key = str(exc.option)  # type: ignore[attr-defined]
-        checks.append(Check("configuration", key, "problem", str(exc), f"it is from {settings.source(key)}"))
+        checks.append(Check("configuration", key, "problem", str(exc), f"it comes from {settings.source(key)}"))
     return settings, checks
 
 
@@ -194,7 +194,7 @@ def _ssh() -> Iterator[Check]:
     if shutil.which("ssh"):
         yield Check("ssh", "client", "ok", _output(["ssh", "-V"])[1].strip())
     else:
-        yield Check("ssh", "client", "note", "there is no ssh, which `skyward ssh` runs; pools do without",
+        yield Check("ssh", "client", "note", "ssh is not installed; `skyward ssh` needs it, pools don't",
                     "install OpenSSH's client (openssh-client)")  # fmt: skip
     keys = sorted(path for path in _home_ssh().glob("id_*") if path.suffix != ".pub")
     yield _agent(bool(keys))
@@ -208,7 +208,7 @@ def _ssh() -> Iterator[Check]:
     except (OSError, ValueError) as exc:
         why = "is not there" if isinstance(exc, FileNotFoundError) else f"can't be read: {exc}"
         yield Check("ssh", "known_hosts", "unused", f"{known} {why}",
-                    "sky.SSH refuses hosts that it does not know: `ssh HOST` once notes their keys there")  # fmt: skip
+                    "sky.SSH refuses unknown hosts: run `ssh HOST` once to record a key")  # fmt: skip
     else:
         yield Check("ssh", "known_hosts", "ok", f"{_keys(count)} in {known}")
 
@@ -218,12 +218,12 @@ def _agent(has_keys: bool) -> Check:
         return Check("ssh", "agent", "unused", "SSH_AUTH_SOCK is not set",
                      "" if has_keys else "keys with a passphrase need one: `eval $(ssh-agent)`, `ssh-add`")  # fmt: skip
     if not shutil.which("ssh-add"):
-        return Check("ssh", "agent", "note", "there is no ssh-add to ask it with")
+        return Check("ssh", "agent", "note", "ssh-add is not installed, so its keys are unknown")
     status, output = _output(["ssh-add", "-l"])
     if status == 0:
         return Check("ssh", "agent", "ok", _keys(len(output.splitlines())))
     if status == 1:  # ssh-add(1): it answers, and has none
-        return Check("ssh", "agent", "note", "it has no keys", "`ssh-add` gives it yours")
+        return Check("ssh", "agent", "note", "it has no keys", "add yours with `ssh-add`")
     return Check("ssh", "agent", "note", f"SSH_AUTH_SOCK is set, and no agent answers there: {output.strip()}",
                  "start one with `eval $(ssh-agent)`, or unset SSH_AUTH_SOCK")  # fmt: skip
 
@@ -265,15 +265,15 @@ def _record() -> Iterator[Check]:
     except OSError as exc:
         yield Check(
             "record", "journal", "problem",
-            f"{folder} can't be written, where pools are noted before they are launched: {exc.strerror or exc}",
-            "set SKYWARD_DATA_DIR to a folder that can be",
+            f"{folder} can't be written; the journal of pools is there: {exc.strerror or exc}",
+            "set SKYWARD_DATA_DIR to a writable folder",
         )  # fmt: skip
         return
     yield Check("record", "journal", "ok", str(folder))
     entries = journal.entries()
     orphans = [e.pool_id for e in entries if e.provider != "local" and e.owner_alive is False]
     if orphans:
-        yield Check("record", "pools", "note", f"owners are gone of {', '.join(orphans)}, which may still cost",
+        yield Check("record", "pools", "note", f"the owners of {', '.join(orphans)} are gone; they may still cost",
                     f"skyward down {' '.join(orphans)}")  # fmt: skip
     else:
         yield Check("record", "pools", "ok", f"{len(entries)} on record, none without an owner")

@@ -27,10 +27,10 @@ _LOAD_S = 30.0
 @click.option("--no-browser", is_flag=True, help="Only print the URL.")
 @as_json
 def dashboard(pool: str, no_browser: bool, as_json: bool) -> None:
-    """Open the Dask dashboard of a pool that runs.
+    """Open the Dask dashboard of a running pool.
 
-    Prints its URL, a port of this computer, which leads there through SSH until Ctrl-C, or until the pool has ended.
-    The dashboard of a pool on this computer is there anyway: then it returns at once.
+    Opens an SSH tunnel, prints the URL on this computer, and keeps the tunnel open until Ctrl-C or the end of the pool.
+    For a local pool, which needs no tunnel, it prints the URL and returns at once.
     """
     entry = with_keys(pool)
     if entry.dashboard_port is None:

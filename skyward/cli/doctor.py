@@ -17,14 +17,14 @@ from skyward.cli.output import as_json, print_table, statuses
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red", "unused": "dim"}
 
 
-@click.command(epilog=statuses("something that is configured does not work", ""))
+@click.command(epilog=statuses("something in the configuration does not work", ""))
 @as_json
 def doctor(as_json: bool) -> None:
     """Check what is configured and installed.
 
-    Credentials and quotas of clouds, SSH, versions, and where each setting is from; says what to do about problems.
-    Asks each cloud that there are credentials for with calls that change nothing. A cloud that is not used is no
-    problem, unless it is the configured provider.
+    Checks the credentials and quotas of clouds, SSH, versions and settings, and says how to fix problems. Sends
+    read-only requests to each cloud for which you have credentials. A cloud without credentials is a problem only if it
+    is the configured provider.
     """
     checks = all_checks()
     broken = [check for check in checks if check.status == "problem"]

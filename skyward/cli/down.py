@@ -17,23 +17,25 @@ from skyward.cli.ps import owner
 from skyward.errors import SkywardError
 
 
-@click.command(epilog=statuses("machines of a pool may still run, or a pool was left as it was"))
+@click.command(epilog=statuses("machines of a pool may still run, or you kept a pool"))
 @click.argument("pools", metavar="[POOL]...", nargs=-1, shell_complete=complete_pool)
-@click.option("--all", "all_", is_flag=True, help="Every pool.")
-@click.option("--expired", is_flag=True, help="The pools whose time is over.")
-@click.option("--yes", "-y", is_flag=True, help="Don't ask before a pool that is in use is ended.")
+@click.option("--all", "all_", is_flag=True, help="Shut down all pools.")
+@click.option("--expired", is_flag=True, help="Shut down expired pools.")
+@click.option("--yes", "-y", is_flag=True, help="Don't ask before shutting down a pool that is in use.")
 @as_json
 @here
 def down(pools: tuple[str, ...], all_: bool, expired: bool, yes: bool, as_json: bool, here: bool) -> None:
-    """End pools.
+    """Shut pools down.
 
-    Destroys their machines, or on hosts that stay, as on this computer, their processes and files.
+    Destroys cloud machines. On this computer and on hosts over SSH, it kills the pool's processes and removes its
+    files.
 
-    Asks first where a pool is in use: its owner still runs, or may run on another host, and its time is not over.
-    Pools that only clouds know of are ended too, for --all those that you have started on this computer.
+    Asks before it shuts down a pool that is in use: its owner still runs, or may run on another host, and the pool has
+    not expired. It also shuts down pools that only clouds know of; with --all, only those that you have started on this
+    computer.
     """
     if bool(pools) + all_ + expired != 1:
-        raise click.UsageError("say which pools: either their ids (`skyward ps` has them), or --all, or --expired")
+        raise click.UsageError("name pools by their ids (`skyward ps` lists them), or use --all or --expired")
     if pools:
         chosen = named(pools, here)
     else:
@@ -45,7 +47,7 @@ def down(pools: tuple[str, ...], all_: bool, expired: bool, yes: bool, as_json: 
     may_ask = sys.stdin.isatty() and not as_json
     if not yes and not may_ask and any(map(_in_use, chosen)):
         in_use = ", ".join(entry.pool_id for entry in chosen if _in_use(entry))
-        raise click.UsageError(f"in use: {in_use}. There is nobody to ask here: add --yes to end them all the same")
+        raise click.UsageError(f"in use: {in_use}. Without a terminal, skyward can't ask: add --yes to shut them down anyway")
     outcomes = []
     for entry in chosen:
         outcome = _end(entry) if yes or _may_end(entry) else _left_as_it_was(entry)
@@ -62,7 +64,7 @@ def _in_use(entry: Entry) -> bool:
 
 
 def _may_end(entry: Entry) -> bool:
-    return not _in_use(entry) or click.confirm(f"pool {entry.pool_id} is in use by {owner(entry)}. End it?")
+    return not _in_use(entry) or click.confirm(f"pool {entry.pool_id} is in use by {owner(entry)}. Shut it down?")
 
 
 def _left_as_it_was(entry: Entry) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _end(entry: Entry) -> dict[str, Any]:
         error = str(exc)
     latest = journal.read(entry.pool_id)
     if not left and latest is not None and latest.launching_until > time.time() and not latest.owner_alive:
-        left = ["clouds that were asked for machines when its owner ended: its guardian looks again, or you later"]
+        left = ["clouds that were creating machines when its owner ended: its guardian looks again, or run this later"]
     if ended := not left and error is None:
         journal.close(entry.pool_id)
     return {**_left_as_it_was(entry), "ended": ended, "error": error, "left": left}
@@ -89,10 +91,10 @@ def _end(entry: Entry) -> dict[str, Any]:
 def _tell(outcome: dict[str, Any]) -> None:
     pool, left, count = (outcome[key] for key in ("pool", "left", "machines"))
     if outcome["ended"]:
-        click.echo(f"pool {pool}: ended on {count} machine{'' if count == 1 else 's'}")
+        click.echo(f"pool {pool}: shut down on {count} machine{'' if count == 1 else 's'}")
     elif outcome["error"]:
         click.echo(f"pool {pool}: may still run. {outcome['error']}", err=True)
     elif left:
         click.echo("\n  ".join([f"pool {pool}: may still run on", *left]), err=True)
     else:
-        click.echo(f"pool {pool}: left as it is")
+        click.echo(f"pool {pool}: kept")

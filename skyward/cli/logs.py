@@ -35,16 +35,16 @@ Tell = Callable[[str, str], None]
 
 @click.command(epilog=statuses("some machines could not be asked"))
 @pool_argument
-@click.option("--node", shell_complete=complete_node, help="Only this node's: its number, or its machine's id.")
-@click.option("--follow", "-f", is_flag=True, help="Go on with what is written, until Ctrl-C or the pool's end.")
-@click.option("--json", "as_json", is_flag=True, help="Print an object per line for programs to read.")
+@click.option("--node", shell_complete=complete_node, help="Only this node: a number, or a machine's id.")
+@click.option("--follow", "-f", is_flag=True, help="Print new lines until Ctrl-C or the end of the pool.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per line.")
 def logs(pool: str, node: str | None, follow: bool, as_json: bool) -> None:
     """Print the logs of a pool's machines.
 
-    Those of the bootstrap that prepared a machine, of its volumes, and of the agent on it. What calls print is not in
-    them: that is where the pool was made, and in pool.logs(). A pool on this computer has the agent's log alone.
+    Prints the logs of each machine's bootstrap, volumes and agent. They don't contain the output of calls, which goes
+    to the program that runs the pool: see pool.logs(). A local pool has only the agent's log.
 
-    The logs of machines that could not be prepared were kept on this computer, and are printed also when their pool
+    The logs of machines that could not be prepared are kept on this computer. They are printed even after their pool
     has ended.
     """
     kept = _kept(pool)
@@ -94,7 +94,7 @@ def _in_order(entry: Entry) -> list[Machine]:
 
 def _print_local(entry: Entry, node: str | None, follow: bool, printer: _Printer) -> None:
     if node is not None:
-        raise click.UsageError(f"pool {entry.pool_id} runs on this computer: its nodes share one log, leave out --node")
+        raise click.UsageError(f"pool {entry.pool_id} runs on this computer: its nodes share one log, so omit --node")
     tell = printer.teller(entry.host)
     for line in _local_lines(entry, follow):
         tell("agent", line)

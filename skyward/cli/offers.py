@@ -19,23 +19,23 @@ def _complete_provider(ctx: click.Context, param: click.Parameter, incomplete: s
     return [cloud.name for cloud in clouds() if cloud.name.startswith(incomplete)]
 
 
-@click.command(epilog=statuses("nothing on offer is what is needed, or no cloud could be asked", ""))
-@click.option("--accelerator", metavar="NAME", help="Such as A100, A100:4 or A100-40GB.")
-@click.option("--cpu", type=int, help="vCPUs, at least.")
-@click.option("--memory", help='At least so much, such as 32GB.')
-@click.option("--machine", metavar="TYPE", help="Exactly this type.")
+@click.command(epilog=statuses("no offer matches, or no cloud could be asked", ""))
+@click.option("--accelerator", metavar="NAME", help="For example A100, A100:4 or A100-40GB.")
+@click.option("--cpu", type=int, help="Minimum number of vCPUs.")
+@click.option("--memory", help="Minimum memory, for example 32GB.")
+@click.option("--machine", metavar="TYPE", help="An exact machine type.")
 @click.option("--architecture", type=click.Choice(["x86_64", "arm64"]))
 @click.option(
     "--provider", "names", multiple=True, shell_complete=_complete_provider,
-    help="aws, digitalocean or verda; all if none is given.",
+    help="aws, digitalocean or verda. Default: all.",
 )  # fmt: skip
-@click.option("--max-price", type=float, help="USD per hour of a machine, spot or not.")
-@click.option("--limit", default=20, show_default=True, help="Lines of the table.")
+@click.option("--max-price", type=float, help="Maximum price in USD per hour of a machine.")
+@click.option("--limit", default=20, show_default=True, help="Maximum number of offers.")
 @as_json
 def offers(names: tuple[str, ...], limit: int, as_json: bool, **options: Any) -> None:
-    """Show which machines clouds offer.
+    """List the machines that clouds offer.
 
-    The cheapest first, spot machines included.
+    The list begins with the cheapest offer and includes spot machines.
     """
     from skyward.launch.plan import make_plan, offers_table
     from skyward.spec.pool import PoolSpec

@@ -14,17 +14,17 @@ from skyward.errors import CredentialsError, ProviderError
 _WIDE = 10_000  # columns of what is no terminal: nothing is wrapped, one pool is one line
 
 
-def statuses(one: str = "it could not be done", two: str = "or names a pool that is not there") -> str:
+def statuses(one: str = "failure", two: str = "or names an unknown pool") -> str:
     """Return the end of a command's help: what the statuses 1 and 2 mean."""
     return f"""\b
 Exit status:
-  0  done
+  0  success
   1  {one}
-  2  the command line can't be understood{f', {two}' if two else ''}
+  2  the command line is invalid{f', {two}' if two else ''}
 """
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs to read.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def print_table(table: Table) -> None:

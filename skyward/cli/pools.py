@@ -13,7 +13,7 @@ from skyward.cleanup.journal import Entry
 from skyward.cli.output import tell_failed
 from skyward.providers.base import Machine
 
-here = click.option("--here", is_flag=True, help="Ask no clouds: only what was started on this computer.")
+here = click.option("--here", is_flag=True, help="Don't ask clouds: only pools that were started on this computer.")
 
 
 def on_record() -> list[Entry]:
@@ -69,7 +69,7 @@ def with_keys(pool: str) -> Entry:
     (entry,) = named([pool], here=False)
     if not entry.pid:
         raise click.ClickException(
-            f"pool {pool} was started by {entry.owner or 'somebody'} on another computer, which alone has the key to "
+            f"pool {pool} was started by {entry.owner or 'somebody'} on another computer, which has the only key of "
             "its machines: run this there"
         )
     return entry

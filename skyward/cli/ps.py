@@ -22,11 +22,11 @@ from skyward.cli.pools import all_pools, here
 @as_json
 @here
 def ps(as_json: bool, here: bool) -> None:
-    """List pools whose end has not been confirmed.
+    """List pools whose shutdown is not confirmed.
 
-    Those that were started on this computer, and those whose machines are found in the clouds that there are
-    credentials for, no matter who started them. A pool whose owner is gone is "orphaned": its guardian tries to end it,
-    and `skyward down` can.
+    The list has the pools that were started on this computer, and all pools with machines in clouds for which you have
+    credentials, whoever started them. A pool whose owner is gone is "orphaned": its guardian tries to shut it down, and
+    `skyward down` can do so too.
     """
     found = all_pools(here)
     if as_json:

@@ -29,24 +29,24 @@ class _WithCommand(click.Command):
         return [*super().collect_usage_pieces(ctx), "[-- COMMAND...]"]
 
 
-@click.command(cls=_WithCommand, epilog=statuses("there is no way to the machine; else the status is that of ssh"))
+@click.command(cls=_WithCommand, epilog=statuses("the machine can't be reached; otherwise the status is that of ssh"))
 @pool_argument
 @click.argument("node", default="0", shell_complete=complete_node)
 @click.pass_context
 def ssh(ctx: click.Context, pool: str, node: str) -> None:
     """Log in to a machine of a pool.
 
-    To node 0, or to NODE: its number, or its machine's id. Runs your own ssh with the pool's key, and accepts no other
-    host key than the one that the machine was given. What follows -- is run there instead of a shell, as ssh does.
+    NODE is a number, by default 0, or a machine's id. Runs your own ssh with the pool's key, and accepts only the known
+    host key of the machine. As with ssh, the command after -- runs there instead of a shell.
     """
     entry = with_keys(pool)
     if entry.provider == "local":
-        raise click.ClickException(f"pool {pool} runs on this computer: there is nothing to log in to")
+        raise click.ClickException(f"pool {pool} runs on this computer: it has no machine to log in to")
     arguments = ssh_arguments(entry, machine_of(entry, node).login, ctx.meta[_COMMAND])
     try:
         os.execvp(arguments[0], arguments)
     except FileNotFoundError:
-        raise click.ClickException("there is no ssh here: install OpenSSH's client (openssh-client)") from None
+        raise click.ClickException("ssh is not installed: install OpenSSH's client (openssh-client)") from None
 
 
 def ssh_arguments(entry: Entry, login: Login, command: Sequence[str]) -> list[str]:

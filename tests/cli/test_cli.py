@@ -155,7 +155,7 @@ def test_down_ends_what_is_left_of_a_pool(host: Host) -> None:
         result = skyward("down", pool_id)
         assert left.wait(10) == -9
 
-    assert result.output == f"pool {pool_id}: ended on 1 machine\n"
+    assert result.output == f"pool {pool_id}: shut down on 1 machine\n"
     assert result.exit_code == 0
     assert [entry.pool_id for entry in journal.entries()] == [other]
 
@@ -220,7 +220,7 @@ def test_down_of_a_provider_that_it_does_not_know_goes_on_with_the_others() -> N
     assert f"pool {unknown}: may still run" in result.stderr
     assert "'nimbus'" in result.stderr
     assert [entry.pool_id for entry in journal.entries()] == [unknown]
-    assert f"pool {known}: ended on 0 machines" in result.stdout
+    assert f"pool {known}: shut down on 0 machines" in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all", "--expired"], ["0123abcd", "--all"]])
@@ -228,7 +228,7 @@ def test_down_wants_to_know_which_pools(arguments: list[str]) -> None:
     result = skyward("down", *arguments)
 
     assert result.exit_code == 2
-    assert "say which pools" in result.stderr
+    assert "name pools by their ids" in result.stderr
     assert "--expired" in result.stderr
 
 
@@ -267,7 +267,7 @@ def test_down_of_a_pool_in_use_asks_first(answer: str, status: int) -> None:
     os.close(theirs)
 
     assert process.returncode == status
-    assert f"pool {pool_id} is in use by pid {os.getpid()}. End it?" in output.decode()
+    assert f"pool {pool_id} is in use by pid {os.getpid()}. Shut it down?" in output.decode()
     assert (journal.read(pool_id) is None) == (answer == "y")
 
 
@@ -364,7 +364,7 @@ def test_the_log_of_a_pool_on_this_computer_is_its_agents(local: str) -> None:
     assert lines[-2:] == [f"{socket.gethostname()} agent: something odd", f"{socket.gethostname()} agent: and more"]
     assert told[-1] == {"node": None, "machine": socket.gethostname(), "log": "agent", "line": "and more"}
     assert one.exit_code == 2
-    assert "leave out --node" in one.stderr
+    assert "omit --node" in one.stderr
 
 
 def test_a_pool_on_this_computer_needs_no_login(local: str) -> None:
@@ -409,7 +409,7 @@ def test_down_ends_a_pool_on_this_computer(other: tuple[subprocess.Popen[str], j
 
     result = skyward("down", entry.pool_id, "--yes")
 
-    assert result.output == f"pool {entry.pool_id}: ended on 0 machines\n"
+    assert result.output == f"pool {entry.pool_id}: shut down on 0 machines\n"
     assert not Path(entry.folder).exists()
     wait_until(lambda: not processes_of(entry.pool_id))
     assert process.poll() is None

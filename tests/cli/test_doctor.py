@@ -129,7 +129,7 @@ def test_versions_that_do_not_fit_are_a_problem(monkeypatch: pytest.MonkeyPatch)
 
     checks = doctor(ok=False)
 
-    assert "distributed>=2025.1 is needed" in checks["versions", "distributed"][0]["says"]
+    assert "skyward needs distributed>=2025.1" in checks["versions", "distributed"][0]["says"]
     assert "are not of one release" in checks["versions", "dask"][-1]["says"]
 
 

@@ -136,4 +136,4 @@ def test_only_the_computer_that_started_a_pool_has_its_key(
         monkeypatch.setenv("SKYWARD_DATA_DIR", here)
 
     assert [result.exit_code for result in refused] == [1, 1, 1]
-    assert all("on another computer, which alone has the key" in result.stderr for result in refused)
+    assert all("on another computer, which has the only key" in result.stderr for result in refused)
