@@ -47,7 +47,7 @@ def down(pools: tuple[str, ...], all_: bool, expired: bool, yes: bool, as_json: 
     may_ask = sys.stdin.isatty() and not as_json
     if not yes and not may_ask and any(map(_in_use, chosen)):
         in_use = ", ".join(entry.pool_id for entry in chosen if _in_use(entry))
-        raise click.UsageError(f"in use: {in_use}. Without a terminal, skyward can't ask: add --yes to shut them down anyway")
+        raise click.UsageError(f"in use: {in_use}. add --yes to shut them down without a question")
     outcomes = []
     for entry in chosen:
         outcome = _end(entry) if yes or _may_end(entry) else _left_as_it_was(entry)
