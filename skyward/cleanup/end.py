@@ -17,7 +17,7 @@ import psutil
 from skyward import providers
 from skyward.cleanup.journal import Entry, Place
 from skyward.cluster.flush import flush
-from skyward.cluster.remote import clean_command
+from skyward.cluster.machine_commands import clean_command
 from skyward.cluster.ssh import Link
 from skyward.errors import ProviderError, SkywardError, VolumeError
 from skyward.providers.base import Cloud, Machine

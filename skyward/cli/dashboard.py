@@ -60,7 +60,7 @@ async def _is_there(url: str) -> None:
 
 
 async def _keep_open(entry: Entry, show: Callable[[int], Awaitable[None]]) -> None:
-    from skyward.cluster.remote import pool_folder
+    from skyward.cluster.machine_commands import pool_folder
     from skyward.cluster.ssh import Link
     from skyward.cluster.tunnel import Tunnel
     from skyward.node.agent import SOCKET

@@ -129,7 +129,7 @@ def _local_lines(entry: Entry, follow: bool) -> Iterator[str]:
 
 def _paths(entry: Entry) -> dict[str, str]:
     """Return where logs are on a machine, as a shell sees it, in the order in which they begin."""
-    from skyward.cluster.remote import pool_folder
+    from skyward.cluster.machine_commands import pool_folder
     from skyward.node.agent import LOG
 
     return {

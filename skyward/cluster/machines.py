@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from skyward.accelerators.model import is_nvidia
 from skyward.cluster import remote
+from skyward.cluster.bootstrap import Shipment
 from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.heartbeat import Heartbeats
 from skyward.cluster.listing import Listing
-from skyward.cluster.remote import RemoteAgent, Shipment
+from skyward.cluster.remote import RemoteAgent
 from skyward.cluster.requirements import recipe
 from skyward.cluster.slots import node_spec
 from skyward.cluster.wheel import own_wheel

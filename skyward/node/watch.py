@@ -1,7 +1,7 @@
 """The watch on a machine: it ends the machine's part of a pool when no heartbeat has come for too long.
 
 Once there is an agent, threads of it keep the watch, so that a busy event loop of the agent can't delay it; before,
-a shell does (`remote.watch_command`). The caller's end is in `heartbeat`.
+a shell does (`cluster.machine_commands.watch_command`). The caller's end is in `heartbeat`.
 """
 
 from __future__ import annotations

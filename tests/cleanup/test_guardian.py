@@ -21,7 +21,7 @@ import pytest
 from skyward.cleanup import guardian as guardian_module
 from skyward.cleanup import journal
 from skyward.cleanup.guardian import GIVE_UP_S, HEADROOM_S, LOG, Guardian
-from skyward.cluster.remote import pool_folder
+from skyward.cluster.machine_commands import pool_folder
 from tests.sshhost import Host
 from tests.waiting import wait_until
 

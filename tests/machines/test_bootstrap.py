@@ -16,7 +16,7 @@ import pytest
 
 import skyward as sky
 from skyward.cluster import remote
-from skyward.cluster.remote import RemoteAgent
+from skyward.cluster.bootstrap import Bootstrap
 from skyward.scripts.bootstrap import debian_packages, opening
 from skyward.scripts.uv import WHEELS
 from skyward.spec.image import Image
@@ -514,13 +514,13 @@ def test_an_agent_that_dies_at_birth_is_told_at_once_with_its_last_words(
     died = "import os, sys; '--serve' in sys.orig_argv and (print('no luck', file=sys.stderr, flush=True), os._exit(3))"
     machine.run(f"cd {CACHE}/envs/*/lib/python3*/site-packages && echo {shlex.quote(died)} > died.pth")
     alive: list[bool] = []
-    is_alive = RemoteAgent._is_alive
+    is_alive = Bootstrap._is_alive
 
     async def note(*arguments: Any) -> bool:
         alive.append(await is_alive(*arguments))
         return alive[-1]
 
-    monkeypatch.setattr(RemoteAgent, "_is_alive", note)
+    monkeypatch.setattr(Bootstrap, "_is_alive", note)
 
     error = fail_to_start(site, machine)
 
