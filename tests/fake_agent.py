@@ -71,8 +71,24 @@ class FakeAgent:
         return None
 
 
+class Notes:
+    """Listens to a cluster, and notes what it hears: the name and the arguments of each call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.calls.append((name, arguments))
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        """Return the arguments of all calls of that name."""
+        return [arguments for called, arguments in self.calls if called == name]
+
+
 class FakeCluster(AgentCluster):
     """A cluster of such agents, without scheduler and workers."""
+
+    listener: Notes
 
     def __init__(self, agents: Sequence[FakeAgent], **options: Any) -> None:
         super().__init__(
@@ -83,6 +99,7 @@ class FakeCluster(AgentCluster):
             node_spec=lambda node: NodeSpec(node, ({},), ({},)),
             **{"timeout_s": 60.0, **options},
         )
+        self.listener = Notes()
 
     async def _connect(self, address: str) -> None:
         assert address == "tls://fake:1"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from distributed.core import rpc
 from distributed.deploy import Cluster
@@ -18,11 +17,47 @@ CLOSE_S = 30.0
 """Seconds that a cluster may take to close, not counting the data that its machines still send."""
 
 
+class Listener(Protocol):
+    """Hears what happens to a cluster.
+
+    Called in the cluster's event loop, except for `cluster_lost`, and must not block there.
+    """
+
+    def workers_changed(self) -> None:
+        """Take note that a worker has come or gone."""
+
+    def cluster_lost(self, error: BaseException) -> None:
+        """Take note that the cluster has failed after its start. Called in a thread of its own; may block."""
+
+    def node_added(self, node: int, instance_id: str, machine: Machine | None) -> None:
+        """Take note of a further node, which is being made ready."""
+
+    def node_left(self, node: int, instance_id: str) -> None:
+        """Take note that a node is not used any more."""
+
+    def node_lost(self, node: int, instance_id: str, why: str) -> None:
+        """Take note that a node has failed, or was taken away."""
+
+    def node_replaced(self, node: int, instance_id: str, replaced_id: str) -> None:
+        """Take note that a machine has taken the place of another."""
+
+    def machine_failed(self, error: BaseException) -> None:
+        """Take note of a machine that can't be made ready; the cluster does without it."""
+
+    def node_metrics(self, node: int, instance_id: str, figures: dict[str, float]) -> None:
+        """Take the measurements of a node."""
+
+    def worker_output(self, output: Any) -> None:
+        """Take the last lines that a worker process has printed before its end."""
+
+
 class SkyCluster(Cluster):  # type: ignore[misc]
     """A `distributed.deploy.Cluster` that knows which workers are slots of which node.
 
-    `on_change` is called, in the event loop, whenever a worker comes or goes.
+    `listener` is set once, before the cluster is started.
     """
+
+    listener: Listener
 
     _name = "SkyCluster"
     _close_within_s: float | None = CLOSE_S
@@ -30,8 +65,6 @@ class SkyCluster(Cluster):  # type: ignore[misc]
     def __init__(self, name: str, security: Any = None) -> None:
         super().__init__(asynchronous=False, quiet=True, name=name)
         self.security = security
-        self.on_change: Callable[[], None] = lambda: None
-        self.on_lost: Callable[[BaseException], None] = lambda _: None
         self.changed = asyncio.Event()
         self.has_dashboard = threading.Event()  # set when `dashboard_link` leads to something
         self._loop_runner.start()
@@ -51,7 +84,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
     def _update_worker_status(self, op: str, msg: Any) -> None:
         super()._update_worker_status(op, msg)
         self.changed.set()
-        self.on_change()
+        self.listener.workers_changed()
 
     def _open_rpc(self, address: str) -> None:
         arguments = self.security.get_connection_args("client") if self.security else None

@@ -99,14 +99,7 @@ class AgentCluster(SkyCluster):
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
-        self.on_node_lost: Callable[[int, str, str], None] = lambda *_: None
-        self.on_node_added: Callable[[int, str, Machine | None], None] = lambda *_: None
-        self.on_node_left: Callable[[int, str], None] = lambda *_: None  # it was not wanted any more
-        self.on_node_replaced: Callable[[int, str, str], None] = lambda *_: None
-        self.on_start_error: Callable[[BaseException], None] = lambda _: None  # of a machine that is not used
         self._exited: dict[str, asyncio.Event] = defaultdict(asyncio.Event)  # set when its agent has told its end
-        self.on_output: Callable[[Any], None] = lambda _: None
-        self.on_metrics: Callable[[int, str, dict[str, float]], None] = lambda *_: None
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self.losses: list[VolumeError] = []  # data that could not be sent
         self._leaving: dict[Agent, asyncio.Future[None]] = {}  # those that are being stopped, or are
@@ -255,12 +248,12 @@ class AgentCluster(SkyCluster):
             self._nodes = self._nodes - failed.nodes | agent.nodes
             self._agents[self._agents.index(failed)] = agent
         logger.warning("%s is replaced by %s: %s", failed.machine, agent.machine, error, extra=_TOLD)
-        self.on_start_error(error)
+        self.listener.machine_failed(error)
         for node, old in zip(nodes, failed.nodes, strict=True):
             if self._discard is None:
-                self.on_node_left(old, failed.instance_id(old))
-                self.on_node_added(node, agent.instance_id(node), agent.facts)
-            self.on_node_replaced(node, agent.instance_id(node), failed.instance_id(old))
+                self.listener.node_left(old, failed.instance_id(old))
+                self.listener.node_added(node, agent.instance_id(node), agent.facts)
+            self.listener.node_replaced(node, agent.instance_id(node), failed.instance_id(old))
         self._spawn(self._remove_agent(failed))
         return agent
 
@@ -283,11 +276,12 @@ class AgentCluster(SkyCluster):
     def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
         match event["event"]:
             case "exited":
-                self.on_output(event["output"])
+                self.listener.worker_output(event["output"])
                 self._exited[event["address"]].set()
             case "metrics" if agent.nodes:
                 node = min(agent.nodes)
-                self.on_metrics(node, agent.instance_id(node), {k: v for k, v in event.items() if k != "event"})
+                figures = {name: value for name, value in event.items() if name != "event"}
+                self.listener.node_metrics(node, agent.instance_id(node), figures)
             case "scheduler":
                 self.dashboard_port = event["dashboard"]
                 if self._address is not None and not self._address.done():
@@ -308,7 +302,7 @@ class AgentCluster(SkyCluster):
                 if agent is self._agents[0]:
                     self._fail(error)
                 elif self._is_up:
-                    self.on_start_error(error)
+                    self.listener.machine_failed(error)
                     # Not replaced: what keeps workers from starting there may do so everywhere, and machines cost.
                     self._spawn(self._drop(agent, event["error"], replace=False))
                 elif agent in self._agents:
@@ -366,9 +360,9 @@ class AgentCluster(SkyCluster):
                     address=address, stimulus_id="machine-lost", expected=gone, close=False
                 )
         for node in agent.nodes:
-            self.on_node_lost(node, agent.instance_id(node), why)
+            self.listener.node_lost(node, agent.instance_id(node), why)
         self.changed.set()
-        self.on_change()
+        self.listener.workers_changed()
         if was_counted and replace:
             self._replace(agent)
         await self._remove_agent(agent)
@@ -382,7 +376,7 @@ class AgentCluster(SkyCluster):
             return
         logger.warning("%s will be taken away by its provider in %.0f s: its work is moved", _named(agent), seconds)
         self._nodes -= agent.nodes
-        self.on_change()
+        self.listener.workers_changed()
         self._replace(agent)
         addresses = self._addresses(agent)
         with contextlib.suppress(Exception):  # it may be gone already, or a worker on its way out
@@ -466,7 +460,7 @@ class AgentCluster(SkyCluster):
                 self._spawn(self._remove_agent(agent))
                 continue
             self._nodes.add(node)
-            self.on_node_replaced(node, agent.instance_id(node), lost_id)
+            self.listener.node_replaced(node, agent.instance_id(node), lost_id)
             return
 
     async def _ask_cloud(self, function: Callable[..., R], *arguments: Any) -> R:
@@ -484,7 +478,7 @@ class AgentCluster(SkyCluster):
             self._address.exception()  # those who wait for it are told; nobody has to
         elif self.status == Status.running:
             # From a thread: what follows closes this loop's clients, which can't be awaited here.
-            threading.Thread(target=self.on_lost, args=[error], daemon=True).start()
+            threading.Thread(target=self.listener.cluster_lost, args=[error], daemon=True).start()
 
     async def _close(self) -> None:
         self._stopping = True
@@ -604,7 +598,7 @@ class AgentCluster(SkyCluster):
         nodes = [{"node": s.node, "environments": s.environments, "resources": s.resources} for s in specs]
         self._agents[0].send({"do": "add", "nodes": nodes})
         for node in new:
-            self.on_node_added(node, self._agents[0].instance_id(node), None)
+            self.listener.node_added(node, self._agents[0].instance_id(node), None)
 
     def _free_numbers(self, count: int, *, but: Collection[int] = ()) -> list[int]:
         """Return numbers for further nodes: the lowest that no node has, and none whose work is still being moved."""
@@ -625,7 +619,7 @@ class AgentCluster(SkyCluster):
         for agent in agents:
             if self._discard is None:  # otherwise the launch has told
                 for node in agent.nodes:
-                    self.on_node_added(node, agent.instance_id(node), agent.facts)
+                    self.listener.node_added(node, agent.instance_id(node), agent.facts)
             self._spawn_growth(self._grow_by(agent))
 
     async def _grow_by(self, agent: Agent) -> None:
@@ -642,7 +636,7 @@ class AgentCluster(SkyCluster):
         self._excuse(gone)
         if self._discard is None:
             for node in sorted(gone):
-                self.on_node_left(node, self.instance_id(node))
+                self.listener.node_left(node, self.instance_id(node))
         for agent in list(self._agents):
             if agent.nodes and agent.nodes <= gone:
                 self._agents.remove(agent)

@@ -62,7 +62,7 @@ class JoinedCluster(SkyCluster):
         """
         self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
         self.changed.set()
-        self.on_change()
+        self.listener.workers_changed()
 
     async def heard(self, event: tuple[float, Any]) -> None:
         """Take an entry of the scheduler's event log."""

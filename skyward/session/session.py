@@ -40,7 +40,7 @@ _left: list[Session] = []
 
 
 class Session:
-    """What an active pool holds. Started once, stopped once.
+    """What an active pool holds. Started once, stopped once. It is the `Listener` of its cluster.
 
     `cluster`, `client` and `engine` are None until the start has got so far.
 
@@ -157,14 +157,7 @@ class Session:
         stack.callback(cluster.stop)
         joblib = threading.Thread(target=_register_joblib, name="skyward-joblib", daemon=True)
         joblib.start()  # meanwhile, because it takes a while too
-        if own is not None:
-            own.on_node_added = self._node_added
-            own.on_node_left = self._node_left
-            own.on_node_lost = self._node_lost
-            own.on_node_replaced = self._node_replaced
-            own.on_start_error = self._tell_error
-            own.on_metrics = self._metrics
-            own.on_output = self.output.receive
+        cluster.listener = self
         if self._over.is_set():
             raise PoolError("the pool was closed while it started")
         cluster.start()
@@ -200,8 +193,6 @@ class Session:
             included=[Path(path).name.partition(".")[0] for path in spec.image.include],
         )
         stack.callback(engine.close)
-        cluster.on_change = engine.roster_changed
-        cluster.on_lost = self._lost
         if own is not None:
             own.demand = engine.demand
             own.busy = engine.busy
@@ -270,32 +261,42 @@ class Session:
         assert self.cluster is not None  # whose workers have printed
         return self.cluster.instance_id(node)
 
-    def _lost(self, reason: BaseException) -> None:
-        assert self.engine is not None  # with which this was made known to the cluster
-        self._tell_error(reason)
-        self.engine.fail(reason)
+    def workers_changed(self) -> None:
+        if self.engine is not None:
+            self.engine.roster_changed()
+
+    def cluster_lost(self, error: BaseException) -> None:
+        if self.engine is not None:  # otherwise the start fails, and tells
+            self._tell_error(error)
+            self.engine.fail(error)
+
+    def machine_failed(self, error: BaseException) -> None:
+        self._tell_error(error)
+
+    def worker_output(self, output: Any) -> None:
+        self.output.receive(output)
 
     def _emit_here(self, event: Any) -> None:
         if isinstance(event, events.InstanceProvisioned):
             self._there[event.node] = event.instance_id
         self.emit(event)
 
-    def _node_added(self, node: int, instance_id: str, machine: Machine | None) -> None:
+    def node_added(self, node: int, instance_id: str, machine: Machine | None) -> None:
         provider = machine.provider if machine is not None else provider_names(self._provider)
         self._emit_here(provisioned(node, instance_id, provider, machine))
 
-    def _node_left(self, node: int, instance_id: str) -> None:
+    def node_left(self, node: int, instance_id: str) -> None:
         self._there.pop(node, None)
         self.emit(events.InstanceStopping(instance_id=instance_id))
 
-    def _node_lost(self, node: int, instance_id: str, why: str) -> None:
+    def node_lost(self, node: int, instance_id: str, why: str) -> None:
         self._there.pop(node, None)
         self.emit(events.InstanceLost(instance_id=instance_id, node=node, reason=why))
 
-    def _node_replaced(self, node: int, instance_id: str, replaced_id: str) -> None:
+    def node_replaced(self, node: int, instance_id: str, replaced_id: str) -> None:
         self.emit(events.InstanceReplaced(instance_id=instance_id, node=node, replaced_id=replaced_id))
 
-    def _metrics(self, node: int, instance_id: str, figures: dict[str, float]) -> None:
+    def node_metrics(self, node: int, instance_id: str, figures: dict[str, float]) -> None:
         self.emit(events.Metrics(instance_id=instance_id, node=node, **figures))
 
 

@@ -67,16 +67,12 @@ def test_a_machine_that_does_not_boot_is_replaced(make: Start, bad: int) -> None
     cloud = Cloud(spare("spare"))
     agents = machines(*("boot" if node == bad else None for node in range(3)))
     cluster = make(cloud, agents)
-    replaced: list[tuple[int, str, str]] = []
-    errors: list[BaseException] = []
-    cluster.on_node_replaced = lambda *facts: replaced.append(facts)
-    cluster.on_start_error = errors.append
 
     cluster.start()
 
     assert cluster.machines == {0: "m0", 1: "m1", 2: "m2"} | {bad: "spare"}
-    assert replaced == [(bad, "spare", f"m{bad}")]
-    assert [str(error) for error in errors] == [f"m{bad} failed at boot"]
+    assert cluster.listener.of("node_replaced") == [(bad, "spare", f"m{bad}")]
+    assert [str(error) for (error,) in cluster.listener.of("machine_failed")] == [f"m{bad} failed at boot"]
     wait_until(lambda: cloud.discarded == [f"m{bad}"])
     assert agents[bad].stopped.is_set()
 
@@ -210,15 +206,12 @@ def test_a_timeout_tells_which_machines_have_failed(make: Start) -> None:
 def test_a_host_that_fails_is_replaced_by_a_spare_one(make: Start) -> None:
     hosts = Cloud(spare("spare", fails_at="packages"), spare("other"))
     cluster = make(hosts, machines("ssh", None, None, None), hosts=True)
-    left: list[str] = []
-    added: list[str] = []
-    cluster.on_node_left = lambda _, name: left.append(name)
-    cluster.on_node_added = lambda _, name, __: added.append(name)
 
     cluster.start()
 
     assert cluster.machines[0] == "other"
-    assert (left, added) == (["m0", "spare"], ["spare", "other"])
+    assert cluster.listener.of("node_left") == [(0, "m0"), (0, "spare")]
+    assert [name for _, name, _ in cluster.listener.of("node_added")] == ["spare", "other"]
     # One that has failed is not taken again.
     assert [used[:2] for _, used in hosts.asked] == [["m0", "m0"], ["m0", "spare"]]
 
@@ -235,7 +228,6 @@ def test_without_a_spare_host_the_start_fails_at_once(make: Start) -> None:
 
 def test_a_further_node_whose_workers_do_not_start_is_left_out(make: Start) -> None:
     made: list[FakeAgent] = []
-    told: list[BaseException] = []
 
     def new(node: int) -> FakeAgent:
         made.append(FakeAgent(node, "new"))
@@ -243,7 +235,6 @@ def test_a_further_node_whose_workers_do_not_start_is_left_out(make: Start) -> N
 
     cloud = Cloud(new, spare("another"))
     cluster = make(cloud, machines(None))
-    cluster.on_start_error = told.append
     cluster.start()
     cluster.scale(2)
     wait_until(lambda: made and made[0].commands)  # it has joined
@@ -253,7 +244,8 @@ def test_a_further_node_whose_workers_do_not_start_is_left_out(make: Start) -> N
 
     assert cluster.machines == {0: "m0"}
     assert cloud.asked == [([1], ["m0"])]
-    assert ["can't reach node 0" in str(error) for error in told] == [True]
+    (failed,) = cluster.listener.of("machine_failed")
+    assert "can't reach node 0" in str(failed[0])
 
 
 # --- the end ------------------------------------------------------------------------------------------------
