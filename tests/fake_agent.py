@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from skyward.cluster.agents import Heard
-from skyward.cluster.cluster import AgentCluster
+from skyward.cluster.machine_cluster import MachineCluster
 from skyward.errors import BootstrapError
 from skyward.node.config import NodeSpec
 from skyward.providers.base import Login, Machine
@@ -85,7 +85,7 @@ class Notes:
         return [arguments for called, arguments in self.calls if called == name]
 
 
-class FakeCluster(AgentCluster):
+class FakeCluster(MachineCluster):
     """A cluster of such agents, without scheduler and workers."""
 
     listener: Notes

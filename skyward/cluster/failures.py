@@ -1,10 +1,13 @@
-"""Machines that fail while a pool starts: which are replaced, and when the start itself has failed."""
+"""Failures of machines: which are replaced while a pool starts, when the start has failed, and the errors for them."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-from skyward.errors import BootstrapError
+from skyward.cluster.agents import Agent
+from skyward.errors import BootstrapError, PoolError
+from skyward.scripts.bootstrap import LAST_LINES
 
 LOST = "lost"
 """The step of a machine that was ready and is lost before the pool has started."""
@@ -61,3 +64,30 @@ class StartFailures:
     def lines(self, *, but: BootstrapError | None = None) -> list[str]:
         """Return a line for each failure."""
         return [str(error).partition("\n")[0] for error in self._errors if error is not but]
+
+
+def workers_error(pool_id: str, agent: Agent, event: dict[str, Any]) -> BootstrapError:
+    """Return the error for an agent that can't start its part of the cluster."""
+    lines, log = tuple(event.get("last_lines", ()))[-LAST_LINES:], event.get("log")
+    text = "\n  ".join([f"pool {pool_id} could not start on {agent.machine}: {event['error']}", *lines])
+    return BootstrapError(
+        f"{text}\nIts log is {log}" if log else text,
+        machine=agent.machine,
+        step=WORKERS,
+        last_lines=lines,
+        instance_id=agent.instance_id(min(agent.nodes)) if agent.nodes else None,
+        log=log,
+    )
+
+
+def scheduler_lost(pool_id: str, agent: Agent, why: str, *, silence: bool) -> PoolError:
+    """Return the error for the end of the scheduler's agent. `silence`: it had heard nothing of this process."""
+    if silence:
+        return PoolError(
+            f"pool {pool_id} has ended: {why}. Calls that had not finished are lost. Raise "
+            "heartbeat_timeout=, or enter the pool again."
+        )
+    return PoolError(
+        f"the agent of pool {pool_id} on {agent.machine}, and with it the Dask scheduler, ended "
+        f"unexpectedly ({why}); calls that had not finished are lost. Enter the pool again."
+    )

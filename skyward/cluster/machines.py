@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from skyward.accelerators.model import is_nvidia
 from skyward.cluster import remote
 from skyward.cluster.bootstrap import Shipment
-from skyward.cluster.cluster import AgentCluster
 from skyward.cluster.heartbeat import Heartbeats
 from skyward.cluster.listing import Listing
+from skyward.cluster.machine_cluster import MachineCluster
 from skyward.cluster.remote import RemoteAgent
 from skyward.cluster.requirements import recipe
 from skyward.cluster.slots import node_spec
@@ -44,7 +44,7 @@ def machine_cluster(
     emit: Callable[[Any], None],
     *,
     expires: float,
-) -> AgentCluster:
+) -> MachineCluster:
     """Return the cluster, not yet started; node i is on ``machines[i]``. It ends at `expires`, since the epoch.
 
     Machines that do not live on after the pool are replaced when they are lost.
@@ -79,7 +79,7 @@ def machine_cluster(
     def new_agents(nodes: Sequence[int], taken: Sequence[str]) -> list[RemoteAgent]:
         return [make_agent(n, m) for n, m in zip(nodes, source.more(nodes, taken), strict=True)]
 
-    return AgentCluster(
+    return MachineCluster(
         pool_id,
         [make_agent(n, m) for n, m in enumerate(machines)],
         security=credentials.security(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from skyward.cluster import cluster as cluster_module
+from skyward.cluster import machine_cluster
 from skyward.errors import BootstrapError, CapacityError, NoMatchingInstanceError, PoolError, PoolTimeoutError
 from tests.fake_agent import FakeAgent, FakeCluster
 from tests.waiting import wait_until
@@ -271,7 +271,7 @@ def test_the_end_stops_a_node_that_is_being_made_ready(make: Start) -> None:
 def test_the_end_does_not_wait_for_the_next_try_to_replace_a_machine(
     make: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_module, "_REPLACEMENT_PAUSES_S", (0.0, 3600.0))
+    monkeypatch.setattr(machine_cluster, "_REPLACEMENT_PAUSES_S", (0.0, 3600.0))
     cloud, agents = Cloud(), machines(None, None)
     cluster = make(cloud, agents)
     cluster.start()

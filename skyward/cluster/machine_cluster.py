@@ -1,0 +1,295 @@
+"""A cluster on machines that fail, are taken away and are added: replacement, evacuation, growing and shrinking."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from skyward.cluster.agents import Agent
+from skyward.cluster.cluster import AgentCluster
+from skyward.cluster.failures import LOST, WORKERS, StartFailures, workers_error
+from skyward.errors import BootstrapError, SkywardError
+from skyward.providers.base import Machine
+
+R = TypeVar("R")
+logger = logging.getLogger(__name__)
+
+_EVACUATION_MARGIN_S = 15.0
+"""Seconds before a machine is taken away by which its work has been moved. Chosen, not measured."""
+_FLUSH_MARGIN_S = 45.0
+"""The same for a machine that also has to send what was written to volumes. Chosen, not measured."""
+_CLOUD_CALLS = 6
+"""Calls to clouds at a time that launch or destroy single machines of a pool that runs. Chosen, not measured."""
+_LOOK_S = 2.0
+_BREAK_S = 0.5
+"""Seconds after the end of a worker within which its machine is gone too, if that was why."""
+_TOLD = {"told_by_event": True}
+"""Marks what is logged and of which an event tells too: consoles show it once."""
+_REPLACEMENT_PAUSES_S = (1.0, 15.0, 60.0, 120.0, 300.0)
+"""Pauses before attempts to find a replacement for a lost machine.
+Chosen, not measured: capacity comes back in minutes."""
+
+
+class MachineCluster(AgentCluster):
+    """A cluster of machines, each with an agent for one node. Only that of the scheduler can't be lost.
+
+    Parameters
+    ----------
+    new_agents
+        Makes agents for further nodes, on machines other than those in its second argument; may block.
+    discard
+        Destroys a machine that is not used any more; may block. Then one that is lost is replaced. None: machines stay
+        when the cluster has left them, and those that are lost are not replaced.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        agents: Sequence[Agent],
+        *,
+        new_agents: Callable[[Sequence[int], Sequence[str]], Sequence[Agent]],
+        discard: Callable[[Machine], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(name, agents, **options)
+        self._new_agents = new_agents
+        self._discard = discard
+        self._failures = StartFailures(len(agents), costly=discard is not None)
+        self._growing = asyncio.Lock()
+        self._used: list[str] = []  # machines that have failed
+        # Not the event loop's threads, which connections need: a cloud may keep all of these waiting.
+        self._cloud_threads = ThreadPoolExecutor(_CLOUD_CALLS, thread_name_prefix="skyward-cloud")
+
+    async def _close(self) -> None:
+        await super()._close()
+        self._cloud_threads.shutdown(wait=False)
+
+    async def _ask_cloud(self, function: Callable[..., R], *arguments: Any) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._cloud_threads, function, *arguments)
+
+    # --- failures -------------------------------------------------------------------------------------------
+
+    def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
+        has_scheduler = agent is self._agents[0]
+        match event["event"]:
+            case "failed" if not has_scheduler:
+                self._workers_failed(agent, event)
+            case "ended" if not has_scheduler and not self._stopping:
+                self._agent_ended(agent, event["why"], gone=event.get("gone", False))
+            case "notice" if not has_scheduler:
+                self._spawn(self._evacuate(agent, event["seconds"]))
+            case "notice":
+                logger.warning("%s, which has the scheduler, will be taken away by its provider", _named(agent))
+            case _:
+                super()._heard(agent, event)
+
+    def _workers_failed(self, agent: Agent, event: dict[str, Any]) -> None:
+        error = workers_error(self.name, agent, event)
+        if self._is_up:
+            self.listener.machine_failed(error)
+            # Not replaced: what keeps workers from starting there may do so everywhere, and machines cost.
+            self._spawn(self._drop(agent, event["error"], replace=False))
+        elif agent in self._agents:
+            self._begin(agent, error)
+
+    def _agent_ended(self, agent: Agent, why: str, *, gone: bool) -> None:
+        if self._is_up:
+            self._spawn(self._drop(agent, why, gone=gone))
+        elif agent in self._agents:
+            said = f"the agent of pool {self.name} on {agent.machine} ended while the pool started ({why})"
+            (node,) = agent.nodes
+            self._begin(
+                agent, BootstrapError(said, machine=agent.machine, step=LOST, instance_id=agent.instance_id(node))
+            )
+
+    async def _exchange(self, failed: Agent, error: BootstrapError) -> Agent:
+        """Return an agent on another machine for a node that can't be made ready.
+
+        Raises
+        ------
+        BootstrapError
+            There is none, or another machine would fail too: then the start of the pool has failed.
+        """
+        await self._failures.judge(error)
+        self._used += [failed.instance_id(node) for node in failed.nodes]
+        async with self._growing:
+            used = self._used + [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
+            # The scheduler may still have workers of one that had joined, and takes none with the same names.
+            has_joined = error.step in (LOST, WORKERS)
+            nodes = self._free_numbers(len(failed.nodes)) if has_joined else sorted(failed.nodes)
+            try:
+                (agent,) = await self._ask_cloud(self._new_agents, nodes, used)
+            except SkywardError as exc:
+                error.args = (f"{error}\nNo other machine could be had in its place: {exc}",)
+                raise self._failures.noted(error) from exc
+            self._nodes = self._nodes - failed.nodes | agent.nodes
+            self._agents[self._agents.index(failed)] = agent
+        logger.warning("%s is replaced by %s: %s", failed.machine, agent.machine, error, extra=_TOLD)
+        self.listener.machine_failed(error)
+        for node, old in zip(nodes, failed.nodes, strict=True):
+            if self._discard is None:
+                self.listener.node_left(old, failed.instance_id(old))
+                self.listener.node_added(node, agent.instance_id(node), agent.facts)
+            self.listener.node_replaced(node, agent.instance_id(node), failed.instance_id(old))
+        self._spawn(self._remove_agent(failed))
+        return agent
+
+    async def _drop(self, agent: Agent, why: str, *, gone: bool = False, replace: bool = True) -> None:
+        """Go on without a node that is lost: its calls are run again elsewhere, on its replacement if there is one.
+
+        `gone`: its provider has taken it away, which does not count against a call's `retries`.
+        """
+        if agent not in self._agents:
+            return
+        logger.warning("lost %s: %s", agent.machine, why, extra=_TOLD)
+        self._agents.remove(agent)
+        if gone:
+            self._excuse(agent.nodes)
+        was_counted = agent.nodes <= self._nodes
+        self._nodes -= agent.nodes
+        for address in self._addresses(agent):
+            with contextlib.suppress(Exception):  # it may have been noticed meanwhile
+                # What is not `expected` the engine counts, and runs again.
+                await self.scheduler_comm.unregister(
+                    address=address, stimulus_id="machine-lost", expected=gone, close=False
+                )
+        for node in agent.nodes:
+            self.listener.node_lost(node, agent.instance_id(node), why)
+        self.changed.set()
+        self.listener.workers_changed()
+        if was_counted and replace:
+            self._replace(agent)
+        await self._remove_agent(agent)
+
+    async def _evacuate(self, agent: Agent, seconds: float) -> None:
+        """Take the work off a machine that its provider will take away in so many seconds.
+
+        It gets nothing new, what it holds is moved away, what it runs may end; the rest is run again elsewhere.
+        """
+        if agent not in self._agents or not agent.nodes <= self._nodes:
+            return
+        logger.warning("%s will be taken away by its provider in %.0f s: its work is moved", _named(agent), seconds)
+        self._nodes -= agent.nodes
+        self.listener.workers_changed()
+        self._replace(agent)
+        addresses = self._addresses(agent)
+        with contextlib.suppress(Exception):  # it may be gone already, or a worker on its way out
+            margin = _FLUSH_MARGIN_S if agent.has_unsent else _EVACUATION_MARGIN_S
+            async with asyncio.timeout(max(0.0, seconds - margin)):
+                await self.scheduler_comm.retire_workers(
+                    workers=addresses, close_workers=False, remove=False, stimulus_id="machine-leaves"
+                )
+                while await self._is_busy(addresses):
+                    await asyncio.sleep(_LOOK_S)
+        await self._drop(agent, "its provider took it back", gone=True)
+
+    async def _is_busy(self, addresses: Sequence[str]) -> bool:
+        """Tell whether workers run something, as they said within the last second or two."""
+        if self.busy().intersection(addresses):
+            return True
+        workers = (await self.scheduler_comm.identity(n_workers=-1))["workers"]
+        return any(workers[a]["metrics"].get("executing", 0) for a in addresses if a in workers)
+
+    def _addresses(self, agent: Agent) -> list[str]:
+        return [address for address in self.scheduler_info["workers"] if self._places.get(address) in agent.nodes]
+
+    async def was_reclaimed(self, address: str) -> bool:
+        """Tell the same; where a machine may be lost, also wait until it is clear whether its agent has ended too.
+
+        That may be the end of the pool, which is a better reason for the calls to fail.
+        """
+        if await super().was_reclaimed(address):
+            return True
+        await asyncio.sleep(_BREAK_S)
+        node = self._places.get(address)
+        while agent := next((agent for agent in self._agents if node in agent.nodes), None):
+            if self._stopping or self._failed is not None or await agent.answers():
+                break
+            await asyncio.sleep(_BREAK_S)  # until it is heard again, or it is known what has become of it
+        return address in self._reclaimed
+
+    # --- replacement ----------------------------------------------------------------------------------------
+
+    def _replace(self, agent: Agent) -> None:
+        if self._discard is not None and not self._stopping:
+            self._spawn_growth(self._find_replacement(agent))
+
+    async def _find_replacement(self, lost: Agent) -> None:
+        """Find another machine for a node that is lost; the pool goes on meanwhile with what it has."""
+        (lost_id,) = (lost.instance_id(node) for node in lost.nodes)
+        for pause in _REPLACEMENT_PAUSES_S:
+            await asyncio.sleep(pause)
+            if self._failed is not None:
+                return  # what took this node took the scheduler's too
+            async with self._growing:
+                (node,) = self._free_numbers(1, but=lost.nodes)
+                try:
+                    (agent,) = await self._ask_cloud(self._new_agents, [node], [])
+                except Exception as exc:  # as in `_get_nodes`
+                    logger.warning("no replacement for %s at present: %s", lost.machine, exc)
+                    continue
+                self._agents.append(agent)
+            try:
+                await self._start_agent(agent)
+            except Exception as exc:  # it may be lost too, before it is ready
+                logger.warning("%s, a replacement for %s, can't be made ready: %s", agent.machine, lost.machine, exc)
+                self._agents.remove(agent)
+                self._spawn(self._remove_agent(agent))
+                continue
+            self._nodes.add(node)
+            self.listener.node_replaced(node, agent.instance_id(node), lost_id)
+            return
+
+    async def _give_back(self, agent: Agent) -> None:
+        if self._discard is not None and agent.facts is not None and not self._stopping:
+            await self._ask_cloud(self._discard, agent.facts)
+
+    async def _remove_agent(self, agent: Agent) -> None:
+        await self._stop_agent(agent)
+        await self._give_back(agent)
+
+    # --- more and fewer nodes -------------------------------------------------------------------------------
+
+    def _grow(self, new: list[int]) -> None:
+        self._spawn_growth(self._get_nodes(new))
+
+    async def _get_nodes(self, new: list[int]) -> None:
+        async with self._growing:
+            taken = self._used + [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
+            try:
+                agents = await self._ask_cloud(self._new_agents, new, taken)
+            except Exception as exc:  # whatever a provider says: the pool goes on with what it has
+                logger.warning("no more nodes: %s", exc)
+                self._nodes.difference_update(new)
+                return
+            self._agents += agents
+        for agent in agents:
+            if self._discard is None:  # otherwise the launch has told
+                for node in agent.nodes:
+                    self.listener.node_added(node, agent.instance_id(node), agent.facts)
+            self._spawn_growth(self._grow_by(agent))
+
+    async def _grow_by(self, agent: Agent) -> None:
+        try:
+            await self._start_agent(agent)
+        except Exception as exc:  # as in `_get_nodes`
+            logger.warning("%s can't be made ready: %s", agent.machine, exc)
+            self._spawn(self._drop(agent, str(exc)))
+
+    def _shrink(self, gone: set[int]) -> None:
+        if self._discard is None:
+            for node in sorted(gone):
+                self.listener.node_left(node, self.instance_id(node))
+        for agent in list(self._agents):
+            if agent.nodes <= gone:
+                self._agents.remove(agent)
+                self._spawn(self._remove_agent(agent))
+
+
+def _named(agent: Agent) -> str:
+    """Return what an agent's machine is called in messages: by its node, as events and the console do."""
+    return ", ".join(f"node {node} ({agent.instance_id(node)})" for node in sorted(agent.nodes))
