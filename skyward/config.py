@@ -183,7 +183,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     tool = data.get("tool")
     table = tool.get("skyward") if isinstance(tool, dict) else None
     if table is not None and not isinstance(table, dict):
-        raise _file_error(path, f"{path}: tool.skyward is no table")
+        raise _file_error(path, f"{path}: tool.skyward is not a table")
     return table
 
 

@@ -5,11 +5,11 @@
     SkywardError
     ├── SpecError (ValueError)             the caller: a bad option, found before any machine starts
     ├── NoActivePoolError (RuntimeError)   the caller: `>> sky` outside a pool, or a pool used after its block
-    ├── SerializationError (TypeError, PicklingError)  the caller: an argument, result or exception that can't travel
-    ├── VersionMismatchError               the caller: packages differ between here and there
-    ├── NoMatchingInstanceError (ValueError)
-    ├── NoAvailableProviderError           no provider offers what was asked for
-    ├── AllProvidersFailedError            all that offered it failed
+    ├── SerializationError (TypeError, PicklingError)  the caller: an argument, result or exception can't be pickled
+    ├── VersionMismatchError               the caller: packages differ between caller and workers
+    ├── NoMatchingInstanceError (ValueError)  the caller: no machine type matches the options
+    ├── NoAvailableProviderError           no provider has a matching offer
+    ├── AllProvidersFailedError            every provider with a matching offer failed
     ├── ProviderError                      the account or the cloud
     │   ├── CredentialsError
     │   ├── CapacityError
@@ -18,12 +18,12 @@
     │   ├── BootstrapError                 a machine could not be prepared
     │   ├── PoolTimeoutError (TimeoutError)
     │   ├── PoolBudgetError
-    │   └── VolumeError                    what was written to a volume has not arrived in its bucket
-    ├── MachineLostError                   the machine: gone, and reruns used up
+    │   └── VolumeError                    data of a volume was not uploaded
+    ├── MachineLostError                   the machine: lost, and no retries left
     │   └── WorkerDiedError                the worker process: killed while it ran this very task
     └── TaskExitError                      the task: it called `sys.exit`
 
-A task's own exception is none of these: it comes back as it was raised, with `RemoteTraceback` as its cause.
+An exception that a call raises is none of these: it arrives as it was raised, with `RemoteTraceback` as its cause.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SkywardError(Exception):
 
 
 class SpecError(SkywardError, ValueError):
-    """An option has a value that can't work. Attributes: `option`, `value`, `accepted`."""
+    """An option has an invalid value. Attributes: `option`, `value`, `accepted`."""
 
 
 def invalid(option: str, value: Any, accepted: str, *, shown: str = "") -> SpecError:
@@ -56,11 +56,11 @@ def invalid(option: str, value: Any, accepted: str, *, shown: str = "") -> SpecE
 
 
 class NoActivePoolError(SkywardError, RuntimeError):
-    """Work was sent to a pool that does not exist (yet, or any more)."""
+    """A call was sent, but no pool is active, or its pool is not active yet or any more."""
 
 
 class SerializationError(SkywardError, TypeError, _pickle.PicklingError):
-    """Something that has to travel can't be pickled. Attribute: `where`, e.g. ``"argument 'lock' of train()"``."""
+    """An argument, result or exception can't be pickled. Attribute: `where`, e.g. ``"argument 'lock' of train()"``."""
 
 
 class VersionMismatchError(SkywardError):
@@ -68,7 +68,7 @@ class VersionMismatchError(SkywardError):
 
 
 class NoMatchingInstanceError(SkywardError, ValueError):
-    """No instance type has what was asked for."""
+    """No instance type matches the options."""
 
 
 class NoAvailableProviderError(SkywardError):
@@ -76,7 +76,7 @@ class NoAvailableProviderError(SkywardError):
 
 
 class AllProvidersFailedError(SkywardError):
-    """Every provider tried has failed. Attribute: `reasons`, provider name → exception."""
+    """Every provider that was tried has failed. Attribute: `reasons`, provider name → exception."""
 
     reasons: Mapping[str, BaseException]
 
@@ -84,18 +84,18 @@ class AllProvidersFailedError(SkywardError):
 class ProviderError(SkywardError):
     """A provider refused or failed; the SDK's own error is the cause.
 
-    Attribute: `rules_out`, what is not worth trying after it: ``"offer"`` is this type in this region and market,
+    Attribute: `rules_out`, the choices that would fail too: ``"offer"`` is this type in this region and market,
     ``"type"`` the type in both markets of the region, ``"market"`` all spot machines of the region, ``"region"`` and
-    ``"provider"`` everything there.
+    ``"provider"`` all their machines.
     """
 
     rules_out: Literal["offer", "type", "market", "region", "provider"] = "region"
 
 
 class CredentialsError(ProviderError):
-    """Credentials are missing, wrong or expired; the message says where they were looked for.
+    """Credentials are missing, wrong or expired; the message says where skyward looked for them.
 
-    Attribute: `missing`, whether there were none at all.
+    Attribute: `missing`, whether no credentials were found.
     """
 
     missing: bool = False
@@ -115,15 +115,15 @@ class QuotaError(ProviderError):
 
 
 class PoolError(SkywardError, RuntimeError):
-    """The pool as a whole can't start or go on."""
+    """The pool as a whole can't start or continue."""
 
 
 class BootstrapError(PoolError):
     """A machine could not be prepared.
 
-    Attributes: `machine`, `step`, and of that step's command the exit `status` (None when there was none) and the
-    `last_lines` of what it said, at most 20; `instance_id`, the machine's name in events, and `log`, the path on this
-    computer where its log is kept, both None where there is none.
+    Attributes: `machine`; `step`; the exit `status` of the step's command (None if it has none) and the `last_lines`
+    of its output, at most 20; `instance_id`, the machine's name in events; and `log`, the path of its log on this
+    computer. The last two may be None.
     """
 
     machine: str
@@ -143,11 +143,11 @@ class PoolBudgetError(PoolError):
 
 
 class VolumeError(PoolError):
-    """What was written to a volume has not arrived in its bucket, and its machine has ended.
+    """Data written to a volume was not uploaded to its bucket before the machine was destroyed.
 
     Attributes: `machine`; `volume`, the bucket and prefix as ``"s3://bucket/prefix"``; `mount_path`; `files` and
-    `bytes` that have not arrived, None where the machine could not be asked. Where it is several volumes or machines,
-    the message has a line for each, and the attributes are those of the first.
+    `bytes` that were not uploaded, None if the machine could not be asked. For several volumes or machines, the message
+    has a line for each, and the attributes are those of the first.
     """
 
     machine: str
@@ -162,11 +162,11 @@ class MachineLostError(SkywardError):
 
 
 class WorkerDiedError(MachineLostError):
-    """The worker process died while it ran the call, again on every rerun."""
+    """The worker process died while it ran the call, and again on every retry."""
 
 
 class TaskExitError(SkywardError):
-    """The task called `sys.exit`. Attribute: `code`."""
+    """The call used `sys.exit`. Attribute: `code`."""
 
 
 class RemoteTraceback(Exception):  # noqa: N818 - it is a text to be shown as a cause, never raised

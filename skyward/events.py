@@ -323,7 +323,7 @@ class _Emitter:
         chain.answers += len(taken)
         if len(taken) < len(answers) and not chain.is_cut:
             chain.is_cut = True
-            logger.error("callbacks answer events without end; %r and what follows is dropped", answers[len(taken)])
+            logger.error("callbacks emit events endlessly; %r and later ones are dropped", answers[len(taken)])
         with self._lock:
             self._waiting.extend((answer, chain) for answer in taken)
 

@@ -115,7 +115,7 @@ def test_what_a_pool_is_made_of_says_what_it_is() -> None:
 
 def test_entering_an_active_pool_is_refused_and_harms_nothing() -> None:
     with small() as pool:
-        with pytest.raises(sky.PoolError, match="active already"):
+        with pytest.raises(sky.PoolError, match="already active"):
             pool.__enter__()
         assert double(1) >> pool == 2
 

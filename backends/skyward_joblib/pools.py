@@ -90,8 +90,8 @@ def _with_package(options: PoolOptions, package: str, version: str | None, optio
     here = importlib.metadata.version(package)
     if version is not None and version != here:
         raise VersionMismatchError(
-            f"{option}={version!r}, but {package} {here} is installed here; what travels between both sides needs the "
-            f"same version on both. Run `pip install {package}=={version}` here, or leave out {option}.",
+            f"{option}={version!r}, but {package} {here} is installed here; both sides need the "
+            f"same version. Run `pip install {package}=={version}` here, or leave out {option}.",
             table=((package, here, version),),
         )
     image: Any = options.get("image") or sky.Image()

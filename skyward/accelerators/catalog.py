@@ -207,8 +207,8 @@ def check_form_factor(model: Model, form_factor: str | None) -> str | None:
         return None
     found = {f.upper(): f for f in model.form_factors}.get(form_factor.upper())
     if found is None:
-        accepted = f"one of {', '.join(model.form_factors)}" if model.form_factors else "none at all"
-        raise bad(f"{model.name}-{form_factor}", f"for the form factor of {model.name} {accepted}")
+        accepted = f"one of {', '.join(model.form_factors)}" if model.form_factors else "none"
+        raise bad(f"{model.name}-{form_factor}", f"as form factor of {model.name} {accepted}")
     return found
 
 
@@ -241,7 +241,7 @@ def fit(model: Model, memory: int, mig: str | Sequence[str]) -> tuple[str, ...]:
     most = mig_profiles(model.name, memory)
     label = f"{model.name} with mig={mig!r}"
     if not most:
-        raise bad(label, f"no mig at all: {model.name} ({memory} GB) can't be partitioned")
+        raise bad(label, f"no mig: {model.name} ({memory} GB) can't be partitioned")
     wanted = [mig] if isinstance(mig, str) else list(mig)
     for profile in wanted:
         if profile not in most:

@@ -157,7 +157,7 @@ def main() -> int:
         if owner.gone:
             break
         entry = _latest(entry) or entry
-    logger.info("%s: ending the pool", "its owner is gone" if owner.gone else "its time is over")
+    logger.info("%s: ending the pool", "its owner is gone" if owner.gone else "it has expired")
     return _end(entry, owner)
 
 

@@ -288,7 +288,7 @@ class Bootstrap:
 
     def _failed(self, step: str, status: int, lines: Sequence[str]) -> BootstrapError:
         lines = [line for line in lines if line.strip()]
-        said = "\n  ".join(["its last lines:", *lines]) if lines else "it said nothing"
+        said = "\n  ".join(["its last lines:", *lines]) if lines else "it printed nothing"
         advice = f"\n{_ADVICE[step]}" if step in _ADVICE else ""
         return BootstrapError(
             f"{self._machine.login} could not be made ready: step {step!r} failed with status {status}; {said}{advice}",

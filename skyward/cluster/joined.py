@@ -103,10 +103,10 @@ class JoinedCluster(SkyCluster):
         return probe
 
     def scale(self, n: int) -> None:
-        raise PoolError(f"can't scale to {n} nodes: this cluster was only joined; scale it where it was made")
+        raise PoolError(f"can't scale a joined cluster to {n} nodes: scale it where it was created")
 
     def adapt(self, **_: Any) -> Any:
-        raise PoolError("can't adapt: this cluster was only joined; adapt it where it was made")
+        raise PoolError("can't adapt a joined cluster: adapt it where it was created")
 
 
 def joined_cluster(provider: Dask, pool_id: str) -> JoinedCluster:
@@ -167,7 +167,7 @@ def prepare(
         raise VersionMismatchError(
             f"the workers at {cluster.scheduler_address} can't run this pool's calls:\n"
             f"  {'package':<12} {'here':<12} there\n{table}\n"
-            "Install on the workers what is shown under 'here', or use here what they have.",
+            "Install the versions under 'here' on the workers, or those under 'there' here.",
             table=tuple(dict.fromkeys(rows)),
         )
     client.register_plugin(barrier_plugin(cluster.name))
@@ -186,7 +186,7 @@ def _wait_for_worker(
     except TimeoutError:
         raise PoolTimeoutError(
             f"the Dask cluster at {cluster.scheduler_address} had no worker within the pool's timeout of {timeout:g} "
-            "s. Start one where it was made, or raise timeout="
+            "s. Start a worker there, or raise timeout="
         ) from None
     if is_abandoned():
         raise PoolError("the pool was closed while it started")

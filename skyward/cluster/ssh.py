@@ -101,12 +101,12 @@ class Link:
             connection = await asyncssh.connect(login.host, **await self._options(key))
         except asyncssh.HostKeyNotVerifiable as exc:
             raise self._ssh_error(
-                f"{exc}: the host key is not the one that is expected. {self._about_host_key()}"
+                f"{exc}: the host key is not the expected one. {self._about_host_key()}"
             ) from exc
         except asyncssh.PermissionDenied as exc:
             tried = "the key that sky.SSH was given" if login.key else "the SSH agent's and the usual keys"
             raise self._ssh_error(
-                f"{login} refused to let us in with {tried}. Try `ssh {login}`; give user= and key= to sky.SSH"
+                f"{login} refused a login with {tried}. Try `ssh {login}`; give user= and key= to sky.SSH"
             ) from exc
         except (asyncssh.KeyImportError, asyncssh.ConfigParseError) as exc:
             raise self._ssh_error(f"a key or ~/.ssh/config can't be used to log in to {login}: {exc}") from exc
@@ -148,8 +148,8 @@ class Link:
             )
             if chosen.known_hosts is None:  # then asyncssh would take any host for the right one
                 raise self._ssh_error(
-                    f"UserKnownHostsFile for {login} in ~/.ssh/config is 'none', and nothing says which host key is "
-                    "the right one: give known_hosts= to sky.SSH"
+                    f"UserKnownHostsFile for {login} in ~/.ssh/config is 'none', so its host key is unknown: "
+                    "give known_hosts= to sky.SSH"
                 )
         return options
 
@@ -168,8 +168,8 @@ class Link:
             return asyncssh.import_private_key(key) if "PRIVATE KEY" in key else asyncssh.read_private_key(key)
         except (OSError, ValueError) as exc:
             raise self._ssh_error(
-                f"{name} for {self.login} can't be read: {_reason(exc)}. One with a passphrase has to be in the SSH "
-                "agent (`ssh-add`), and sky.SSH be given no key"
+                f"{name} for {self.login} can't be read: {_reason(exc)}. Add a key with a passphrase to the SSH "
+                "agent (`ssh-add`), and give sky.SSH no key"
             ) from exc
 
     def _ssh_error(self, text: str) -> BootstrapError:
@@ -252,7 +252,7 @@ class Link:
         printed = "\n  ".join(["It printed:", *lines]) if lines else "It printed nothing"
         ended = "was refused" if status is None else f"ended with status {status}"
         return BootstrapError(
-            f"{self.login} lets us in and runs no commands: instead of /bin/sh the user's login shell, or a "
+            f"{self.login} accepts the login but runs no commands: instead of /bin/sh the user's login shell, or a "
             f"ForceCommand of sshd_config or authorized_keys, was started, and {ended}. {printed}",
             machine=str(self.login),
             step="ssh",

@@ -69,7 +69,7 @@ class PlainView:
             case events.BootstrapProgress(instance_id=name, step=step) if not info.is_here:
                 node = model.node_of(name)
                 if node is not None and len(model.nodes) <= _FEW_NODES:
-                    yield f"node {node.number}: {step if step != 'ssh' else 'waiting until it lets us in'}"
+                    yield f"node {node.number}: {step if step != 'ssh' else 'waiting for SSH'}"
             case events.BootstrapProgress(step=step) if model.phases and len(model.phases) < 4:
                 yield f"installing what is missing ({step})"
             case events.BootstrapCompleted() if not info.is_here and not model.is_up:

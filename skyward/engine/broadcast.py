@@ -104,7 +104,7 @@ class Broadcaster:
                 if pending and gone & {addresses[tasks[t]] for t in pending}:
                     raise MachineLostError(
                         f"a worker ({', '.join(sorted(gone))}) was lost during a broadcast of {item.call.label}(); "
-                        "the others were ended. A broadcast is not rerun by itself: call it again.",
+                        "the others were stopped. A broadcast is not retried: send it again.",
                         machine=sorted(gone)[0],
                         losses=1,
                     )
@@ -143,8 +143,8 @@ class Broadcaster:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise MachineLostError(
-                f"a broadcast needs every slot, but only {self._engine.slots} of {self._engine._expected()} are there "
-                f"{_RESTART_S:g} s on; scale the pool, or enter it again",
+                f"a broadcast needs every slot, but only {self._engine.slots} of {self._engine._expected()} are "
+                f"available after {_RESTART_S:g} s; scale the pool, or enter it again",
                 machine="",
                 losses=1,
             ) from None
@@ -165,7 +165,7 @@ class Broadcaster:
         except WorkerGoneError:
             return WorkerDiedError(
                 f"the worker of part {part.rank} of {part.size} died during the broadcast of "
-                f"{item.call.label}(); the other parts were ended. {WHY_DIED}",
+                f"{item.call.label}(); the other parts were stopped. {WHY_DIED}",
                 machine=address,
                 losses=1,
             )

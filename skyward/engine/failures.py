@@ -27,7 +27,7 @@ def died(item: Item, worker: str) -> WorkerDiedError:
 def not_run(cause: BaseException) -> BaseException:
     """Return the error for a chunk that no worker could run."""
     if isinstance(cause, (asyncio.CancelledError, concurrent.futures.CancelledError)):
-        return PoolError("the call was dropped by the Dask scheduler (was it restarted, or the task cancelled there?)")
+        return PoolError("the Dask scheduler dropped the call (did it restart, or was the task cancelled there?)")
     if isinstance(cause, (ImportError, AttributeError)):
         error: BaseException = SerializationError(
             f"the worker could not load the call: {cause}. Is a package missing there? Add it to Image(pip=[...]).",

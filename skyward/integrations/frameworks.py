@@ -82,7 +82,7 @@ def _chosen(value: Any, accepted: tuple[str, ...], *, optional: bool) -> str | N
     if value is None and optional:
         return None
     try:
-        return str(check_choice(accepted, "None to choose by what there is" if optional else "")(value))
+        return str(check_choice(accepted, "None to choose automatically" if optional else "")(value))
     except ValueError as exc:
         raise invalid("backend", value, str(exc)) from None
 

@@ -354,7 +354,7 @@ def _nothing(
         offer, why = min(fit, key=lambda pair: _cheapest(pair[0]))
         i = offer.instance
         text = (
-            f"{names}: there are fitting machines, but none can be had. The cheapest is {offer.provider} {i.name} "
+            f"{names}: there are matching machines, but none is available. The cheapest is {offer.provider} {i.name} "
             f"in {offer.region}, {_price(i.price_on_demand)} USD/h on demand, {_price(i.price_spot)} as a spot "
             f"machine: {why}"
         )

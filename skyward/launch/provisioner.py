@@ -324,8 +324,8 @@ class Provisioner:
                 self._ended(list(self._machines.values()))
                 return []
         message = (
-            f"machines of pool {self._pool_id} may still run, and cost: {'; '.join(left)}. The pool's guardian goes on "
-            f"trying to end them; so can you, with `skyward down {self._pool_id}`"
+            f"machines of pool {self._pool_id} may still run and cost money: {'; '.join(left)}. The guardian keeps "
+            f"trying to destroy them; you can do so too, with `skyward down {self._pool_id}`"
         )
         logger.error("%s", message)
         self._emit(events.Error(message=message))

@@ -32,10 +32,10 @@ def seconds_left(cloud: str) -> float | None:
         at = datetime.datetime.fromisoformat(action["time"])
     except urllib.error.HTTPError as exc:
         if exc.code != 404:  # which says that there is no notice
-            logger.warning("no word from the instance metadata: %s", exc)
+            logger.warning("no answer from the instance metadata: %s", exc)
         return None
     except (OSError, ValueError, KeyError) as exc:
-        logger.warning("no word from the instance metadata: %s", exc)
+        logger.warning("no answer from the instance metadata: %s", exc)
         return None
     return max(0.0, (at - datetime.datetime.now(datetime.UTC)).total_seconds())
 

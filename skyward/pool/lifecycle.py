@@ -45,7 +45,7 @@ class Lifecycle:
 
         with self._lock:
             if self._session is not None:
-                raise PoolError("this pool is active already; make a second ComputePool to have another one")
+                raise PoolError("this pool is already active; create another ComputePool for a second pool")
             self._ended = self._loss = None
             self._last_cost = 0.0
             session = Session(self._spec, self._provider, self._callbacks, lambda reason: self._limit(session, reason))

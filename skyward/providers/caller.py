@@ -72,8 +72,8 @@ def caller_ranges(
         return [str(ipaddress.ip_network(found))]
     except (OSError, ValueError) as exc:
         raise ProviderError(
-            f"{cloud}: the public address of this computer, which alone may reach the machines, can't be had from "
-            f"{_ECHO}: {exc}. Set {VARIABLE} to it"
+            f"{cloud}: can't get the public address of this computer, the only one that may reach the machines, "
+            f"from {_ECHO}: {exc}. Set {VARIABLE} to it"
         ) from exc
 
 

@@ -49,7 +49,7 @@ class Dask:
             An option says how the workers should be.
         """
         problems = Problems()
-        theirs = "with sky.Dask: the cluster is taken as it is"
+        theirs = "with sky.Dask: the cluster is used as it is"
         usual = PoolSpec()
         for option in ("nodes", "concurrency", "machine", "accelerator", "architecture", "cpu", "memory", "volume"):
             if getattr(spec, option) != getattr(usual, option):

@@ -55,7 +55,7 @@ class Local:
         memory = psutil.virtual_memory().total // 10**6
         python = f"{sys.version_info[0]}.{sys.version_info[1]}"
         if spec.machine is not None:
-            problems.note("machine", spec.machine, "None with provider='local': the machine is this one")
+            problems.note("machine", spec.machine, "None with provider='local', which uses this machine")
         if spec.architecture not in (None, architecture):
             problems.note("architecture", spec.architecture, f"{architecture!r} with provider='local', or None")
         if spec.cpu is not None and spec.cpu > cores:
@@ -89,8 +89,8 @@ class Local:
         reading = _read(wanted.vendor)
         if why := missing(replace(wanted, count=wanted.count * nodes), reading):
             raise NoMatchingInstanceError(
-                f"accelerator={str(wanted)!r} for {nodes} nodes on this machine: {why}. Ask for fewer, or try "
-                f"the code path without it through provider=sky.Local(gpus={wanted.count})."
+                f"accelerator={str(wanted)!r} for {nodes} nodes on this machine: {why}. Ask for fewer, or "
+                f"simulate them with provider=sky.Local(gpus={wanted.count})."
             )
         mine = fitting(wanted, reading.devices)[node * wanted.count : (node + 1) * wanted.count]
         return names(wanted, mine)

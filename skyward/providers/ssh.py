@@ -91,7 +91,7 @@ class SSH:
         if spec.nodes > len(self.hosts):
             problems.note("nodes", spec.nodes, f"up to {len(self.hosts)}, as many as sky.SSH was given hosts")
         if spec.machine is not None:
-            problems.note("machine", spec.machine, "None with sky.SSH: the hosts are what they are")
+            problems.note("machine", spec.machine, "None with sky.SSH, whose hosts have no types")
         if spec.volume:
             problems.note("volume", spec.volume, "() with sky.SSH: use paths of the hosts")
         check_files(spec, problems)
@@ -108,7 +108,7 @@ class SSH:
         free = [host for host in self.hosts if host not in skip]
         if len(free) < count:
             raise NoMatchingInstanceError(
-                f"sky.SSH has {len(free)} more hosts and {count} are asked for: give it more hosts"
+                f"sky.SSH has {len(free)} unused hosts, but {count} are needed: add hosts"
             )
         return [
             Machine(id=host, provider=self.name, login=self._login(host), networks=self.addresses, outlives_pool=True)
@@ -139,7 +139,7 @@ def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
         _, host, port = _split(text)
         place = host.lower(), port or 22
         if place in seen:
-            raise ValueError(f"each host once, and {host} is there twice")
+            raise ValueError(f"each host once, but {host} is listed twice")
         seen.add(place)
     return hosts
 

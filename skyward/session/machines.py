@@ -225,8 +225,8 @@ def _still_sending(pool_id: str, mounts: Sequence[str]) -> PoolError:
     from skyward.cleanup import guardian
 
     return PoolError(
-        f"interrupted while machines were sending what was written to {', '.join(mounts)}: the pool's guardian goes "
-        f"on, and destroys them afterwards. `skyward ps` shows pool {pool_id} until then; its log is "
+        f"interrupted while machines were uploading data from {', '.join(mounts)}: the pool's guardian continues "
+        f"the upload and then destroys them. `skyward ps` shows pool {pool_id} until then; its log is "
         f"{paths.data_folder() / guardian.LOG}"
     )
 

@@ -175,6 +175,6 @@ def _check_volumes(value: Any) -> tuple[Volume, ...]:
         raise ValueError("an sky.S3Volume, or a list of them")
     paths = [v.mount_path for v in volumes]
     if len(set(paths)) < len(paths):
-        raise ValueError("volumes with a mount_path of their own each")
+        raise ValueError("a different mount_path for each volume")
     return tuple(volumes)
 

@@ -189,9 +189,9 @@ def check_env(value: Any) -> Mapping[str, str]:
         raise ValueError("a mapping of names to texts")
     for name, text in value.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"for a variable's name letters, digits and _, which {name!r} is not")
+            raise ValueError(f"names of variables made of letters, digits and _, not {name!r}")
         if not isinstance(text, str) or "\0" in text or "\n" in text:
-            raise ValueError(f"for the value of {name} a text of one line")
+            raise ValueError(f"a text of one line as the value of {name}")
     return MappingProxyType(dict(value))
 
 
@@ -226,7 +226,7 @@ def check_pip(value: Any) -> tuple[str, ...]:
     requirements = check_strings(value)
     for text in requirements:
         if not re.fullmatch(_REQUIREMENT, text):
-            raise ValueError(f"requirements as pip has them, which {text!r} is not")
+            raise ValueError(f"requirements in pip's format, which {text!r} is not")
     return requirements
 
 

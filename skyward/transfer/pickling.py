@@ -344,7 +344,7 @@ def _error(where: str, value: object, cause: BaseException) -> SerializationErro
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     error = SerializationError(
         f"{where} can't be sent to a worker: {kind} does not pickle ({cause}). "
-        "Send what it is made from (a path, an address, a configuration) and make it inside the function.",
+        "Send the data that it is made from (such as a path or an address), and create it inside the function.",
         where=where,
     )
     error.__cause__ = cause

@@ -163,7 +163,7 @@ def world() -> World:
         return World(rank=0, size=1, local_rank=0, local_size=1, node_rank=0, peers=alone)
     if not task.peers:
         raise SpecError(
-            "a function for distributed training was called by another one that runs on every node: send it itself, "
+            "a function for distributed training was called by another one that runs on every node: send it directly, "
             "`train(...) @ pool`",
             option="fn",
             value=None,

@@ -171,7 +171,7 @@ def _result(
     except BaseException as exc:  # whatever a value's own __reduce__ raises
         error = SerializationError(
             f"{_name(fn)}() returned a {_kind(value)}, which can't be sent back: {raised.text(exc)}. "
-            "Return plain data, or what it can be made from again.",
+            "Return plain data, or data from which it can be created again.",
             where=f"result of {_name(fn)}()",
         )
         return Kind.OPAQUE, pickling.dumps(error)[0], (), ""
@@ -203,9 +203,9 @@ def _run_isolated(
         found = ranks.run(chunk.key, (chunk, job), blobs, environment=environment, stop=lambda: me.why)
     except ranks.DiedError as exc:
         error = WorkerDiedError(
-            f"the process of rank {part.rank} of {part.size} ended with {exc}; the others were ended. If it was killed "
-            "from outside, the machine may have run out of memory; a crash is in native code. Nothing is rerun by "
-            "itself: call it again, from a checkpoint if there is one.",
+            f"the process of rank {part.rank} of {part.size} ended with {exc}; the others were stopped. If it was "
+            "killed from outside, the machine may have run out of memory; a crash is in native code. Nothing is "
+            "retried: send the call again, from a checkpoint if there is one.",
             machine=worker.address,
             losses=1,
         )

@@ -98,7 +98,7 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["doctor"])
 
     assert result.exit_code == 1
-    assert "VERDA_API_KEY is no 'id:secret'" in result.output
+    assert "VERDA_API_KEY is not 'id:secret'" in result.output
     assert "5ecret" not in result.output
 
 

@@ -924,7 +924,7 @@ def test_a_machine_that_is_not_known_yet_is_not_taken_for_gone(cloud: AwsCloud) 
     machines = provider.launch(offer(provider, "m6i.large"), order())
     cloud.unlisted_s = 60
 
-    with pytest.raises(ProviderError, match=f"{machines[0].id} were launched and are not known to EC2 yet"):
+    with pytest.raises(ProviderError, match=f"{machines[0].id} were launched, but EC2 does not list them yet"):
         provider.terminate(machines)
 
     assert len(cloud.alive()) == 1

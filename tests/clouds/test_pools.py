@@ -259,7 +259,7 @@ def test_api_down_at_terminate(cloud: Emulated) -> None:
         add(1, 1) >> pool
         cloud.break_end(True)
 
-    assert "may still run, and cost" in told[-1].message
+    assert "may still run and cost money" in told[-1].message
     assert [e.state for e in journal.entries()] == ["stopping"]
     cloud.break_end(False)
     wait_until(lambda: not journal.entries(), 60)  # the guardian

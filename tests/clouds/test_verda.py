@@ -557,7 +557,7 @@ def test_an_end_while_the_api_is_down_names_what_is_left_and_works_later(cloud: 
     machines = _launch(2)
     cloud.faults.down.add(("PUT", "/instances"))
 
-    with pytest.raises(ProviderError, match="may be left, and cost"):
+    with pytest.raises(ProviderError, match="may be left and cost money"):
         Verda().end(POOL, [HERE])
     with pytest.raises(ProviderError):
         Verda().terminate(machines)

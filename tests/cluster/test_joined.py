@@ -209,7 +209,7 @@ def test_workers_without_skyward_are_found_before_any_call(cluster: LocalCluster
     [("nodes", 3), ("concurrency", 2), ("accelerator", "A100"), ("cpu", 4), ("env", {"A": "b"})],
 )
 def test_options_that_would_change_the_workers_are_refused(option: str, value: Any) -> None:
-    with pytest.raises(sky.SpecError, match=f"{option}=.*the cluster is taken as it is"):
+    with pytest.raises(sky.SpecError, match=f"{option}=.*the cluster is used as it is"):
         joined("tcp://127.0.0.1:1", **{option: value})
 
 

@@ -204,7 +204,7 @@ def test_workers_see_the_callers_import_path(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
-        ("machine", "p4d.24xlarge", "the machine is this one"),
+        ("machine", "p4d.24xlarge", "which uses this machine"),
         ("cpu", 100_000, "this machine has no more"),
         ("memory", "1000TB", "this machine has no more"),
         ("volume", sky.S3Volume("/data", "bucket"), "paths of this machine"),

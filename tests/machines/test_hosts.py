@@ -213,7 +213,7 @@ def test_a_host_whose_name_is_unknown(site: Site, pair: list[Machine], hurried: 
 def test_a_user_that_is_not_there(site: Site, pair: list[Machine]) -> None:
     error = refused(with_bad(site, pair[0], f"nobody-here@{pair[1].address}"), beside=pair[0])
 
-    assert f"nobody-here@{pair[1].address} refused to let us in with the key that sky.SSH was given" in str(error)
+    assert f"nobody-here@{pair[1].address} refused a login with the key that sky.SSH was given" in str(error)
     assert "give user= and key=" in str(error)
 
 
@@ -230,20 +230,20 @@ def one_host(site: Site, machine: Machine, **options: Any) -> sky.ComputePool:
 def test_a_key_that_the_host_does_not_know(site: Site, pair: list[Machine], tmp_path: Path) -> None:
     error = refused(one_host(site, pair[0], key=new_key(tmp_path / "other")), beside=pair[0])
 
-    assert "refused to let us in with the key that sky.SSH was given" in str(error)
+    assert "refused a login with the key that sky.SSH was given" in str(error)
 
 
 def test_no_key_at_all(site: Site, pair: list[Machine]) -> None:
     error = refused(one_host(site, pair[0], key=None), beside=pair[0])
 
-    assert "refused to let us in with the SSH agent's and the usual keys" in str(error)
+    assert "refused a login with the SSH agent's and the usual keys" in str(error)
 
 
 def test_a_key_with_a_passphrase(site: Site, pair: list[Machine], tmp_path: Path) -> None:
     error = refused(one_host(site, pair[0], key=new_key(tmp_path / "locked", "secret")), beside=pair[0])
 
     assert f"the private key {tmp_path / 'locked'} for root@{pair[0].address} can't be read" in str(error)
-    assert "has to be in the SSH agent (`ssh-add`)" in str(error)
+    assert "to the SSH agent (`ssh-add`)" in str(error)
 
 
 def test_a_key_file_that_holds_no_key(site: Site, pair: list[Machine], tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_host_whose_key_is_not_the_known_one(known: str, site: Site, pair: lis
     error = refused(with_bad(site, good, f"root@{bad.address}", known_hosts=tmp_path / "known"), beside=good)
 
     assert error.machine == f"root@{bad.address}"
-    assert "the host key is not the one that is expected" in str(error)
+    assert "the host key is not the expected one" in str(error)
     assert f"ssh -o UserKnownHostsFile={tmp_path / 'known'} {bad.address}" in str(error)
     assert "Accepted publickey" not in bad.run("tail -n 1 /var/log/sshd.log")
 

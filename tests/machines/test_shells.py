@@ -128,7 +128,7 @@ def test_a_login_that_runs_no_commands_is_named_at_once(
         with_command(machine, command)
 
     with (
-        pytest.raises(sky.BootstrapError, match="lets us in and runs no commands") as caught,
+        pytest.raises(sky.BootstrapError, match="accepts the login but runs no commands") as caught,
         sky.ComputePool(site.provider(machine), image=IMAGE, display="quiet"),
     ):
         pass

@@ -83,7 +83,7 @@ def test_what_is_no_host_is_refused(hosts: Any) -> None:
     "hosts", [["a", "a"], ["a", "b@A"], ["a:22", "a"], ["[::1]", "[::1]:22"], ["a:2222", "a:2222"]]
 )
 def test_a_host_that_is_named_twice_is_refused(hosts: list[str]) -> None:
-    with pytest.raises(sky.SpecError, match=r"each host once, and .* is there twice") as caught:
+    with pytest.raises(sky.SpecError, match=r"each host once, but .* is listed twice") as caught:
         sky.SSH(hosts)
 
     assert caught.value.option == "hosts"
@@ -132,7 +132,7 @@ def test_a_pool_takes_the_first_hosts_and_grows_into_the_others() -> None:
 
     assert [m.id for m in provider.machines(2)] == ["a", "b"]
     assert [m.id for m in provider.machines(1, skip=["a", "b"])] == ["c"]
-    with pytest.raises(sky.NoMatchingInstanceError, match=r"has 1 more hosts and 2 are asked for"):
+    with pytest.raises(sky.NoMatchingInstanceError, match=r"has 1 unused hosts, but 2 are needed"):
         provider.machines(2, skip=["a", "b"])
 
 

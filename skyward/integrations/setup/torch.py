@@ -22,7 +22,7 @@ def session(world: World, backend: str | None) -> Iterator[None]:
         has_gpu = torch.cuda.is_available()
         chosen = backend or ("nccl" if has_gpu else "gloo")
         if chosen == "nccl" and not (has_gpu and dist.is_nccl_available()):
-            accepted = "'gloo', or None to choose by what there is"
+            accepted = "'gloo', or None to choose automatically"
             raise SpecError(
                 f"backend='nccl': torch {torch.__version__} sees no GPU on rank {world.rank}; expected {accepted}. "
                 "For GPUs: accelerator=... of the pool, and a torch that was built for them",

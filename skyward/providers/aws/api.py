@@ -261,7 +261,7 @@ class Api:
         _session.cache_clear()
         credentials = getattr(self._session, "get_credentials", lambda: None)()
         return CredentialsError(
-            f"AWS credentials {how}. They are from {_origin(credentials)}; looked for were also AWS_PROFILE, "
+            f"AWS credentials {how}. They come from {_origin(credentials)}; other places are AWS_PROFILE, "
             "~/.aws/credentials and ~/.aws/config. Run `aws sts get-caller-identity` to try them"
         )
 

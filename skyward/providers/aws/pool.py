@@ -86,7 +86,7 @@ def terminate(ec2: Any, ids: Iterable[str], *, young: Collection[str] = ()) -> N
         left = [i for i in left if i not in ended and i in young]
         if not left:
             return
-    raise ProviderError(f"AWS: machines {', '.join(left)} were launched and are not known to EC2 yet: they may run")
+    raise ProviderError(f"AWS: machines {', '.join(left)} were launched, but EC2 does not list them yet: they may run")
 
 
 def _terminate(ec2: Any, ids: Sequence[str]) -> set[str]:
@@ -121,7 +121,7 @@ def _await_end(ec2: Any, ids: Sequence[str]) -> None:
         if ended:
             ids = [i for i in ids if i not in ended]
         elif time.monotonic() > deadline:
-            raise ProviderError(f"AWS: machines {', '.join(ids)} are told to end, and are still there")
+            raise ProviderError(f"AWS: machines {', '.join(ids)} were told to terminate, but still exist")
         else:
             time.sleep(1.0)
 

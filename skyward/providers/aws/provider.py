@@ -315,7 +315,7 @@ def _each(
     if failed and len(failed) == len(regions):
         raise failed[0]
     for error in failed:
-        logger.warning("left out: %s", error)
+        logger.warning("skipped: %s", error)
     return [(region, found) for region, found in answers if not isinstance(found, ProviderError)]
 
 

@@ -162,7 +162,7 @@ def explained(doing: str) -> Iterator[None]:
     except AzureError as exc:
         raise ProviderError(f"DigitalOcean's API did not answer to {doing}: {exc.message}") from exc
     except (ValueError, KeyError) as exc:  # no JSON, or other JSON than is described
-        raise ProviderError(f"DigitalOcean's API gave an answer to {doing} that can't be read: {exc!r}") from exc
+        raise ProviderError(f"DigitalOcean's API sent an answer to {doing} that can't be read: {exc!r}") from exc
 
 
 def _as_ours(exc: HttpResponseError, doing: str) -> ProviderError:
@@ -171,7 +171,7 @@ def _as_ours(exc: HttpResponseError, doing: str) -> ProviderError:
         case 401:
             return CredentialsError(
                 f"DigitalOcean refuses the token in DIGITALOCEAN_TOKEN or DIGITALOCEAN_ACCESS_TOKEN: {words}. It is "
-                "wrong, revoked or expired: make a new one at https://cloud.digitalocean.com/account/api/tokens"
+                "wrong, revoked or expired: create a new one at https://cloud.digitalocean.com/account/api/tokens"
             )
         case 403:
             return CredentialsError(
@@ -182,7 +182,7 @@ def _as_ours(exc: HttpResponseError, doing: str) -> ProviderError:
             response: Any = exc.response
             again = response.headers.get("retry-after")
             wait = f"; it answers again in {again} s" if again else ""
-            return ProviderError(f"DigitalOcean's API was asked too often to {doing}: {words}{wait}")
+            return ProviderError(f"DigitalOcean's API got too many requests to {doing}: {words}{wait}")
     if status in (402, 422) and re.search(r"limit|quota", words, re.IGNORECASE):
         return QuotaError(
             f"DigitalOcean would not {doing}: {words}. The account's droplet limit is raised at "

@@ -108,7 +108,7 @@ def _destroy_one(do: Any, droplet_id: int) -> None:
         if unless_missing(do.droplets.get, droplet_id) is None:
             return
         if time.monotonic() > deadline:
-            raise ProviderError(f"DigitalOcean was told to delete droplet {droplet_id}, and it is still there")
+            raise ProviderError(f"DigitalOcean was told to delete droplet {droplet_id}, but it still exists")
         next(pauses)
 
 

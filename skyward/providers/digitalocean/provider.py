@@ -133,7 +133,7 @@ class DigitalOcean:
                 # A token may be let create droplets and not list sizes.
                 if getattr(exc.__cause__, "status_code", None) != 403:
                     raise
-                logger.warning("prices are those of this release: %s", exc)
+                logger.warning("using the prices of this release: %s", exc)
         return [_tabled(row) for row in prices.table(self.name) if self.region in (None, row.region)]
 
     def launch(self, offer: Offer, order: LaunchOrder) -> Sequence[Machine]:

@@ -192,7 +192,7 @@ def explained(doing: str, *, creates: bool = False) -> Iterator[None]:
     except requests.RequestException as exc:
         raise ProviderError(f"Verda's API could not be reached to {doing}: {type(exc).__name__}: {exc}") from exc
     except (ValueError, KeyError) as exc:  # no JSON, or other JSON than the SDK expects
-        raise ProviderError(f"Verda's API gave an answer to {doing} that can't be read: {exc!r}") from exc
+        raise ProviderError(f"Verda's API sent an answer to {doing} that can't be read: {exc!r}") from exc
 
 
 def _as_ours(exc: APIException, doing: str, creates: bool) -> ProviderError:
@@ -214,5 +214,5 @@ def _as_ours(exc: APIException, doing: str, creates: bool) -> ProviderError:
 def _refused(exc: APIException) -> CredentialsError:
     return CredentialsError(
         f"Verda refuses the credentials in {LOOKED_FOR}: {exc.message or exc.code}. They are wrong, deleted or "
-        "expired: make new ones at console.verda.com, Keys"
+        "expired: create new ones at console.verda.com, Keys"
     )

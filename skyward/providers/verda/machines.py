@@ -120,7 +120,7 @@ def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str
     created = _side_by_side(create, order.count)
     price = max(float(i.price_per_hour) for i in created)
     if order.max_price is not None and price > order.max_price:
-        raise CapacityError(f"Verda asks {price:g} USD/h for {instance_type} by now: more than {order.max_price:g}")
+        raise CapacityError(f"Verda's price for {instance_type} is now {price:g} USD/h, more than {order.max_price:g}")
     placed = _await_addresses(api, order, label, [i.id for i in created])
     on_demand = offer.instance.price_on_demand
     return [replace(_machine(i, replace(order.login, host=i.ip)), price_on_demand=on_demand) for i in placed]
@@ -194,7 +194,7 @@ def _await_addresses(api: Api, order: LaunchOrder, label: str, ids: Sequence[str
             if doubled:
                 terminate(api, doubled)
             return mine
-    raise CapacityError(f"Verda has not given machines addresses within {limit_s:g} s. Raise boot_timeout=")
+    raise CapacityError(f"Verda gave machines no addresses within {limit_s:g} s. Raise boot_timeout=")
 
 
 def _by_id(api: Api, one: str) -> Any:
@@ -290,7 +290,7 @@ def _end(api: Api, destroy: Callable[[], None], is_name: Callable[[str], bool]) 
         except ProviderError as exc:
             failures.append(exc)
     if failures:
-        raise ProviderError(f"something may be left, and cost: {'; '.join(map(str, failures))}") from failures[0]
+        raise ProviderError(f"something may be left and cost money: {'; '.join(map(str, failures))}") from failures[0]
 
 
 def _destroy(api: Api, is_ours: Callable[[Any], bool], *, known: Collection[str] = ()) -> set[str]:
@@ -315,7 +315,7 @@ def _destroy(api: Api, is_ours: Callable[[Any], bool], *, known: Collection[str]
             disks.update(text for i in left for text in (i.os_volume_id, i.hostname) if text)
             refusal = _ask_to_delete(api, [i for i in left if i.status != "deleting"], is_first=number == 0) or refusal
     said = f"; Verda said: {refusal.message}" if refusal else ""
-    raise ProviderError(f"{names} may still run, and cost: not gone within {_END_LIMIT_S:g} s{said}") from refusal
+    raise ProviderError(f"{names} may still run and cost money: not gone within {_END_LIMIT_S:g} s{said}") from refusal
 
 
 def _ask_to_delete(api: Api, instances: Sequence[Any], *, is_first: bool) -> Any:
@@ -358,7 +358,7 @@ def _delete_volumes(api: Api, is_ours: Callable[[Any], bool]) -> None:
                 except Exception as exc:  # judged by `is_not_so`: attached still, or gone meanwhile
                     if not is_not_so(exc):
                         raise
-    raise ProviderError(f"disks may be left, and cost: {', '.join(v.name for v in kept)}")
+    raise ProviderError(f"disks may be left and cost money: {', '.join(v.name for v in kept)}")
 
 
 def _delete_texts(service: Any, is_name: Callable[[str], bool]) -> None:

@@ -89,7 +89,7 @@ class Verda:
         except CredentialsError:
             raise
         except ProviderError as exc:
-            logger.warning("prices are those of this release: %s", exc)
+            logger.warning("using the prices of this release: %s", exc)
             types, shown = _table_types(), prices.FROM_TABLE
         regions = [self.region] if self.region else sorted({*REGIONS, *there[False], *there[True]})
         return [
@@ -165,9 +165,9 @@ def _credentials(looked_for: str) -> tuple[str, str]:
     if client_id and secret:
         return client_id, secret
     if key:
-        raise CredentialsError("VERDA_API_KEY is no 'id:secret': make a pair at console.verda.com, Keys")
+        raise CredentialsError("VERDA_API_KEY is not 'id:secret': create a pair at console.verda.com, Keys")
     raise CredentialsError(
-        f"there are no credentials for Verda: looked for {looked_for}{only}. Make them at console.verda.com, Keys",
+        f"there are no credentials for Verda: looked for {looked_for}{only}. Create them at console.verda.com, Keys",
         missing=not only,
     )
 
