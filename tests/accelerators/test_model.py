@@ -99,7 +99,7 @@ def test_however_an_accelerator_is_made_it_has_one_form(made: Callable[[], sky.A
     [
         (lambda: sky.Accelerator("A100:4"), "did you mean .*'A100'"),
         (lambda: sky.Accelerator("A100", memory=60), "40 GB or 80 GB for A100"),
-        (lambda: sky.Accelerator("T4", mig=("1g.5gb",)), "no mig at all"),
+        (lambda: sky.Accelerator("T4", mig=("1g.5gb",)), "no mig"),
         (lambda: dataclasses.replace(GPU.A100(mig="3g.40gb"), memory=40), r"for mig of A100 \(40 GB\)"),
         (lambda: sky.Accelerator.Google.TPUSlice("v5p-²"), "a slice such as 'v5p-8'"),
     ],

@@ -444,7 +444,7 @@ def test_a_pool_on_another_computer_is_listed_until_its_time_is_over() -> None:
 
 # --- ssh, with the ssh that is installed here ---------------------------------------------------------------
 
-needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="there is no ssh here")
+needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed")
 
 
 def log_in(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

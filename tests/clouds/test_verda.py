@@ -154,7 +154,7 @@ def test_an_api_key_is_a_pair(cloud: VerdaCloud, monkeypatch: pytest.MonkeyPatch
     assert Verda().offers(Need())
 
     monkeypatch.setenv("VERDA_API_KEY", cloud.client_secret)
-    with pytest.raises(CredentialsError, match="no 'id:secret'") as caught:
+    with pytest.raises(CredentialsError, match="not 'id:secret'") as caught:
         Verda().offers(Need())
     assert cloud.client_secret not in str(caught.value)
 

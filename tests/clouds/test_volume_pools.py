@@ -195,7 +195,7 @@ def test_after_ctrl_c_while_data_is_sent_the_guardian_goes_on(
 
     assert bucket.sizes() == {}
     assert len(cloud.rack.machines) == 1
-    assert "the pool's guardian goes on" in errors[-1]
+    assert "the pool's guardian continues" in errors[-1]
     wait_until(lambda: cloud.left() == [], 60)
     assert bucket.sizes() == {"run/result": SIZE}
     wait_until(lambda: not journal.entries(), 60)

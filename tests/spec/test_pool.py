@@ -349,7 +349,7 @@ def test_a_volume_is_taken_as_written() -> None:
 
     assert (volume.mount_path, volume.prefix, volume.read_only) == ("/mnt/data", "datasets/2024 a/", False)
     assert pickle.loads(pickle.dumps(volume)) == volume
-    with pytest.raises(sky.SpecError, match="a mount_path of their own"):
+    with pytest.raises(sky.SpecError, match="a different mount_path"):
         PoolSpec(volume=[volume, sky.S3Volume("/mnt/data", "other-bucket")])  # type: ignore[arg-type]
 
 
