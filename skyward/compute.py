@@ -288,9 +288,9 @@ def compute(fn: Callable[P, R], /) -> ComputeFunction[P, R]: ...
 @overload
 def compute(*, retries: int = 0, timeout: float | None = None) -> _Decorator: ...
 def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None) -> Any:
-    """Make a function whose calls are values: ``train(0.1)`` runs nothing, ``train(0.1) >> pool`` runs it there.
+    """Make a function whose calls are values: ``train(0.1)`` makes a call, ``train(0.1) >> pool`` runs it on the pool.
 
-    Works on async functions too; they are awaited on the worker.
+    Works with async functions too; they are awaited on the worker.
 
     Parameters
     ----------
@@ -302,7 +302,7 @@ def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None
     Raises
     ------
     TypeError
-        `fn` is a generator function, whose values can't travel one by one, or is not callable.
+        `fn` is a generator function, whose values can't be sent one by one, or is not callable.
     SpecError
         An option can't work.
 
@@ -420,12 +420,12 @@ def gather(*calls: Any, stream: bool = False, ordered: bool = True, return_excep
     ordered
         With `stream`: yield in the order of the calls (True), or as they end.
     return_exceptions
-        Exceptions take their places among the values. Otherwise the first one ends the others and is raised.
+        Exceptions are returned among the values. Otherwise the first exception cancels the other calls and is raised.
 
     Raises
     ------
     TypeError
-        Something else than a call is among them.
+        One of them is not a call.
     """
     source: Iterable[Any] = calls
     if len(calls) == 1 and not isinstance(calls[0], PendingCompute) and isinstance(calls[0], Iterable):

@@ -85,8 +85,8 @@ def shard(
 ) -> Any:
     """Return this participant's part of each sequence: every n-th element, beginning at its own index.
 
-    Under ``@`` the participants are those of the broadcast. Under ``>>``, and outside a pool, a call is alone and
-    gets everything.
+    Under ``@``, the participants are those of the broadcast. Under ``>>``, and outside a pool, a call is the only
+    participant and gets everything.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def shard(
     drop_last
         Leave out the elements that would make some parts longer than others.
     node, total_nodes
-        Be participant `node` of `total_nodes`, whatever the broadcast says.
+        Act as participant `node` of `total_nodes`, regardless of the broadcast.
 
     Returns
     -------
@@ -167,8 +167,8 @@ def shard_iterator(
 ) -> Iterator[T]:
     """Yield this participant's elements of any iterable, every n-th one, reading it only as far as needed.
 
-    With `drop_last`, an element is yielded only when its whole round (one element for each participant) is there,
-    so that all participants get equally many.
+    With `drop_last`, an element is yielded only if its round is complete (one element for each participant), so that
+    all participants get the same number.
     """
     index, count = _place(node, total_nodes)
     if not drop_last:
@@ -184,15 +184,15 @@ def _whole_rounds(iterator: Iterator[T], index: int, count: int) -> Iterator[T]:
 class DistributedSampler:
     """Indices of this participant's part of a dataset, for the `sampler` argument of a torch `DataLoader`.
 
-    As in `torch.utils.data.DistributedSampler`, parts are equally long, so that all participants take equally many
-    steps: some elements are repeated to fill up, or with `drop_last` left out.
+    As in `torch.utils.data.DistributedSampler`, all parts have the same length, so that all participants take the same
+    number of steps: some elements are repeated, or with `drop_last` left out.
 
     Parameters
     ----------
     dataset
         Anything with a length.
     shuffle
-        Take the elements in an order that `seed` and the epoch determine; call `set_epoch` before each epoch.
+        Take the elements in a random order that depends on `seed` and the epoch; call `set_epoch` before each epoch.
     """
 
     def __init__(

@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InfraCreating:
-    """The pool has begun to ask for what it needs."""
+    """The pool has begun to request resources."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InfraCreated:
-    """Networks, keys and groups are there."""
+    """Networks, keys and groups exist."""
 
     region: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceLaunching:
-    """`count` machines were asked for."""
+    """`count` machines were requested."""
 
     count: int
     instance_type: str
@@ -39,7 +39,7 @@ class InstanceLaunching:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceProvisioned:
-    """A machine is there. Prices are in USD per hour."""
+    """A machine was launched. Prices are in USD per hour."""
 
     instance_id: str
     node: int
@@ -53,12 +53,12 @@ class InstanceProvisioned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProvisioningCompleted:
-    """All machines are there."""
+    """All machines are launched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionAutoSelected:
-    """The region was chosen by what is to be had there."""
+    """A region with available machines was chosen."""
 
     region: str
     provider: str | None = None
@@ -105,7 +105,7 @@ class TaskPoolInitCompleted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """How busy a machine is. GPU figures are None where there is no GPU; temperature is in degrees Celsius."""
+    """The load of a machine. GPU values are None without a GPU; temperature is in degrees Celsius."""
 
     instance_id: str
     node: int
@@ -121,9 +121,9 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLine:
-    """A line that a call has printed, or a program that it runs.
+    """A line that a call, or a program that it runs, has printed.
 
-    `timestamp` is in seconds since the epoch, by the worker's clock; `stream` is where it was printed to.
+    `timestamp` is in seconds since the epoch, by the worker's clock; `stream` is the stream that it was printed to.
     """
 
     node: int
@@ -142,7 +142,7 @@ class InstanceStopping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceLost:
-    """A machine has gone that should be there."""
+    """A machine was lost."""
 
     instance_id: str
     node: int
@@ -151,7 +151,7 @@ class InstanceLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceReplaced:
-    """A new machine has taken the place of a lost one."""
+    """A new machine has replaced a lost one."""
 
     instance_id: str
     node: int
@@ -160,12 +160,12 @@ class InstanceReplaced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStopping:
-    """The pool is being ended."""
+    """The pool is shutting down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostUpdate:
-    """What the pool has cost so far, in USD and USD per hour."""
+    """The pool's cost so far in USD, and its rate in USD per hour."""
 
     elapsed_seconds: float
     accumulated_cost: float
@@ -176,7 +176,7 @@ class CostUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostFinal:
-    """What the pool has cost, in USD; `savings_vs_ondemand` is what spot machines have saved."""
+    """The pool's total cost in USD; `savings_vs_ondemand` is the saving by spot machines."""
 
     total_cost: float
     total_seconds: float
@@ -188,11 +188,11 @@ class CostFinal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskProgress:
-    """`done` of `total` calls have ended, and `failed` of these with an exception. Comes a few times a second at most.
+    """`done` of `total` calls have ended, `failed` of them with an exception. Emitted at most four times a second.
 
-    Counts all calls at hand, from when there are some until there are none: then `done` equals `total`, and the next
-    ones count from 0. `total` is None while calls still come from a generator. A task of joblib counts as a call, and
-    so does a broadcast; calls that were cancelled do not count.
+    Counts all calls until none is left: then `done` equals `total`, and later calls count from 0 again. `total` is None
+    while calls still come from a generator. A joblib task and a broadcast count as one call each; cancelled calls don't
+    count.
     """
 
     done: int
@@ -202,7 +202,7 @@ class TaskProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Error:
-    """Something went wrong, with a machine where `instance_id` is given."""
+    """Something failed, on a machine if `instance_id` is set."""
 
     message: str
     instance_id: str | None = None
@@ -355,7 +355,7 @@ def emitter(*callbacks: Callback) -> _Emitter:
 
 
 def compose(*callbacks: Callback) -> Callback:
-    """Return one callback that calls all of `callbacks`, in order; what they return is emitted."""
+    """Return one callback that calls all `callbacks` in order; events that they return are emitted."""
     return _Composed(callbacks)
 
 
@@ -366,7 +366,7 @@ def emit(event: SkywardEvent) -> None:
 
 @contextmanager
 def use_callback(callback: Callback) -> Iterator[None]:
-    """Let `callback` hear, inside the block, of `emit` and of all pools that are entered there."""
+    """Call `callback` with the events of `emit` and of all pools that are entered inside the block."""
     token = _installed.set((*_installed.get(), *_listeners(callback)))
     try:
         yield

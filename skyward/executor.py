@@ -22,9 +22,9 @@ R = TypeVar("R")
 class Executor(concurrent.futures.Executor):
     """Runs functions on its own pool, with the interface of `concurrent.futures`.
 
-    Takes the options of `ComputePool`. The machines are brought up by ``with`` or by the first `submit`, and
-    destroyed by `shutdown`, at the end of the block, or at the latest when the executor or the process ends.
-    Futures support `cancel` (a running call is ended too), callbacks, `as_completed` and `wait`.
+    Takes the options of `ComputePool`. The machines are started by ``with`` or by the first `submit`. They are
+    destroyed by `shutdown`, at the end of the block, or at the latest when the executor or the process ends. Futures
+    support `cancel` (a running call is interrupted), callbacks, `as_completed` and `wait`.
 
     Examples
     --------
@@ -66,7 +66,7 @@ class Executor(concurrent.futures.Executor):
 
     @property
     def total_slots(self) -> int:
-        """How many calls can run at once; starts the machines if need be."""
+        """How many calls can run at once; starts the machines if they are not up."""
         self._start()
         return self.pool.total_slots
 
@@ -99,15 +99,15 @@ class Executor(concurrent.futures.Executor):
     def map(
         self, fn: Any, *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
     ) -> Iterator[Any]:
-        """Return an iterator over ``fn(*args)`` for the items of `iterables` in step, in order.
+        """Return an iterator over ``fn(*args)`` for the items of `iterables`, like `map`, in order.
 
-        All calls are submitted at once, as the standard executors do. `chunksize` is accepted and not needed: the
-        engine finds the right size by itself.
+        All calls are submitted at once, as by the standard executors. `chunksize` has no effect: the engine chooses the
+        size of chunks.
 
         Raises
         ------
         TimeoutError
-            From the iterator: a result was not there `timeout` seconds after this call.
+            From the iterator: a result was not available `timeout` seconds after this call.
         ValueError
             `chunksize` is less than 1.
         """
@@ -118,10 +118,10 @@ class Executor(concurrent.futures.Executor):
         return _results(futures, deadline)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls, and destroy the machines when those that were taken have ended.
+        """Accept no more calls, and destroy the machines when all submitted calls have ended.
 
-        With ``wait=False`` it returns at once and a thread does so; with `cancel_futures` calls that have not
-        ended are cancelled.
+        With ``wait=False`` it returns at once and a thread does the rest; with `cancel_futures` unfinished calls are
+        cancelled.
         """
         with self._lock:
             self._shut = True

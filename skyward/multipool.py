@@ -9,9 +9,9 @@ from skyward.pool import ComputePool, bring_up
 
 
 class MultiPool:
-    """Several pools, brought up and destroyed in parallel: ``with sky.MultiPool(a, b) as (a, b):``.
+    """Several pools, started and destroyed in parallel: ``with sky.MultiPool(a, b) as (a, b):``.
 
-    No pool becomes the current one: say which with ``>> a``.
+    No pool becomes the current one: name the pool, as in ``>> a``.
     """
 
     def __init__(self, *pools: ComputePool) -> None:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class JoblibPool(ComputePool):
     """A pool that runs `joblib.Parallel` inside its block.
 
-    All threads of the process use it there. Takes the options of `ComputePool`. ``n_jobs=-1``, also where no `n_jobs`
-    is given, means all slots; another count limits how many tasks run at once; ``n_jobs=1`` runs in place.
+    All threads of the process use it there. Takes the options of `ComputePool`. ``n_jobs=-1``, which is also the
+    default, means all slots; another number limits how many tasks run at once; ``n_jobs=1`` runs in this process.
 
     Parameters
     ----------
     joblib_version
-        The version that has to be installed here and on the machines; None: the one that is installed here.
+        The version of joblib that must be installed here and on the machines; None: the one that is installed here.
 
     Raises
     ------
@@ -60,15 +60,16 @@ class JoblibPool(ComputePool):
 
 
 class ScikitLearnPool(JoblibPool):
-    """A pool that runs what scikit-learn does in parallel, inside its block.
+    """A pool that runs scikit-learn's parallel work inside its block.
 
-    Takes the options of `ComputePool`. Any estimator or function with `n_jobs` uses the pool's slots; results are
-    those of a run without it.
+    Takes the options of `ComputePool`. Every estimator or function with `n_jobs` uses the pool's slots; the results are
+    the same as without the pool.
 
     Parameters
     ----------
     sklearn_version
-        The version of scikit-learn that has to be installed here and on the machines; None: the one here.
+        The version of scikit-learn that must be installed here and on the machines; None: the one that is installed
+        here.
 
     Raises
     ------
@@ -111,9 +112,9 @@ def _require_sklearn() -> None:
 
 @contextlib.contextmanager
 def joblib_backend(pool: Any, *, inner_max_num_threads: int | None = None) -> Iterator[ComputePool]:
-    """Run `joblib.Parallel` inside the block on a pool that is active, or on the cluster of a Dask client.
+    """Run `joblib.Parallel` inside the block on an active pool, or on the cluster of a Dask client.
 
-    Threads that are in no other pool's block use it too.
+    Threads outside any other pool's block use it too.
 
     Parameters
     ----------
@@ -134,7 +135,7 @@ def joblib_backend(pool: Any, *, inner_max_num_threads: int | None = None) -> It
 def sklearn_backend(
     pool: Any, *, inner_max_num_threads: int | None = None
 ) -> contextlib.AbstractContextManager[ComputePool]:
-    """Run what scikit-learn does in parallel inside the block on `pool`; see `joblib_backend`.
+    """Run scikit-learn's parallel work inside the block on `pool`; see `joblib_backend`.
 
     Raises
     ------

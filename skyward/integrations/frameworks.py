@@ -102,10 +102,10 @@ def torch(backend: TorchBackend | None = None) -> _Decorator: ...
 def torch(backend: Any = None) -> Any:
     """Run a function under ``@`` as the ranks of a `torch.distributed` process group, which ends after it.
 
-    Above or below ``@sky.compute``. `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
-    `LOCAL_WORLD_SIZE` and `NODE_RANK` are set as torchrun sets them. Each rank runs in a separate process, so nothing
-    stays from one job to the next but what is returned or written. When a rank fails, its exception is raised at once
-    and the others are ended.
+    Use it above or below ``@sky.compute``. `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
+    `LOCAL_WORLD_SIZE` and `NODE_RANK` are set as torchrun sets them. Each rank runs in a new process, so only returned
+    and saved data remains after a job. When a rank fails, its exception is raised at once and the other ranks are
+    stopped.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def torch(backend: Any = None) -> Any:
     Raises
     ------
     SpecError
-        No such backend. On the worker, and raised by ``@``: nccl without a GPU, or torch is not installed there.
+        The backend is unknown. Raised by ``@``: nccl is set without a GPU, or torch is not installed on the machines.
     VersionMismatchError
         By ``@``: torch differs between nodes.
     WorkerDiedError
@@ -144,7 +144,7 @@ def jax() -> _Decorator: ...
 def jax(fn: Any = None) -> Any:
     """Run a function under ``@`` as the processes of one `jax.distributed` cluster; see `torch` for the rest.
 
-    `jax.devices()` has the devices of all nodes, `jax.local_devices()` one's own; on CPUs collectives go through gloo.
+    `jax.devices()` has the devices of all nodes, `jax.local_devices()` its own. On CPUs, collectives use gloo.
     """
     return _decorator(fn, "jax", ("jax",))
 
@@ -158,11 +158,11 @@ def keras(backend: KerasBackend = "jax") -> _Decorator: ...
 def keras(backend: Any = "jax") -> Any:
     """Run a function under ``@`` with Keras 3 on `backend`, data-parallel over all nodes; see `torch` for the rest.
 
-    `fit` takes each participant's own part of the data, equally many batches on each: ``sky.shard(x, y,
-    drop_last=True)``. On jax the distribution is `keras.distribution.DataParallel` over all devices; on torch gradients
-    are averaged among the ranks before the optimizer applies them; on tensorflow make models inside the scope of a
-    `tf.distribute.MultiWorkerMirroredStrategy`, for which `TF_CONFIG` is set. All ranks begin with the same random
-    seed, and so with the same weights: if you set another one, set the same on all.
+    Give `fit` each rank's part of the data, with the same number of batches on each: ``sky.shard(x, y,
+    drop_last=True)``. On jax, the distribution is `keras.distribution.DataParallel` over all devices. On torch,
+    gradients are averaged among the ranks before the optimizer applies them. On tensorflow, create models inside the
+    scope of a `tf.distribute.MultiWorkerMirroredStrategy`, for which `TF_CONFIG` is set. All ranks start with the same
+    random seed and the same weights; if you set another seed, set the same one on all ranks.
     """
     chosen = "jax" if callable(backend) else _chosen(backend, _KERAS_BACKENDS, optional=False)
     return _decorator(backend, "keras", ("keras", str(chosen)), backend=chosen)
@@ -189,6 +189,6 @@ def transformers(fn: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
 def transformers(backend: TorchBackend | None = None) -> _Decorator: ...
 def transformers(backend: Any = None) -> Any:
-    """Run a function under ``@`` as ranks that a `transformers.Trainer` in it trains on together; else as `torch`."""
+    """Run a function under ``@`` as ranks on which a `transformers.Trainer` trains; see `torch` for the rest."""
     options = {"backend": None if callable(backend) else _chosen(backend, _TORCH_BACKENDS, optional=True)}
     return _decorator(backend, "torch", ("torch", "transformers", "accelerate"), **options)

@@ -22,7 +22,7 @@ def select_instances(
     accelerator_count: int | Callable[[int], bool] = 1,
     prefer_spot: bool = False,
 ) -> list[InstanceSpec]:
-    """Return the types that have what is needed, by price; those whose price is not known come last.
+    """Return the matching types by price; those with an unknown price come last.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def select_instance(
     accelerator_count: int | Callable[[int], bool] = 1,
     prefer_spot: bool = False,
 ) -> InstanceSpec:
-    """Return the cheapest type that has what is needed; see `select_instances`.
+    """Return the cheapest matching type; see `select_instances`.
 
     Raises
     ------

@@ -52,47 +52,49 @@ class Slots:
 class ComputePool:
     """Machines that exist for as long as a ``with`` block.
 
-    Building one checks every option and starts nothing; entering it brings the machines up, and leaving it, however
-    that happens, destroys them. A pool that was left can be entered again.
+    Creating a pool only validates its options. Entering it starts the machines, and leaving it, for whatever reason,
+    destroys them. You can enter a pool again.
 
     Parameters
     ----------
     provider
         Where machines come from: a provider such as ``sky.Local()`` or ``sky.Dask(client)``, or its name.
-        None: what is configured, else this machine.
+        None: the configured provider, else this machine.
     nodes, concurrency
         Number of machines, and of slots (worker processes, each running one call at a time) on each.
     accelerator
         ``"A100"``, ``"A100:4"`` or an `Accelerator`, for each node.
     timeout
-        Seconds from entering until everything is destroyed, whatever happens.
+        Seconds after entering the pool when everything is destroyed.
     idle_timeout
-        Seconds without a call until everything is destroyed; None: no limit.
+        Seconds without a call after which everything is destroyed; None: no limit.
     boot_timeout
-        Seconds that a cloud's machine may take to get its address, and then to let us in; None: 300, or 1200 for bare
-        metal and for types with 8 accelerators or more. Verda's machines have at least 900 for their addresses.
+        Seconds in which a cloud machine must get its address, and again in which it must then accept SSH; None: 300, or
+        1200 for bare metal and for types with 8 accelerators or more. Verda's machines have at least 900 for their
+        addresses.
     heartbeat_timeout
         Seconds without a heartbeat from this process after which each machine shuts itself down; at least 10, at most
-        `timeout`. Raise it where this computer may sleep or this process may be suspended for longer. Machines are
-        billed for that long if this computer fails. Local and joined pools have no heartbeats.
+        `timeout`. Raise it if this computer may sleep or this process may be suspended for longer. If this computer
+        fails, machines are billed for that long. Local and joined pools have no heartbeats.
     retries
-        How often a call is run again that was lost with its machine or worker process.
+        How often a call that was lost with its machine or worker process runs again.
     env
-        Environment variables of the workers, on top of those of `image`.
+        Environment variables of the workers, in addition to those of `image`.
     display
-        ``"auto"``: a display that moves on a terminal, lines with time stamps elsewhere. ``"log"``: always such lines;
-        ``"spinner"``: one line that moves; ``"quiet"``: nothing. What calls print goes to standard output.
+        ``"auto"``: a live display on a terminal, lines with timestamps elsewhere. ``"log"``: always such lines;
+        ``"spinner"``: one moving line; ``"quiet"``: nothing. The output of calls goes to standard output and standard
+        error.
     on_event
         Called with every `SkywardEvent`.
 
-    Options whose default is shown as "configured, else" are taken from environment variables and files where they are
-    not given: docs/configuration.md says which.
+    If you omit an option whose default is shown as "configured, else", its value comes from environment variables and
+    files: see docs/configuration.md.
 
     Raises
     ------
     SpecError
-        An option can't work; the message lists every such option, with what would. Or a file of the configuration
-        can't be read.
+        An option is invalid; the message lists all invalid options and what is expected. Or a configuration file can't
+        be read.
     """
 
     def __init__(
@@ -135,24 +137,24 @@ class ComputePool:
     # --- life -----------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Do what entering the block does: bring the machines up, and make this the pool that ``>> sky`` means.
+        """Start the machines and make this the current pool for ``>> sky``, as entering the block does.
 
-        For notebooks, and where a block does not fit. `close` ends it; so does the end of the program. Raises what
-        entering raises.
+        Use this in notebooks, or where a block does not fit. The pool ends with `close`, or with the program.
+        Raises the same errors as entering.
         """
         self._life.start()
         self._use()
         return self
 
     def close(self) -> None:
-        """Do what leaving the block does: destroy the machines. May be called twice.
+        """Destroy the machines, as leaving the block does. May be called twice.
 
-        Where another thread is just starting the pool, that soon fails with a `PoolError`.
+        If another thread is starting the pool, that start fails with a `PoolError`.
 
         Raises
         ------
         VolumeError
-            What was written to a volume could not be sent. The machines are destroyed all the same.
+            Data written to a volume could not be uploaded. The machines are destroyed anyway.
         """
         self._unuse()
         self._life.end()
@@ -206,7 +208,7 @@ class ComputePool:
 
     @property
     def is_active(self) -> bool:
-        """Whether the machines are there."""
+        """Whether the pool's machines are up."""
         return self._life.is_active
 
     # --- running calls --------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ class ComputePool:
         return values  # type: ignore[no-any-return]
 
     def run_stream(self, stream: PendingStream[R]) -> Iterator[R]:
-        """Yield values while calls are taken from an iterable only as fast as slots get free."""
+        """Yield values; calls are taken from the iterable only as slots become free."""
         from skyward.engine.run import stream as run_stream
 
         calls = map(_call, stream.calls)
@@ -241,7 +243,7 @@ class ComputePool:
         return tuple(self.engine.broadcast(_call(pending), every_slot=every_slot))
 
     def submit(self, pending: PendingCompute[R]) -> Future[R]:
-        """Start a call and return its future at once. Cancelling the future ends the call, even a running one."""
+        """Start a call and return its future at once. Cancelling the future interrupts the call if it is running."""
         return self.engine.submit(_call(pending))
 
     @overload
@@ -249,7 +251,7 @@ class ComputePool:
     @overload
     def map(self, fn: Callable[..., R], *iterables: Iterable[Any]) -> Iterator[R]: ...
     def map(self, fn: Any, *iterables: Iterable[Any]) -> Iterator[Any]:
-        """Yield ``fn(*args)`` for the items of `iterables` in step, in order, as slots get free.
+        """Yield ``fn(*args)`` for the items of `iterables`, like `map`, in order, as slots become free.
 
         The iterables are read only a little ahead of what has been yielded.
         """
@@ -281,7 +283,7 @@ class ComputePool:
 
     @property
     def dashboard_link(self) -> str:
-        """URL of the Dask dashboard, which comes up a moment after the pool: this waits for it."""
+        """URL of the Dask dashboard. Waits for the dashboard, which starts a moment after the pool."""
         self.cluster.has_dashboard.wait(_DASHBOARD_S)
         return str(self.cluster.dashboard_link)
 
@@ -292,12 +294,12 @@ class ComputePool:
 
     @property
     def instance_count(self) -> int:
-        """Number of nodes that are there now; 0 outside the block."""
+        """Current number of nodes; 0 outside the block."""
         return len(self.instances)
 
     @property
     def instances(self) -> tuple[Instance, ...]:
-        """The nodes that are there now, in order; empty outside the block."""
+        """The current nodes, in order; empty outside the block."""
         cluster = self._life.cluster
         if cluster is None:
             return ()
@@ -306,14 +308,14 @@ class ComputePool:
         return instances(cluster, self.provider)
 
     def plan(self) -> Plan:
-        """Return what would be launched and at which price, launching nothing. Shown as a table.
+        """Return what the pool would launch and at which price, without launching it. Printed as a table.
 
         Raises
         ------
         SpecError
-            The provider is no cloud: its machines are there already.
+            The provider is not a cloud: its machines already exist.
         NoAvailableProviderError
-            No cloud offers what is needed; the message has the nearest.
+            No cloud has a matching offer; the message lists the nearest ones.
         CredentialsError, ProviderError, AllProvidersFailedError
             The clouds could not be asked.
         """
@@ -326,14 +328,14 @@ class ComputePool:
 
     @property
     def cost(self) -> float:
-        """What the pool's machines have cost since it was entered, in USD; 0 where they are no cloud's.
+        """What the pool's machines have cost since it was entered, in USD; 0 without cloud machines.
 
-        Counted from prices that were known at the launch; disks, addresses and traffic are not in it.
+        Counted with the prices at launch, without disks, addresses and traffic.
         """
         return self._life.cost
 
     def scale(self, nodes: int) -> None:
-        """Grow or shrink to `nodes` nodes. Returns at once; calls on a removed node are run again elsewhere."""
+        """Grow or shrink to `nodes` nodes. Returns at once; calls on a removed node run again elsewhere."""
         self.cluster.scale(nodes)
 
     def adapt(self, minimum: int, maximum: int) -> None:
@@ -341,7 +343,7 @@ class ComputePool:
         self.cluster.adapt(minimum=minimum, maximum=maximum)
 
     def logs(self, node: int | None = None) -> list[str]:
-        """Return the last lines that calls have printed, of one node or all; kept until the pool is entered again."""
+        """Return the last lines that calls printed, on one node or all; kept until the pool is entered again."""
         output = self._life.output
         return output.lines(node) if output is not None else []
 

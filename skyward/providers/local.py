@@ -24,8 +24,8 @@ class Local:
     Parameters
     ----------
     gpus
-        GPUs that each node declares, whether they exist or not: for trying out GPU code paths without one.
-        None: those that the driver shows, shared out among the nodes.
+        Number of GPUs that each node declares, even if they don't exist: to try out GPU code without a GPU.
+        None: the GPUs of this machine, divided among the nodes.
     """
 
     gpus: int | None = None

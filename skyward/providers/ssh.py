@@ -22,21 +22,21 @@ _HOST = re.compile(r"(?:(?P<user>[^@\s]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^@:\
 class SSH:
     """Hosts reached over SSH.
 
-    Afterwards every process and file of the pool is gone; what stays is the environment in ``~/.cache/skyward`` on the
-    host, so that the next pool with the same image starts in seconds.
+    When the pool ends, its processes and files are removed. The environment in ``~/.cache/skyward`` on the host stays,
+    so that the next pool with the same image starts in seconds.
 
     Parameters
     ----------
     hosts
         ``"host"``, ``"user@host"``, ``"user@host:port"``, or names from ``~/.ssh/config``, whose jump hosts and keys
-        are used. An IPv6 address before a port is in brackets. A pool takes the first `nodes` of them; the others take
-        the place of those that fail while it starts.
+        are used. Write an IPv6 address before a port in brackets. A pool takes the first `nodes` of them; the others
+        replace hosts that fail while it starts.
     user
-        Who logs in where a host does not say; None: what ``~/.ssh/config`` says, else the local user.
+        The user for hosts that don't name one; None: the one in ``~/.ssh/config``, else the local user.
     key
-        Path of a private key; None: the SSH agent's, and those that ssh would try.
+        Path of a private key; None: the keys of the SSH agent, and the default keys of ssh.
     known_hosts
-        Path of a file of known hosts; None: ``~/.ssh/known_hosts``. A host that is not in it is refused.
+        Path of a file of known hosts; None: ``~/.ssh/known_hosts``. Unknown hosts are refused.
     addresses
         Network in which the hosts reach each other, such as ``"10.0.0.0/8"``, or several of them; a single address is a
         network too. Each host uses its first address in the first of these networks that it is in. Empty: the address

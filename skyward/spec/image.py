@@ -29,20 +29,20 @@ class Image:
     pip
         Requirements, as pip takes them: ``["numpy", "torch>=2.2"]``.
     pip_extra_index_url
-        One more package index. It wins: a package comes from there if it has a version that fits, and from the default
-        index otherwise. With ``UV_INDEX_STRATEGY=first-index`` in the environment of the machine's user, a package that
-        it has in any version comes from there only.
+        An additional package index with priority: a package comes from it if it has a suitable version, and from the
+        default index otherwise. With ``UV_INDEX_STRATEGY=first-index`` in the environment of the machine's user, a
+        package that it has in any version comes only from it.
     apt
         Debian packages.
     env
         Environment variables of the workers. Their values are kept out of `repr`.
     include
-        Files and folders to ship to the working directory.
+        Files and folders to copy to the working directory of the workers.
 
     Raises
     ------
     SpecError
-        A value can't be what it should be, or could reach a shell as more than that.
+        A value is invalid, or contains characters that a shell could run.
     """
 
     python: str | None = None
@@ -81,15 +81,15 @@ class Image:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
     def bootstrap(self, ttl: int = 0) -> str:
-        """Return the shell script that makes a machine ready for this image: POSIX sh, to be run again at will.
+        """Return the script that prepares a machine for this image: POSIX sh, which may run repeatedly.
 
-        A pool runs its own, which also pins versions to those that are installed at the caller's.
+        A pool runs its own script, which also pins packages to the caller's versions.
 
         Parameters
         ----------
         ttl
-            Seconds after which the machine switches itself off, whatever happens; 0: never. With a limit the script
-            also stops Debian's timers for upgrades.
+            Seconds after which the machine switches itself off; 0: never. With a limit, the script also stops Debian's
+            timers for upgrades.
         """
         import sys
 

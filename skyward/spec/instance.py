@@ -11,8 +11,8 @@ from typing import Any
 class InstanceSpec:
     """A type of machine that a provider offers.
 
-    `memory_gb` is what the provider lists; AWS and DigitalOcean write GB and mean GiB. Prices are in USD per hour;
-    None: not known, or not offered.
+    `memory_gb` is the number that the provider lists; with AWS and DigitalOcean it is in GiB. Prices are in USD per
+    hour; None: unknown, or not offered.
     """
 
     name: str

@@ -18,9 +18,9 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """Where the pool's log goes. `rotation` is the size at which a file is put aside, `retention` how many stay.
+    """Where the pool's log goes. At the size `rotation` a new file is started; `retention` is how many old files stay.
 
-    `prefix`: whether lines that calls print are shown with ``[node 0]`` before them.
+    `prefix`: whether ``[node 0]`` is shown before each line that a call prints.
     """
 
     level: str = "INFO"

@@ -61,10 +61,10 @@ def _check_prefix(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class S3Volume(Volume):
-    """A bucket, or what lies under `prefix` in it, as a folder.
+    """A bucket, or the part of it under `prefix`, as a folder.
 
-    `endpoint_url` is for services that speak S3's protocol. What calls have written is sent before a machine ends, for
-    as long as that makes progress; what can't be sent raises `VolumeError` at the end of the block.
+    `endpoint_url` is for services with S3's protocol. What calls have written is uploaded before a machine is
+    destroyed, as long as there is progress; `VolumeError` is raised at the end of the block for the rest.
     """
 
     bucket: str = ""

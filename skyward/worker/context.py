@@ -94,7 +94,7 @@ running: ContextVar[Task | None] = ContextVar("skyward_task", default=None)
 
 
 def instance_info() -> InstanceInfo | None:
-    """Return where the running task is, or None outside a pool's task."""
+    """Return where the running call is, or None outside a pool's call."""
     task = running.get()
     if task is None:
         return None
@@ -118,7 +118,7 @@ def instance_info() -> InstanceInfo | None:
 
 
 def current_accelerator() -> str | None:
-    """Return the name of the accelerator that the running task's node has, or None."""
+    """Return the name of the accelerator of the running call's node, or None."""
     info = instance_info()
     return info.accelerator if info else None
 

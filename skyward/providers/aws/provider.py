@@ -37,9 +37,9 @@ _REGION = r"[a-z]{2,4}(-[a-z]+)+-\d+"
 class AWS:
     """Machines of Amazon EC2.
 
-    The machines of a launch are in one zone, in the default VPC of their region, reachable over SSH from this computer
-    alone. Several with accelerators are placed close together; EFA is not set up. Prices are those of machines:
-    disks, public addresses and traffic are billed beside them. Bare metal and burstable types (T) are used only where
+    The machines of a launch are in one zone, in the default VPC of their region. Only this computer can reach them over
+    SSH. Several machines with accelerators are placed close together; EFA is not set up. Prices are those of machines;
+    disks, public addresses and traffic are billed separately. Bare metal and burstable types (T) are used only if
     `machine` names one.
 
     Parameters
@@ -47,26 +47,26 @@ class AWS:
     region
         None: AWS_REGION, AWS_DEFAULT_REGION, the profile's, or us-east-1.
     use_ssm
-        Log in through Session Manager: no port is open. Needs the AWS CLI and its Session Manager plugin here, and the
-        right to make roles.
+        Log in through Session Manager; no port is open. Needs the AWS CLI and its Session Manager plugin on this
+        computer, and the permission to create roles.
     regions
-        Several to choose from, or ``"any"``: all that the account has enabled.
+        Several regions to choose from, or ``"any"``: all that the account has enabled.
     zones, subnets
-        Names of availability zones, ids of subnets, to keep to. Subnets are of one VPC per region; of several in a
-        zone, the one with most free addresses is used.
+        Use only these availability zones (names) or subnets (ids). Subnets of one region must be in one VPC; of several
+        subnets in a zone, the one with the most free addresses is used.
     private_ip
         Log in by the private address, from a VPN or a machine in the VPC; SSH is open to the VPC's addresses.
     caller_cidrs
-        Addresses and ranges from which SSH is let in, such as ``["203.0.113.7", "198.51.100.0/24"]``; empty: those in
-        SKYWARD_CALLER_IP, or this computer's address. With `private_ip`, the VPC's addresses are let in too.
+        Addresses and ranges that may connect to SSH, such as ``["203.0.113.7", "198.51.100.0/24"]``; empty: those in
+        SKYWARD_CALLER_IP, or this computer's address. With `private_ip`, the VPC's addresses may connect too.
     profile
-        Of ``~/.aws/config``; None: what the environment says.
+        A profile of ``~/.aws/config``; None: the one of the environment.
     endpoint_url
-        Of a service that speaks AWS's protocol, in place of AWS.
+        URL of a service with AWS's protocol, instead of AWS.
     ami
-        Id of an image with cloud-init and sshd, in place of Ubuntu or AWS's images with drivers.
+        Id of an image with cloud-init and sshd, instead of Ubuntu or AWS's images with drivers.
     disk_gib
-        Size of each machine's disk; None: what the pool asks for, or the image needs.
+        Size of each machine's disk in GiB; None: 64, or what the image needs.
 
     Raises
     ------

@@ -49,28 +49,28 @@ _NVIDIA, _NVIDIA_8, _AMD = "gpu-h100x1-base", "gpu-h100x8-base", "gpu-amd-base"
 class DigitalOcean:
     """Machines of DigitalOcean: droplets, and those with GPUs.
 
-    A pool's machines are in the default VPC of their region, behind a firewall of the pool's own that lets this
-    computer alone in, over SSH. There are no spot machines. A size has its disk: there is no choice of it. A droplet
-    that is switched off is billed until it is deleted.
+    A pool's machines are in the default VPC of their region. The pool's firewall allows only this computer to connect,
+    over SSH. There are no spot machines. The size determines the disk. A droplet that is switched off is billed until
+    it is deleted.
 
     The token is DIGITALOCEAN_TOKEN or DIGITALOCEAN_ACCESS_TOKEN.
 
     Parameters
     ----------
     region
-        Such as ``"nyc3"``; None: any that has what is needed.
+        A region such as ``"nyc3"``; None: any region that has the machines.
     endpoint_url
-        Of a service that speaks DigitalOcean's API; None: DIGITALOCEAN_API_URL, or DigitalOcean.
+        URL of a service with DigitalOcean's API; None: DIGITALOCEAN_API_URL, or DigitalOcean.
     private_ip
         Log in by the private address, from a machine in the VPC.
     caller_cidrs
-        Addresses and ranges from which SSH is let in, such as ``["203.0.113.7", "198.51.100.0/24"]``; empty: those in
-        SKYWARD_CALLER_IP, or this computer's address. With `private_ip`, private addresses are let in too.
+        Addresses and ranges that may connect to SSH, such as ``["203.0.113.7", "198.51.100.0/24"]``; empty: those in
+        SKYWARD_CALLER_IP, or this computer's address. With `private_ip`, private addresses may connect too.
 
     Raises
     ------
     SpecError
-        An option can't work.
+        An option is invalid.
     """
 
     region: str | None = None

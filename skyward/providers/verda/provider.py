@@ -35,19 +35,19 @@ _BILLING = {"prepaid_minutes": 10}
 class Verda:
     """Machines of Verda, formerly DataCrunch.
 
-    There is no firewall and no private network: the machines have public addresses alone, where all that skyward has
-    listening is sshd, with keys, and Dask's ports, with the pool's own TLS. Prices are the machines' alone: their
-    disks are billed beside them. Time is paid in advance by 10 minutes, and what is left of them comes back after the
-    end; a machine that is switched off is billed until it is deleted.
+    There is no firewall and no private network. The machines have public addresses, where sshd accepts keys only and
+    Dask's ports require the pool's TLS certificates. Prices are those of machines; their disks are billed separately.
+    Verda charges 10 minutes in advance and refunds unused time after the end. A machine that is switched off is billed
+    until it is deleted.
 
     Credentials are VERDA_CLIENT_ID and VERDA_CLIENT_SECRET, or VERDA_API_KEY as ``"id:secret"``.
 
     Parameters
     ----------
     region
-        FIN-01, FIN-02, FIN-03 or ICE-01; None: whichever is best.
+        FIN-01, FIN-02, FIN-03 or ICE-01; None: the best one.
     endpoint_url
-        Of a service that speaks Verda's API; None: VERDA_BASE_URL, or Verda.
+        URL of a service with Verda's API; None: VERDA_BASE_URL, or Verda.
 
     Raises
     ------
