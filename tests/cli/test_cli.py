@@ -172,7 +172,7 @@ def test_down_ends_several_pools(host: Host, which: str) -> None:
     assert result.exit_code == 0
     left = {entry.pool_id for entry in journal.entries()}
     assert left == (set() if which == "--all" else {running})
-    assert all(f"pool {pool_id}: ended" in result.output for pool_id in expired)
+    assert all(f"pool {pool_id}: shut down" in result.output for pool_id in expired)
 
 
 @linux
