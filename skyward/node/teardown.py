@@ -1,0 +1,59 @@
+"""The end of an agent: its files are removed, all that it has started is killed, and it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import threading
+import time
+
+from skyward.node import descendants
+from skyward.node.config import AgentConfig
+from skyward.scripts.bootstrap import POWER_OFF
+from skyward.scripts.volumes import UNMOUNT_ALONE
+
+
+def end(config: AgentConfig, *, alone: bool = False) -> None:
+    """Remove all files, kill all that this agent has started, and itself: it leads its own process group.
+
+    `alone`: nobody has asked for it, so a machine that exists for the pool only sends what was written to its volumes
+    and is switched off.
+    """
+    for folder in (config.folder, *config.remove):
+        shutil.rmtree(folder, ignore_errors=True)
+    if alone and config.power_off:
+        _kill_all(config.pool_id)  # what is still open can't be sent
+        # None of those that are killed with the pool: it goes on when this process ends.
+        unmarked = {name: value for name, value in os.environ.items() if name != "SKYWARD_POOL"}
+        command = ["sh", "-c", f"{UNMOUNT_ALONE}; {POWER_OFF}", descendants.LEAVE]
+        with contextlib.suppress(OSError):
+            subprocess.run(command, stdin=subprocess.DEVNULL, env=unmarked, start_new_session=True)
+    _kill_all(config.pool_id)
+    os._exit(1)
+
+
+def _kill_all(pool_id: str) -> None:
+    """Kill what we have started: it is below us, has the pool's id with it, or is of the process group that we lead."""
+    import psutil
+
+    descendants.kill_descendants(os.getpid())
+    ours = os.getpgrp() if os.getpgrp() == os.getpid() else None
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
+            if process.pid == os.getpid():
+                continue
+            descends = os.getpgid(process.pid) == ours or process.environ().get("SKYWARD_POOL") == pool_id
+            if descends and descendants.TRACKER not in " ".join(process.cmdline()):
+                process.kill()
+
+
+def end_after(seconds: float, config: AgentConfig) -> None:
+    """End the agent in so many seconds, whatever its caller does."""
+
+    def wait() -> None:
+        time.sleep(seconds)
+        end(config, alone=True)
+
+    threading.Thread(target=wait, name="dead-man", daemon=True).start()
