@@ -21,7 +21,7 @@ from skyward.cluster.machine_commands import clean_command
 from skyward.cluster.ssh import Link
 from skyward.errors import ProviderError, SkywardError, VolumeError
 from skyward.providers.base import Cloud, Machine
-from skyward.scripts.bootstrap import POOL
+from skyward.scripts.steps import POOL
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from skyward.cli.output import statuses
 from skyward.cli.pools import complete_node, machine_of, pool_argument, with_keys
 from skyward.errors import SkywardError
 from skyward.providers.base import Machine
-from skyward.scripts.bootstrap import HOME, POOL
+from skyward.scripts.steps import HOME, POOL
 
 if TYPE_CHECKING:
     from skyward.cluster.ssh import Link

@@ -29,8 +29,9 @@ from skyward.node.agent import CONFIG, LOG, SOCKET
 from skyward.node.config import AgentConfig
 from skyward.node.tls import CLOCKS_S
 from skyward.providers.base import Machine
-from skyward.scripts.bootstrap import HOME, LAST_LINES, NEUTRAL, POOL, Progress, Recipe, read_progress, script
+from skyward.scripts.bootstrap import Recipe, script
 from skyward.scripts.mig import partition_script
+from skyward.scripts.steps import HOME, LAST_LINES, NEUTRAL, POOL, Progress, read_progress
 from skyward.scripts.volumes import mount_script
 from skyward.spec.volume import S3Volume
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from skyward.cluster.agents import Agent
 from skyward.errors import BootstrapError, PoolError
-from skyward.scripts.bootstrap import LAST_LINES
+from skyward.scripts.steps import LAST_LINES
 
 LOST = "lost"
 """The step of a machine that was ready and is lost before the pool has started."""

@@ -7,7 +7,8 @@ import shlex
 from skyward.node.agent import LOG, SOCKET
 from skyward.node.descendants import SEPARATE
 from skyward.node.watch import BEAT
-from skyward.scripts.bootstrap import HOME, POOL, POWER_OFF
+from skyward.scripts.bootstrap import POWER_OFF
+from skyward.scripts.steps import HOME, POOL
 
 DETACHED = "$(command -v setsid || echo nohup)"
 """Shell word for the program that starts another one which outlives the login."""

@@ -20,7 +20,7 @@ from skyward.cluster.shell import Framed, sh_command
 from skyward.errors import BootstrapError
 from skyward.node.relay import INTERPRETER
 from skyward.providers.base import Login
-from skyward.scripts.bootstrap import LAST_LINES
+from skyward.scripts.steps import LAST_LINES
 
 logger = logging.getLogger(__name__)
 # asyncssh tells of every connection at INFO; its own name is used to find out more.

@@ -9,13 +9,13 @@ import shlex
 
 from skyward.accelerators import catalog
 from skyward.accelerators.model import Accelerator
-from skyward.scripts.bootstrap import opening
+from skyward.scripts.steps import opening
 
 
 def partition_script(accelerator: Accelerator, *, keep: bool) -> str:
     """Return the script that partitions the first ``accelerator.count`` GPUs, as its `mig` says.
 
-    What its steps say is read by `skyward.scripts.bootstrap.read_progress`. It needs root.
+    What its steps say is read by `skyward.scripts.steps.read_progress`. It needs root.
 
     Parameters
     ----------

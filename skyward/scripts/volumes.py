@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from skyward.scripts.bootstrap import HOME, debian_packages, opening
+from skyward.scripts.apt import debian_packages
+from skyward.scripts.steps import HOME, opening
 
 if TYPE_CHECKING:
     from skyward.spec.volume import S3Volume
@@ -65,7 +66,7 @@ def mount_script(
 
     It also writes the script of `unmount_script` to `UNMOUNT`.
 
-    `skyward.scripts.bootstrap.read_progress` reads its output. It fails where a bucket is missing or may not be listed.
+    `skyward.scripts.steps.read_progress` reads its output. It fails where a bucket is missing or may not be listed.
     What it leaves running bears no pool's mark: it may only be ended by the script at `UNMOUNT`.
 
     Parameters

@@ -17,7 +17,8 @@ import pytest
 import skyward as sky
 from skyward.cluster import remote
 from skyward.cluster.bootstrap import Bootstrap
-from skyward.scripts.bootstrap import debian_packages, opening
+from skyward.scripts.apt import debian_packages
+from skyward.scripts.steps import opening
 from skyward.scripts.uv import WHEELS
 from skyward.spec.image import Image
 from tests.cloudbox import Machine

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.scripts.bootstrap import Progress, read_progress
+from skyward.scripts.steps import Progress, read_progress
 from skyward.scripts.volumes import Left, mount_script, read_left, unmount_script
 from tests.cloudbox import Machine
 from tests.machines.conftest import Site

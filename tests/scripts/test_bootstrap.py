@@ -22,7 +22,8 @@ import skyward as sky
 import skyward.scripts.bootstrap
 from skyward.cluster.requirements import recipe
 from skyward.cluster.wheel import own_wheel
-from skyward.scripts.bootstrap import NEUTRAL, Progress, Recipe, read_progress, script
+from skyward.scripts.bootstrap import Recipe, script
+from skyward.scripts.steps import NEUTRAL, Progress, read_progress
 from skyward.spec.image import Image
 
 SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(shell)]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.scripts.bootstrap import Progress, read_progress
 from skyward.scripts.mig import partition_script
+from skyward.scripts.steps import Progress, read_progress
 
 GPU = sky.Accelerator.NVIDIA
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.scripts.bootstrap import read_progress
+from skyward.scripts.steps import read_progress
 from skyward.scripts.volumes import mount_script, unmount_script
 
 SHELLS = [shell for shell in ("sh", "dash", "bash", "busybox") if shutil.which(shell)]
