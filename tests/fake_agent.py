@@ -7,6 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from distributed.core import Status
+
 from skyward.cluster.agents import Heard
 from skyward.cluster.machine_cluster import MachineCluster
 from skyward.errors import BootstrapError
@@ -85,10 +87,31 @@ class Notes:
         return [arguments for called, arguments in self.calls if called == name]
 
 
+class FakeScheduler:
+    """What a cluster asks of a scheduler: notes the workers that are retired, and those that are unregistered."""
+
+    def __init__(self) -> None:
+        self.retired: list[str] = []
+        self.unregistered: list[tuple[str, bool]] = []  # and whether that was expected
+
+    async def retire_workers(self, *, workers: Sequence[str], **_: Any) -> None:
+        self.retired += workers
+
+    async def identity(self, **_: Any) -> dict[str, Any]:
+        return {"workers": {}}
+
+    async def unregister(self, *, address: str, expected: bool, **_: Any) -> None:
+        self.unregistered.append((address, expected))
+
+    async def close_rpc(self) -> None:
+        pass
+
+
 class FakeCluster(MachineCluster):
-    """A cluster of such agents, without scheduler and workers."""
+    """A cluster of such agents, whose scheduler and workers are not real either."""
 
     listener: Notes
+    scheduler_comm: FakeScheduler
 
     def __init__(self, agents: Sequence[FakeAgent], **options: Any) -> None:
         super().__init__(
@@ -103,6 +126,18 @@ class FakeCluster(MachineCluster):
 
     async def _connect(self, address: str) -> None:
         assert address == "tls://fake:1"
+        self.scheduler_comm = FakeScheduler()
+        self.status = Status.running
+
+    def add_worker(self, node: int) -> str:
+        """Let the worker of a node join; return its address."""
+        address = f"tls://worker:{node}"
+
+        async def join() -> None:
+            self._update_worker_status("add", {"workers": {address: {"name": f"{node}-0", "nthreads": 1}}})
+
+        self.sync(join)
+        return address
 
     def _is_complete(self) -> bool:
         return True

@@ -248,6 +248,157 @@ def test_a_further_node_whose_workers_do_not_start_is_left_out(make: Start) -> N
     assert "can't reach node 0" in str(failed[0])
 
 
+# --- lost, taken away, not wanted ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let clusters look for replacements at once."""
+    monkeypatch.setattr(machine_cluster, "_REPLACEMENT_PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(machine_cluster, "_LOOK_S", 0.01)
+
+
+def tell(cluster: FakeCluster, agent: FakeAgent, event: str, **facts: Any) -> None:
+    cluster.loop.add_callback(agent.heard, {"event": event, **facts})
+
+
+def sold_out(node: int) -> FakeAgent:
+    raise CapacityError("sold out")
+
+
+@pytest.mark.usefixtures("prompt")
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_machine_that_is_lost_is_replaced(make: Start, gone: bool) -> None:
+    cloud, agents = Cloud(spare("spare")), machines(None, None)
+    cluster = make(cloud, agents)
+    cluster.start()
+    worker = cluster.add_worker(1)
+
+    tell(cluster, agents[1], "ended", why="out of reach", gone=gone)
+    wait_until(lambda: cluster.listener.of("node_replaced") and cloud.discarded)
+
+    assert cluster.plan == {0, 2}  # the scheduler may still have workers that are called after node 1
+    assert cluster.listener.of("node_lost") == [(1, "m1", "out of reach")]
+    assert cluster.listener.of("node_replaced") == [(2, "spare", "m1")]
+    assert cluster.scheduler_comm.unregistered == [(worker, gone)]
+    assert cloud.discarded == ["m1"]
+
+
+@pytest.mark.usefixtures("prompt")
+@pytest.mark.parametrize("first", [sold_out, spare("bad", fails_at="boot")], ids=["sold-out", "bad"])
+def test_a_replacement_is_looked_for_again(make: Start, first: Callable[[int], FakeAgent]) -> None:
+    cloud, agents = Cloud(first, spare("good")), machines(None, None)
+    cluster = make(cloud, agents)
+    cluster.start()
+
+    tell(cluster, agents[1], "ended", why="out of reach")
+    wait_until(lambda: cluster.listener.of("node_replaced"))
+
+    assert cluster.machines == {0: "m0", 2: "good"}
+
+
+@pytest.mark.usefixtures("prompt")
+def test_a_host_that_is_lost_is_not_replaced(make: Start) -> None:
+    hosts, agents = Cloud(spare("spare")), machines(None, None)
+    cluster = make(hosts, agents, hosts=True)
+    cluster.start()
+
+    tell(cluster, agents[1], "ended", why="out of reach")
+    assert agents[1].stopped.wait(30)
+    cluster.stop()
+
+    assert hosts.asked == []
+
+
+@pytest.mark.usefixtures("prompt")
+def test_a_machine_that_will_be_taken_away_ends_its_calls_first(make: Start) -> None:
+    cloud, agents = Cloud(spare("spare")), machines(None, None)
+    cluster = make(cloud, agents)
+    cluster.start()
+    stays, leaves = cluster.add_worker(0), cluster.add_worker(1)
+    busy = {leaves}
+    cluster.busy = lambda: busy
+
+    tell(cluster, agents[1], "notice", seconds=3600)
+    wait_until(lambda: cluster.listener.of("node_replaced") and cluster.scheduler_comm.retired)
+    assert cluster.scheduler_comm.retired == [leaves]
+    assert [slot.address for slot in cluster.slots()] == [stays]  # nothing new for the other
+    assert cluster.listener.of("node_lost") == []
+    busy.clear()
+    wait_until(lambda: cloud.discarded == ["m1"])
+
+    assert cluster.listener.of("node_lost") == [(1, "m1", "its provider took it back")]
+    assert cluster.sync(cluster.was_reclaimed, leaves)
+
+
+@pytest.mark.usefixtures("prompt")
+@pytest.mark.parametrize(("has_unsent", "seconds"), [(False, 15.0), (True, 45.0)])
+def test_a_machine_is_left_in_time_to_send_its_data(make: Start, has_unsent: bool, seconds: float) -> None:
+    cloud, agents = Cloud(), machines(None, None)
+    agents[1].has_unsent = has_unsent
+    cluster = make(cloud, agents)
+    cluster.start()
+    worker = cluster.add_worker(1)
+    cluster.busy = lambda: {worker}
+
+    tell(cluster, agents[1], "notice", seconds=seconds)
+
+    assert agents[1].stopped.wait(20)
+
+
+def test_a_notice_of_the_schedulers_machine_moves_nothing(make: Start) -> None:
+    cloud, agents = Cloud(spare("spare")), machines(None, None)
+    cluster = make(cloud, agents)
+    cluster.start()
+
+    tell(cluster, agents[0], "notice", seconds=120)
+    tell(cluster, agents[0], "metrics", cpu=1.0)
+    wait_until(lambda: cluster.listener.of("node_metrics"))
+
+    assert cluster.plan == {0, 1}
+    assert cluster.listener.of("node_metrics") == [(0, "m0", {"cpu": 1.0})]
+
+
+@pytest.mark.parametrize(
+    ("silence", "said"), [(False, "with it the Dask scheduler, ended"), (True, "has ended: no heartbeats")]
+)
+def test_the_end_of_the_schedulers_agent_is_told(make: Start, silence: bool, said: str) -> None:
+    cluster = make(Cloud(), agents := machines(None, None))
+    cluster.start()
+
+    tell(cluster, agents[0], "ended", why="no heartbeats", silence=silence)
+    wait_until(lambda: cluster.listener.of("cluster_lost"))
+
+    ((error,),) = cluster.listener.of("cluster_lost")
+    assert isinstance(error, PoolError)
+    assert said in str(error)
+
+
+def test_a_worker_that_dies_alone_was_not_reclaimed(make: Start) -> None:
+    cluster = make(Cloud(), agents := machines(None, None))
+    cluster.start()
+    worker = cluster.add_worker(1)
+
+    tell(cluster, agents[1], "exited", address=worker, output="last lines")
+
+    assert not cluster.sync(cluster.was_reclaimed, worker)
+    assert cluster.listener.of("worker_output") == [("last lines",)]
+
+
+def test_a_machine_that_is_not_wanted_is_given_back(make: Start) -> None:
+    cloud = Cloud()
+    cluster = make(cloud, machines(None, None))
+    cluster.start()
+    worker = cluster.add_worker(1)
+
+    cluster.scale(1)
+    wait_until(lambda: cloud.discarded == ["m1"])
+
+    assert cluster.plan == {0}
+    assert cluster.sync(cluster.was_reclaimed, worker)
+    assert cluster.listener.of("node_lost") == []
+
+
 # --- the end ------------------------------------------------------------------------------------------------
 
 
