@@ -48,7 +48,7 @@ test-fast: $(VENV)/.test ## Run the fast part of the tests
 	@$(BIN)/python --version
 	@tools/run-tests $(VENV) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PLAIN)
 
-test-frameworks: ## Test distributed training, with those of torch, JAX, Keras, TensorFlow, Transformers that are to be had
+test-frameworks: ## Test distributed training with torch, JAX, Keras, TensorFlow, Transformers, where they can be installed
 	@$(MAKE) --no-print-directory $(FRAMEWORKS)/.frameworks VENV=$(FRAMEWORKS)
 	@$(FRAMEWORKS)/bin/python --version
 	@cat $(FRAMEWORKS)/.frameworks
@@ -66,13 +66,13 @@ test-313: $(VENV)/.test
 	    echo "Not tested on Python 3.13: none found that runs and can make virtual environments."; \
 	fi
 
-test-gpu: $(VENV)/.gpu ## Run the tests that need an NVIDIA GPU; without one they say so
+test-gpu: $(VENV)/.gpu ## Run the tests that need an NVIDIA GPU; without one they are skipped
 	@$(BIN)/python -m pytest -m gpu tests/gpu -rs
 
-soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_RUNS=50, SOAK_SEED for the same again)
+soak: $(VENV)/.test ## Kill parts of pools on machines at random moments (SOAK_RUNS=50; SOAK_SEED=... repeats a run)
 	@$(BIN)/python -m pytest -m soak tests/soak -s -q
 
-bench: $(VENV)/.bench ## Time skyward beside Dask, loky and Ray (BENCH='--rounds 5 --only latency')
+bench: $(VENV)/.bench ## Compare the speed of skyward, Dask, loky and Ray (BENCH='--rounds 5 --only latency')
 	@$(BIN)/python benchmarks/bench.py $(BENCH)
 
 lint: $(VENV)/.test types ## Check spelling, style, types and which module may import which
@@ -80,12 +80,12 @@ lint: $(VENV)/.test types ## Check spelling, style, types and which module may i
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports --no-logo
 
-docs: ## Build the documentation into build/site; a warning, such as a link to nowhere, is an error
+docs: ## Build the documentation into build/site; warnings, such as broken links, are errors
 	@$(MAKE) --no-print-directory $(DOCS)/.docs VENV=$(DOCS)
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict --site-dir build/site
 	@echo "Documentation: build/site/index.html"
 
-links: ## Ask whether the pages of others that the documentation names are there; needs the network
+links: ## Check that the external links of the documentation work; needs the network
 	@tools/check-links
 
 types: $(VENV)/.test ## Check types

@@ -169,7 +169,7 @@ class Launch:
         if not fit:
             raise CapacityError(
                 f"AWS: {offer.instance.name} is in {', '.join(offer.zones)}, the subnets are in "
-                f"{', '.join(sorted(zones))}{f', and zones={list(access.zones)} is asked for' if access.zones else ''}",
+                f"{', '.join(sorted(zones))}{f', but zones={list(access.zones)} is set' if access.zones else ''}",
                 rules_out="type",
             )
         # A fleet takes one subnet of each zone: the one with most room is the last here.
