@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 from skyward.engine import Call, Engine, engine
-from skyward.engine.calls import Estimates
+from skyward.engine.estimates import Estimates
 from skyward.engine.run import stream
 from skyward.transfer import pickling
 from skyward.transfer.wire import Chunk, Kind, Outcome, Outcomes, Slot

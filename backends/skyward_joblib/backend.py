@@ -23,7 +23,7 @@ from skyward_joblib.arrays import access
 from skyward_joblib.resolve import engine_for
 
 if TYPE_CHECKING:
-    from skyward.engine import Engine, Group
+    from skyward.engine import Engine, FutureGroup
 
 Task = tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]
 
@@ -62,7 +62,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         self._pool = pool
         self._client = client
         self._engine: Engine | None = None
-        self._group: Group | None = None
+        self._group: FutureGroup | None = None
         self._asked = 1
         self._started_with = 1
         self._in_flight = self._tasks_in_flight = 0

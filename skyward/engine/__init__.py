@@ -2,7 +2,7 @@
 
 from skyward.engine.calls import Call
 from skyward.engine.engine import Engine
-from skyward.engine.group import Group
+from skyward.engine.group import FutureGroup
 from skyward.transfer.wire import Access
 
-__all__ = ["Access", "Call", "Engine", "Group"]
+__all__ = ["Access", "Call", "Engine", "FutureGroup"]

@@ -6,27 +6,21 @@ import asyncio
 import logging
 import math
 import uuid
-from collections import deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from skyward.engine.calls import Item, now
+from skyward.engine.calls import Item, make_chunk, now
+from skyward.engine.ending import RESTART_S, EndingWorkers
 from skyward.engine.failures import WHY_DIED, not_run
-from skyward.engine.transport import WorkerGoneError
+from skyward.engine.roster import Roster
+from skyward.engine.sources import Sources
+from skyward.engine.transport import Transport, WorkerGoneError
 from skyward.errors import MachineLostError, WorkerDiedError
-from skyward.transfer.wire import Kind, Outcome, Participant, barrier_handler
-
-if TYPE_CHECKING:
-    from skyward.engine.engine import Engine
+from skyward.transfer.wire import Chunk, Kind, Outcome, Outcomes, Participant, barrier_handler
 
 logger = logging.getLogger(__name__)
 
 ISOLATION = "skyward_isolation"
 """Attribute of a function whose broadcasts run in processes of their own: what these need."""
-_RESTART_S = 60.0
-"""Seconds that a dead worker process has to be back, as far as broadcasts wait for it."""
-
-
 _VERDICT_S = 1.0
 """Seconds after the first failure of a job in which the one that caused it may still arrive: when one ends, all others
 see their connections to it break. Chosen, not measured."""
@@ -35,38 +29,25 @@ see their connections to it break. Chosen, not measured."""
 class Broadcaster:
     """Runs the broadcasts of one engine, one after another: two at once would wait for each other's nodes."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, roster: Roster, transport: Transport, ending: EndingWorkers, sources: Sources) -> None:
+        self._roster = roster
+        self._transport = transport
+        self._ending = ending
+        self._sources = sources
         self._lock = asyncio.Lock()
-        self._ending: deque[tuple[float, str]] = deque()  # until when interrupted chunks may still run, oldest first
 
     @property
     def is_busy(self) -> bool:
         return self._lock.locked()
 
-    def wait_for(self, interrupted: Iterable[str]) -> None:
-        """Let the next broadcast wait until these chunks have ended: they may take their workers along."""
-        began = now()
-        while self._ending and self._ending[0][0] <= began:
-            self._ending.popleft()
-        self._ending += ((began + _RESTART_S, key) for key in interrupted)
-
     async def run(self, item: Item, every_slot: bool) -> list[Outcome]:
-        """Return the outcomes in order, or the first failure alone. In the engine's loop."""
-        self._engine.last_activity = now()
+        """Return the outcomes in order, or the first failure alone. In the event loop."""
         async with self._lock:
-            task = asyncio.current_task()
-            assert task is not None
-            self._engine._tasks.add(task)  # so that the end of the engine ends it
-            try:
-                return await self._run(item, every_slot)
-            finally:
-                self._engine.last_activity = now()
-                self._engine._tasks.discard(task)
+            return await self._run(item, every_slot)
 
     async def _run(self, item: Item, every_slot: bool) -> list[Outcome]:
         await self._complete()
-        placed = self._engine._placed
+        placed = self._roster.layout
         targets = [
             (address, worker, len(workers))
             for node, slots in enumerate(placed.nodes)
@@ -81,7 +62,7 @@ class Broadcaster:
             key = f"{item.call.label}-{uuid.uuid4().hex}"
             keys.append(key)
             part = Participant(index, len(targets), worker, per_node, barrier)
-            running = self._engine._loop.create_task(self._run_part(key, item, part, addresses))
+            running = asyncio.create_task(self._run_part(key, item, part, addresses))
             tasks[running] = index
         is_job = getattr(item.call.fn, ISOLATION, None) is not None
         results: dict[int, Outcome] = {}
@@ -100,7 +81,7 @@ class Broadcaster:
                     else:
                         failures.append(outcome)
                         until = min(until, now() + (_VERDICT_S if is_job else 0.0))
-                gone = set(filter(None, addresses)) - self._workers()
+                gone = set(filter(None, addresses)) - self._roster.workers()
                 if pending and gone & {addresses[tasks[t]] for t in pending}:
                     raise MachineLostError(
                         f"a worker ({', '.join(sorted(gone))}) was lost during a broadcast of {item.call.label}(); "
@@ -114,37 +95,31 @@ class Broadcaster:
                     raise first
                 return [first]
         finally:
-            has_handlers = self._engine._alive is not None
             left_over = map(tasks.__getitem__, pending)
-            unfinished = {keys[i]: (addresses[i] or None) if has_handlers else None for i in left_over}
+            unfinished = {keys[i]: None if self._roster.is_joined else addresses[i] or None for i in left_over}
             for task in pending:
                 task.cancel()
             if unfinished:
                 await self._abort_barrier(barrier)
-                await self._engine._transport.interrupt(unfinished)
-                self.wait_for(unfinished)
+                await self._transport.interrupt(unfinished)
+                self._ending.add_chunks(unfinished)
             if is_job:
-                await self._engine._transport.end_processes(keys, is_good=len(results) == len(targets))
+                await self._transport.end_processes(keys, is_good=len(results) == len(targets))
         return [results[i] for i in range(len(targets))]
-
-    def _workers(self) -> set[str]:
-        return {address for slots in self._engine._placed.nodes for address in slots}
 
     async def _complete(self) -> None:
         """Wait until every slot is there and rid of interrupted calls: a worker may be on its way out or in."""
-        await self._engine._has_slots()
+        roster = self._roster
+        await roster.has_slots()
         try:
-            async with asyncio.timeout(_RESTART_S):
-                ending = [key for until, key in self._ending if until > now()]
-                self._ending.clear()
-                if ending:
-                    await self._engine._transport.wait_ended(ending, self._workers)
-                while self._engine.slots < max(1, self._engine._expected()):
+            async with asyncio.timeout(RESTART_S):
+                await self._ending.wait_for_chunks()
+                while roster.count < max(1, roster.expected()):
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise MachineLostError(
-                f"a broadcast needs every slot, but only {self._engine.slots} of {self._engine._expected()} are "
-                f"available after {_RESTART_S:g} s; scale the pool, or enter it again",
+                f"a broadcast needs every slot, but only {roster.count} of {roster.expected()} are "
+                f"available after {RESTART_S:g} s; scale the pool, or enter it again",
                 machine="",
                 losses=1,
             ) from None
@@ -153,14 +128,14 @@ class Broadcaster:
         self, key: str, item: Item, part: Participant, addresses: list[str]
     ) -> Outcome | BaseException:
         address = addresses[part.rank]
-        self._engine._placement.add(address)
+        self._roster.placement.add(address)
         try:
-            chunk = self._engine._chunk(key, [item], part)
-            chunk.isolation = getattr(item.call.fn, ISOLATION, None)
-            result = await self._engine._run_part(chunk, address)
-            if result.is_outdated and not self._engine.is_joined:
+            isolation = getattr(item.call.fn, ISOLATION, None)
+            layout, facts = self._roster.pickled_layout, self._sources.facts
+            result = await self._send(make_chunk(key, [item], layout, facts, part=part, isolation=isolation), address)
+            if result.is_outdated and not self._roster.is_joined:
                 addresses[part.rank] = ""  # gone with our knowledge
-                addresses[part.rank] = await asyncio.wait_for(self._engine.renewed(address), _RESTART_S)
+                addresses[part.rank] = await asyncio.wait_for(self._ending.renewed(address), RESTART_S)
                 return await self._run_part(key, item, part, addresses)
         except WorkerGoneError:
             return WorkerDiedError(
@@ -172,14 +147,23 @@ class Broadcaster:
         except Exception as exc:  # as in _run_chunk
             return not_run(exc)
         finally:
-            self._engine._placement.remove(address)
+            self._roster.placement.remove(address)
         return result.items[0]
+
+    async def _send(self, chunk: Chunk, address: str) -> Outcomes:
+        """Run a part on its worker, before all else that waits there."""
+        arguments: Sequence[object] = [chunk]
+        if self._roster.is_joined:
+            arguments = await self._transport.arguments(chunk)
+        else:
+            await self._transport.prepare(chunk, self._roster.placement.node(address), address)
+        return await self._transport.run(chunk.key, arguments, workers=[address], priority=100)
 
     async def _abort_barrier(self, name: str | None) -> None:
         if name is not None:
             try:
-                handler = barrier_handler(self._engine._placed.pool_id, abort=True)
-                await getattr(self._engine.client.scheduler, handler)(name=name)
+                handler = barrier_handler(self._roster.layout.pool_id, abort=True)
+                await getattr(self._transport.client.scheduler, handler)(name=name)
             except Exception:  # the scheduler is gone, and nobody waits at its barriers
                 logger.debug("barrier %s could not be aborted", name, exc_info=True)
 

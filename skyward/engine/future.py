@@ -1,4 +1,4 @@
-"""The future of a call."""
+"""Futures of calls, and the threads in which they get their results and run their callbacks, away from the loop."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import concurrent.futures
 import functools
 import logging
 import os
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from skyward import guard
 from skyward.engine.calls import Item
+from skyward.engine.decoder import Decoder
 from skyward.errors import PoolError
-from skyward.transfer.wire import Outcome
+from skyward.transfer.wire import Kind, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -84,3 +86,50 @@ def _call_back(fn: Callable[[concurrent.futures.Future[Any]], object], future: C
         if isinstance(exc, Exception) or guard.ends_program(exc):
             raise
         guard.log(logger, "exception calling callback for %r", future)
+
+
+class Callbacks:
+    """A thread that sets the results of futures, started by the first delivery. Callbacks may submit more calls, but
+    must not wait for them.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._queue: queue.SimpleQueue[ItemOutcomes | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def put(self, delivery: ItemOutcomes) -> None:
+        self._queue.put(delivery)
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="skyward-callbacks", daemon=True)
+                    self._thread.start()
+
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread when it has run what was put before this."""
+        self._queue.put(None)
+        if wait and self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while (delivery := self._queue.get()) is not None:
+            for item, outcome in delivery:
+                try:
+                    self._set(item, outcome)
+                except BaseException:  # other calls must still get their outcomes
+                    guard.log(logger, "the outcome of %s() was not delivered", item.call.label)
+            del delivery, item, outcome  # must not live on while this waits for the next
+
+    def _set(self, item: Item, outcome: Outcome | BaseException) -> None:
+        future: CallFuture = item.sink
+        if isinstance(outcome, Outcome) and outcome.kind is Kind.CANCELLED:
+            future.on_cancel = None
+            future.cancel()
+        elif not future.cancelled():
+            try:
+                ok, value = self._decoder.decode(item.call, outcome)
+            except BaseException as exc:  # KeyboardInterrupt or SystemExit, of user code that runs in it
+                ok, value = False, exc
+            future.set_outcome(ok, value)

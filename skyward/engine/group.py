@@ -1,66 +1,93 @@
-"""Calls that belong together, and the future of a single one."""
+"""Calls that are queued, limited and cancelled together."""
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from skyward.engine.calls import Item, Packer
-from skyward.engine.future import ItemOutcomes
-from skyward.transfer.wire import Access, Kind, Outcome
-
-if TYPE_CHECKING:
-    from skyward.engine.callbacks import Callbacks
-    from skyward.engine.engine import Engine
+from skyward.engine.calls import Item
+from skyward.engine.future import Callbacks, ItemOutcomes
+from skyward.engine.packer import Packer
+from skyward.transfer.wire import Access
 
 
-_VALUE, _CANCELLED = Kind.VALUE, Kind.CANCELLED  # looked up once: this is done for every call
+class Server(Protocol):
+    """What sends the calls of groups to workers. From any thread; does not wait."""
+
+    def check_open(self) -> None:
+        """Raise if no more calls are taken."""
+
+    def wake(self, group: Group) -> None:
+        """Send the calls that have been put into a group."""
+
+    def cancel(self, group: Group) -> None:
+        """Cancel all calls of a group."""
+
+    def note(self, group: Group) -> None:
+        """Tell soon how many calls of a group are left: more of that is known now."""
 
 
 class Group:
-    """Calls that are limited and cancelled together. Made by `Engine.group`.
+    """A queue of packed calls, of which at most `limit` run at once.
 
-    `deliver` takes their outcomes; None: they are the results of futures, set in a thread of the group's own.
-    `unchanged` says that the caller's code does not run between two calls: see `Packer`. `access` is how calls see
-    their large buffers; None: read-only.
+    `deliver` takes their outcomes, in the event loop. `access` is how calls see their large buffers; None: read-only.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        deliver: Callable[[ItemOutcomes], None] | None,
-        limit: int | None = None,
+        server: Server,
+        deliver: Callable[[ItemOutcomes], None],
         *,
-        unchanged: bool = False,
+        limit: int | None = None,
         access: Access | None = None,
+        size: int | None = None,
     ) -> None:
-        self.engine = engine
+        self.deliver = deliver
         self.limit = limit
         self.access = access
-        self.packer = Packer(engine.store, engine.sources, unchanged=unchanged, access=access)
         self.pending: OrderedDict[Item, None] = OrderedDict()  # so that any of them can be dropped at once
-        self._bytes_put = 0
-        self._bytes_taken = 0  # two counters, each written by one thread only
+        self.in_flight: dict[str, list[Item]] = {}
         self.is_cancelled = False
         self.expected: int | None = None  # calls still to come beyond the pending ones, where known
-        self.size: int | None = None  # all its tasks, where that is known from the start
+        self.size = size  # all its tasks, where that is known from the start
         self.may_grow: Callable[[], bool] = _never  # by more calls, nobody knows how many
         self.done = 0  # tasks that have ended, and those of them that failed
         self.failed = 0
-        self.in_flight: dict[str, list[Item]] = {}
-        self._callbacks: Callbacks | None = None
-        if deliver is None:
-            from skyward.engine.callbacks import Callbacks
+        self._server = server
+        self._bytes_put = 0
+        self._bytes_taken = 0  # two counters, each written by one thread only
 
-            self._callbacks = Callbacks(engine.decoder)
-            deliver = self._callbacks.put
-        self._deliver = deliver
+    # --- from any thread ------------------------------------------------------------------------------------
+
+    def put(self, item: Item) -> None:
+        """Queue a packed call."""
+        self._server.check_open()
+        self.pending[item] = None
+        self._bytes_put += item.size
+        self._server.wake(self)
+
+    def cancel(self) -> None:
+        """Drop what has not begun and interrupt what runs; futures of this group become cancelled.
+
+        A running call gets an exception that user code does not catch; one that does not react within
+        `skyward.worker.interrupts.GRACE_S` seconds loses its worker process, which is started afresh. What is put
+        into the group afterwards is dropped too. Does not wait.
+        """
+        self.is_cancelled = True
+        self.size, self.may_grow = None, _never
+        self._server.cancel(self)
+
+    def note(self) -> None:
+        """Tell soon how many of its calls are left: more of that is known now."""
+        self._server.note(self)
 
     @property
     def pending_bytes(self) -> int:
         return self._bytes_put - self._bytes_taken
+
+    # --- in the loop ----------------------------------------------------------------------------------------
 
     def demand(self) -> int:
         """Return how many slots its calls, waiting and running, could use."""
@@ -68,7 +95,7 @@ class Group:
         return calls if self.limit is None else min(calls, self.limit)
 
     def left(self) -> int | None:
-        """Return how many tasks have not ended; None while that is not known. In the loop."""
+        """Return how many tasks have not ended; None while that is not known."""
         if self.size is not None:
             return self.size - self.done
         if self.may_grow():
@@ -76,15 +103,8 @@ class Group:
         items = [*self.pending, *itertools.chain.from_iterable(self.in_flight.values())]
         return sum(item.call.tasks for item in items)
 
-    def put(self, item: Item) -> None:
-        """Queue a packed call. From any thread."""
-        self.engine._check_open()
-        self.pending[item] = None
-        self._bytes_put += item.size
-        self.engine._wake(self)
-
     def take(self) -> Item:
-        """Take the first of the pending calls. In the loop, as what follows."""
+        """Take the first of the pending calls."""
         item, _ = self.pending.popitem(last=False)
         self._bytes_taken += item.size
         return item
@@ -109,39 +129,31 @@ class Group:
         self._bytes_taken += item.size
         return True
 
-    def cancel(self) -> None:
-        """Drop what has not begun and interrupt what runs; futures of this group become cancelled.
+    def clear(self) -> list[Item]:
+        """Remove all calls and return them: those in flight, then those that are pending."""
+        items = list(itertools.chain.from_iterable(self.in_flight.values()))
+        self.in_flight.clear()
+        while self.pending:
+            items.append(self.take())
+        return items
 
-        A running call gets an exception that user code does not catch; one that does not react within
-        `skyward.worker.interrupts.GRACE_S` seconds loses its worker process, which is started afresh. What is put
-        into the group afterwards is dropped too. From any thread; does not wait.
-        """
-        self.is_cancelled = True
-        self.size, self.may_grow = None, _never
-        self.engine._call_soon(self.engine._cancel_group, self)
+
+class FutureGroup(Group):
+    """A group whose calls have futures, with a thread that sets them. Made by `Engine.group`."""
+
+    def __init__(
+        self, server: Server, packer: Packer, callbacks: Callbacks, limit: int | None, access: Access | None
+    ) -> None:
+        super().__init__(server, callbacks.put, limit=limit, access=access)
+        self.packer = packer
+        self._callbacks = callbacks
 
     def close(self) -> None:
         """End the thread of its callbacks, after those that are due. Nothing is put into the group any more."""
         self.may_grow = _never
         self.packer.close()
-        self.engine._call_soon(self.engine.progress.note, self)
-        if self._callbacks is not None:
-            self._callbacks.close(wait=False)
-
-    def deliver(self, delivery: ItemOutcomes) -> None:
-        done = failed = 0
-        for item, outcome in delivery:
-            self.engine.store.release(item.refs)
-            kind = outcome.kind if type(outcome) is Outcome else None
-            if kind is _VALUE:
-                done += item.call.tasks
-            elif kind is not _CANCELLED:
-                done += item.call.tasks
-                failed += 1
-        self.done += done
-        self.failed += failed
-        self.engine.progress.note(self, ended=done, failed=failed)
-        self._deliver(delivery)
+        self.note()
+        self._callbacks.close(wait=False)
 
 
 def _never() -> bool:

@@ -14,6 +14,7 @@ from skyward.engine.calls import Call, Item
 from skyward.engine.engine import Engine
 from skyward.engine.future import ItemOutcomes
 from skyward.engine.group import Group
+from skyward.engine.packer import Packer
 from skyward.transfer.wire import Outcome
 
 _CHUNKS_AHEAD = 4
@@ -69,17 +70,17 @@ def _outcomes(
 
     Calls are taken from the iterable only while those on their way, and those that came before their turn, are few.
     """
-    engine._check_thread()
+    engine.loop.check_thread()
     arrived: queue.SimpleQueue[ItemOutcomes] = queue.SimpleQueue()
-    group = Group(engine, arrived.put, unchanged=unchanged)
+    packer = Packer(engine.store, engine.sources, unchanged=unchanged)
     source = enumerate(calls)
     known = len(calls) if isinstance(calls, (list, tuple)) else None
+    group = Group(engine.dispatcher, arrived.put, size=known)
     early: dict[int, tuple[Item, Outcome | BaseException]] = {}
     fed = ended = turn = 0
     digest = ""  # of the last function
     exhausted = False
     finished = False
-    group.size = known
     if known is None:
         group.may_grow = lambda: not exhausted
     try:
@@ -93,18 +94,18 @@ def _outcomes(
                 index, call = next(source, (-1, None))
                 if call is None:
                     exhausted = True
-                    engine._call_soon(engine.progress.note, group)
+                    group.note()
                     break
                 fed += 1
                 group.expected = None if known is None else known - fed
-                item = group.packer.pack(call, index)
+                item = packer.pack(call, index)
                 digest = item.function.digest
                 group.put(item)
             if fed == ended:
                 finished = True
                 return
-            if engine.left is not None:
-                raise engine.left
+            if engine.loop.left is not None:
+                raise engine.loop.left
             delivery = list(arrived.get())
             while not arrived.empty():
                 delivery += arrived.get()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from skyward.engine.calls import Estimates, Item, now
+from skyward.engine.calls import Item, now
+from skyward.engine.estimates import Estimates
 from skyward.engine.group import Group
 from skyward.engine.placement import Placement
 from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
@@ -127,7 +128,7 @@ class SentChunks:
             return True
         return self._was_reclaimed is not None and await self._was_reclaimed(result.address)
 
-    def steal(self) -> Sequence[Awaitable[None]]:
+    def steal(self) -> Sequence[Coroutine[Any, Any, None]]:
         """Have chunks that wait behind others on one worker given back, if another worker has nothing to do."""
         if not self._placement.has_idle():
             return []

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from skyward.engine.calls import Call, Packer
+from skyward.engine.calls import Call
 from skyward.engine.captured import captured
+from skyward.engine.packer import Packer
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 
@@ -139,7 +140,7 @@ def test_a_function_whose_state_changes_between_two_calls_is_sent_again(make: An
 def test_a_function_of_constants_is_not_pickled_again(fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     packer = Packer(store := Store(), Sources(store, ship=True))
     ref = packer.pack(Call(fn)).function
-    monkeypatch.setattr("skyward.engine.calls.captured", lambda fn: captured(fn) or pytest.fail("it can change"))
+    monkeypatch.setattr("skyward.engine.packer.captured", lambda fn: captured(fn) or pytest.fail("it can change"))
 
     assert packer.pack(Call(fn)).function is ref
 

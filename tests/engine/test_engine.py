@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import skyward as sky
 from skyward.engine import Call, run
-from skyward.engine.calls import Estimates
+from skyward.engine.estimates import Estimates
 from skyward.engine.store import Store
 from skyward.transfer import pickling
 from skyward.transfer.wire import INTERRUPT
@@ -67,18 +67,18 @@ def test_long_calls_are_spread_over_all_slots(seconds: float, slots: int, count:
 def test_many_short_calls_become_few_tasks(pool: sky.ComputePool) -> None:
     sent = 0
     engine = pool.engine
-    send = engine._send
+    send = engine.dispatcher._send
 
     def count(*chunk: Any) -> None:
         nonlocal sent
         sent += 1
         send(*chunk)
 
-    engine._send = count  # type: ignore[method-assign]
+    engine.dispatcher._send = count  # type: ignore[method-assign]
     try:
         assert len(sky.gather(*(sky.compute(square)(i) for i in range(5000))) >> pool) == 5000
     finally:
-        engine._send = send  # type: ignore[method-assign]
+        engine.dispatcher._send = send  # type: ignore[method-assign]
 
     assert sent < 500
 

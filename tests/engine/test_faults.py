@@ -25,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.engine import Call, Engine, engine, sent_chunks
+from skyward.engine import Call, Engine, dispatcher, engine, sent_chunks
 from skyward.engine.future import CallFuture
+from skyward.engine.packer import Packer
 from skyward.engine.run import run_all, stream
 from skyward.engine.transport import UnreachableError, WorkerGoneError
 from skyward.transfer.wire import Chunk, Kind, Outcome, Outcomes, Slot
@@ -145,7 +146,7 @@ def simulated(client: Any, count: int, fates: list[tuple[str, int]], retries: in
     workers = Workers(count, fates, client)
     with (
         mock.patch.object(engine, "Transport", return_value=workers),
-        mock.patch.object(engine, "UNREACHABLE_S", 0.001),
+        mock.patch.object(dispatcher, "UNREACHABLE_S", 0.001),
         mock.patch.object(sent_chunks, "UNREACHABLE_S", 0.001),
     ):
         made = Engine(client, workers.slots, pool_id="test", alive=lambda: workers.alive, retries=retries)
@@ -155,15 +156,15 @@ def simulated(client: Any, count: int, fates: list[tuple[str, int]], retries: in
             yield made
             settled = asyncio.run_coroutine_threadsafe(_settle(made), client.loop.asyncio_loop)
             settled.result(10)
-            assert not made._chunks
+            assert not made.dispatcher.chunks
             assert made.busy() == set()
-            assert made._reruns == 0
+            assert made.dispatcher._reruns == 0
         finally:
             made.close()
 
 
 async def _settle(made: Engine) -> None:
-    while made._tasks:
+    while made.loop.tasks:
         await asyncio.sleep(0.001)
 
 
@@ -262,7 +263,7 @@ def test_cancelled_calls_wake_the_loop_once_and_leave_nothing_behind(
         futures = [made.submit(Call(work, (i, False))) for i in range(100)]
         other = made.submit(Call(work, (100, False)))
         woken: list[Any] = []
-        monkeypatch.setattr(made, "_call_soon", lambda fn, *_: woken.append(fn))  # the loop has no turn meanwhile
+        monkeypatch.setattr(made.loop, "call_soon", lambda fn, *_: woken.append(fn))  # the loop has no turn meanwhile
         for future in futures:
             future.cancel()
         monkeypatch.undo()
@@ -279,10 +280,11 @@ def test_a_chunk_of_which_every_call_is_cancelled_is_dropped(client: Any) -> Non
     with simulated(client, 1, [], retries=0) as made:
         held = threading.Event()
         client.loop.asyncio_loop.call_soon_threadsafe(held.wait)  # until all calls are queued
-        made.estimates.observe(made._futures_group.packer.pack(Call(work, (0, False))).function.digest, 0.0001, 10)
+        known = Packer(made.store, made.sources).pack(Call(work, (0, False)))
+        made.estimates.observe(known.function.digest, 0.0001, 10)
         futures = [made.submit(Call(work, (i, False))) for i in range(10)]
         sent: list[list[Any]] = []
-        send = made._send
+        send = made.dispatcher._send
 
         def cancelling(group: Any, items: list[Any], address: str | None) -> None:
             sent.append(items)
@@ -290,11 +292,11 @@ def test_a_chunk_of_which_every_call_is_cancelled_is_dropped(client: Any) -> Non
             for item in items:
                 item.sink.cancel()
 
-        made._send = cancelling  # type: ignore[method-assign]
+        made.dispatcher._send = cancelling  # type: ignore[method-assign]
         held.set()
 
         wait_until(lambda: all(future.cancelled() for future in futures))
-        wait_until(lambda: not made._chunks)
+        wait_until(lambda: not made.dispatcher.chunks)
         assert max(map(len, sent)) > 1
         assert len(made._transport._interrupted) == len(sent)  # type: ignore[attr-defined]
 
@@ -305,7 +307,7 @@ def test_a_cancelled_call_that_comes_back_is_not_sent_again(client: Any) -> None
         future = CallFuture()
         item = group.packer.pack(Call(work, (1, False)), sink=future)
         item.is_cancelled = True
-        client.loop.asyncio_loop.call_soon_threadsafe(made._requeue, group, [item])
+        client.loop.asyncio_loop.call_soon_threadsafe(made.dispatcher._requeue, group, [item])
 
         wait_until(future.cancelled)
         assert not group.pending

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import skyward as sky
-from skyward.engine import calls
+from skyward.engine import packer as packer_module
 from skyward.engine import store as store_module
-from skyward.engine.calls import Call, Packer
+from skyward.engine.calls import Call
+from skyward.engine.packer import Packer
 from skyward.engine.sources import Sources
 from skyward.engine.store import SeenBuffers, Store
 from skyward.transfer import pickling
@@ -217,7 +218,7 @@ class Refusing:
 
 
 def test_large_arguments_without_arrays_travel_beside_the_pickle_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_APART_BYTES", 1000)
+    monkeypatch.setattr(packer_module, "_APART_BYTES", 1000)
     store = Store()
     value = [list(range(1000)), np.ones(SMALL), b"x" * (1 << 20)]
 

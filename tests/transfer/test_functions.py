@@ -13,7 +13,8 @@ import pytest
 from joblib import Parallel, delayed
 
 import skyward as sky
-from skyward.engine.calls import Call, Packer
+from skyward.engine.calls import Call
+from skyward.engine.packer import Packer
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 from skyward.transfer import pickling

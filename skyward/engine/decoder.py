@@ -1,0 +1,80 @@
+"""Decodes outcomes: into values and exceptions, in the thread that wants them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from skyward import guard
+from skyward.engine.calls import Call
+from skyward.errors import SerializationError, TaskExitError
+from skyward.transfer import pickling
+from skyward.transfer.wire import Kind, Outcome
+from skyward.worker import raised
+
+logger = logging.getLogger(__name__)
+
+
+class Decoder:
+    """Turns outcomes into values or exceptions, and issues the tasks' warnings again, once per place."""
+
+    def __init__(self) -> None:
+        self._registry: dict[Any, Any] = {}
+
+    def decode(self, call: Call, outcome: Outcome | BaseException) -> tuple[bool, Any]:
+        """Return (True, value) or (False, exception)."""
+        if isinstance(outcome, BaseException):
+            return False, outcome
+        for text, data, filename, line in outcome.warnings:
+            try:
+                self._warn(text, data, filename, line)
+            except Warning as warning:  # the caller's filters make an error of it, so it is the call's
+                return False, warning
+            except Exception:  # whatever the warning's __str__, or the caller's `warnings.showwarning`, raises
+                guard.log(logger, "a warning of %s() can't be shown: %s", call.label, text)
+        if outcome.kind is Kind.VALUE:
+            try:
+                return True, pickling.loads(outcome.data, outcome.buffers)
+            except BaseException as exc:  # its class needs a package that only the worker has; or its __setstate__
+                if isinstance(exc, KeyboardInterrupt) and guard.ends_program(exc):
+                    raise
+                return False, _unreadable(f"the result of {call.label}()", exc)
+        return False, self._error(call, outcome)
+
+    def _error(self, call: Call, outcome: Outcome) -> BaseException:
+        match outcome.kind:
+            case Kind.TIMEOUT:
+                return TimeoutError(f"{call.label}() did not end within its timeout of {call.timeout:g} s")
+            case Kind.EXIT:
+                code = pickling.loads(outcome.data)
+                return TaskExitError(
+                    f"{call.label}() called sys.exit({code!r}) on {outcome.machine}. "
+                    "Return a value or raise an exception instead.",
+                    code=code,
+                )
+        try:
+            error: BaseException = pickling.loads(outcome.data, outcome.buffers)
+            raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")
+        except BaseException as exc:  # as above
+            if isinstance(exc, KeyboardInterrupt) and guard.ends_program(exc):
+                raise
+            error = _unreadable(f"the exception of {call.label}()", exc)
+            raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")
+        return error
+
+    def _warn(self, text: str, data: bytes, filename: str, line: int) -> None:
+        try:
+            warning = pickling.loads(data)
+        except Exception:  # its category is one that only the worker knows: the text matters more
+            warning = UserWarning(text)
+        warnings.warn_explicit(warning, type(warning), filename, line, registry=self._registry)
+
+
+def _unreadable(what: str, cause: BaseException) -> SerializationError:
+    error = SerializationError(
+        f"{what} arrived, but can't be unpickled here: {raised.text(cause)}. Is a package missing on this side?",
+        where=what,
+    )
+    error.__cause__ = cause
+    return error
