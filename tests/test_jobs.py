@@ -16,7 +16,7 @@ import skyward as sky
 from skyward.integrations.frameworks import Distributed
 from skyward.integrations.setup.torch import device_of
 from skyward.transfer.wire import Isolation
-from skyward.worker import runtime
+from skyward.worker import participant
 from skyward.worker.context import Peer, World
 
 PLAIN = Isolation("tests.plain_setup", {}, ())
@@ -236,7 +236,7 @@ def _is_gone(pid: int) -> bool:
 
 def test_versions_that_differ_between_ranks_are_shown_with_a_remedy() -> None:
     with pytest.raises(sky.VersionMismatchError, match=r"rank 0: 2\.7, rank 1: 2\.7, rank 2: 2\.6") as info:
-        runtime._check_versions(("numpy", "torch"), [["2.4", "2.7"], ["2.4", "2.7"], ["2.4", "2.6"]])
+        participant.check_versions(("numpy", "torch"), [["2.4", "2.7"], ["2.4", "2.7"], ["2.4", "2.6"]])
 
     assert "sky.Image(pip=['torch==2.7'])" in str(info.value)
-    runtime._check_versions(("torch",), [["2.7"], ["2.7"]])
+    participant.check_versions(("torch",), [["2.7"], ["2.7"]])

@@ -19,7 +19,7 @@ from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.tls import make_credentials
 from skyward.providers.local import Local
 from skyward.spec.pool import PoolSpec
-from skyward.worker.runtime import thread_environment
+from skyward.worker.threads import thread_environment
 
 if TYPE_CHECKING:
     from skyward.cluster.cluster import AgentCluster

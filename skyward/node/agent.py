@@ -70,7 +70,7 @@ async def _run(config: AgentConfig, events: int | None) -> None:
 
 
 def _environment(config: AgentConfig) -> dict[str, str]:
-    from skyward.worker.runtime import thread_environment
+    from skyward.worker.threads import thread_environment
 
     own = {"SKYWARD_POOL": config.pool_id}
     if "SKYWARD_NODE_CORES" not in config.environment:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def path_of(digest: str) -> Path:
     if not _DIGEST.fullmatch(digest):
         raise ValueError(f"not the digest of a buffer: {digest!r}")
     return Path(os.environ[VARIABLE]) / digest
+
+
+def scratch(worker: Any) -> str:
+    """Return a folder for files of the pool: that of the node, or one that Dask removes with the worker."""
+    return os.environ.get(VARIABLE) or str(worker.local_directory if worker else tempfile.gettempdir())
 
 
 def install(worker: Any) -> None:

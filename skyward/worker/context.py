@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 from contextvars import ContextVar
@@ -191,3 +192,10 @@ def free_port(host: str) -> int:
 
 def host_of(address: str) -> str:
     return address.rpartition("://")[2].rpartition(":")[0].strip("[]")
+
+
+def machine_name(layout: Layout, address: str) -> str:
+    """Return how messages name a worker and its machine. In the worker's process."""
+    place = layout.place(address)
+    where = f"node {place[0]}, slot {place[1]}, " if place else ""
+    return f"{where}{socket.gethostname()}, process {os.getpid()}"

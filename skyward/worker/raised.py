@@ -5,11 +5,13 @@ Pickling, unpickling and even printing an exception may run the user's code, whi
 
 from __future__ import annotations
 
+import traceback
 from types import FunctionType
 from typing import Any
 
-from skyward.errors import RemoteTraceback
+from skyward.errors import RemoteTraceback, SerializationError
 from skyward.transfer import pickling
+from skyward.transfer.wire import Kind
 from skyward.worker import interrupts
 
 _set = BaseException.__setattr__
@@ -43,6 +45,30 @@ def pack(exc: BaseException) -> tuple[bytes, tuple[Any, ...]]:
     raise UnsendableError(problem)
 
 
+def pack_outcome(exc: BaseException, fn: Any) -> tuple[Kind, bytes, tuple[Any, ...], str]:
+    """Return the kind, data, large buffers and traceback of the outcome of a call of `fn` that has raised."""
+    # The first frame is the runtime's; what the user wants to see begins below it.
+    tb = exc.__traceback__.tb_next if exc.__traceback__ else None
+    trace = "".join(traceback.format_exception(type(exc), exc, tb))
+    try:
+        return Kind.ERROR, *pack(exc), trace
+    except UnsendableError as problem:
+        error = SerializationError(
+            f"{name_of(fn)}() raised {kind_of(exc)}: {text(exc)}\n(this exception does not pickle ({problem}), "
+            "so it is shown as text; its traceback is the cause)",
+            where=f"exception of {name_of(fn)}()",
+        )
+        return Kind.OPAQUE, pickling.dumps(error)[0], (), trace
+
+
+def name_of(fn: Any) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__name__
+
+
+def kind_of(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
 def text(exc: object) -> str:
     """Return ``str(exc)``, or the name of its class if that raises."""
     try:
@@ -53,11 +79,11 @@ def text(exc: object) -> str:
         return f"<{type(exc).__name__}, whose text can't be made>"
 
 
-def annotate(error: BaseException, traceback: str, note: str) -> None:
+def annotate(error: BaseException, trace: str, note: str) -> None:
     """Give an exception that came from a worker its traceback there, as its cause, and a note."""
     _set(error, "__traceback__", None)  # some libraries make it travel; the text says it all, once
-    if traceback:
-        _set(error, "__cause__", RemoteTraceback(traceback))
+    if trace:
+        _set(error, "__cause__", RemoteTraceback(trace))
     notes = vars(error).get("__notes__")
     _set(error, "__notes__", [*(notes if isinstance(notes, list) else ()), note])
 
