@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-MODULES = ["skyward.compute", "skyward.executor", "skyward.pool.decorator", "skyward_joblib.pools"]
+MODULES = ["skyward.compute.function", "skyward.executor", "skyward.pool.decorator", "skyward_joblib.pools"]
 
 
 @pytest.mark.parametrize("name", MODULES)

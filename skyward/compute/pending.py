@@ -1,4 +1,4 @@
-"""Calls as values: what `@sky.compute` makes of a function, and the operators that send calls to a pool.
+"""Pending calls, one or many, and the operators that send them to a pool.
 
 Pure data, no I/O: what a target does with a call is the target's business. Imports nothing but errors, because
 ``import skyward`` loads this module.
@@ -6,31 +6,13 @@ Pure data, no I/O: what a target does with a call is the target's business. Impo
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextvars import copy_context
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from types import MethodType, ModuleType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Generic,
-    Literal,
-    NoReturn,
-    ParamSpec,
-    Protocol,
-    TypeVar,
-    TypeVarTuple,
-    overload,
-)
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Protocol, TypeVar, TypeVarTuple, overload
 
 from skyward.current import resolve
-from skyward.errors import invalid
 
-P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
 R_co = TypeVar("R_co", covariant=True)
@@ -130,7 +112,7 @@ class PendingBatch(Generic[*Ts]):
             return replace(self, calls=(*self.calls, other))
         if isinstance(other, PendingBatch):
             return replace(self, calls=self.calls + other.calls)
-        if isinstance(other, ComputeFunction):
+        if isinstance(other, NotCalled):
             raise TypeError(_not_called(other, "&"))
         raise TypeError(
             f"can't put a {type(other).__name__} into a batch; `>>` binds tighter than `&`, so write `(a & b) >> pool`"
@@ -178,56 +160,10 @@ class PendingStream(Generic[R_co]):
             raise TypeError(_unused("gather(..., stream=True)", "can't be iterated over"))
 
 
-def _unused(what: str, problem: str) -> str:
-    return f"`{what}` is a call that has not run, so it {problem}. Run it: `{what} >> pool`, or `>> sky` inside a pool"
-
-
-def _not_called(fn: ComputeFunction[..., Any], operator: str) -> str:
-    name = fn.__name__
-    return f"`{name}` was not called: write `{name}(...) {operator} ...`, with its arguments"
-
-
-def _shown(pending: PendingCompute[Any]) -> str:
-    """Return the call as source-like text, short whatever the arguments are."""
-    name = getattr(pending.fn, "__name__", type(pending.fn).__name__)
-    return f"{name}({'...' if pending.args or pending.kwargs else ''})"
-
-
-# --- functions ----------------------------------------------------------------------------------------------
-
-
-class ComputeFunction(Generic[P, R_co]):
-    """A function whose calls are values to be sent to a pool. Made by `compute`."""
+class NotCalled:
+    """A function that makes pending calls. To send the function itself is a mistake, which the operators explain."""
 
     __name__: str
-    __qualname__: str
-
-    def __init__(self, fn: Callable[P, Any], *, retries: int = 0, timeout: float | None = None) -> None:
-        self.fn = fn
-        self.retries = retries
-        self.timeout = timeout
-        functools.update_wrapper(self, fn)
-        if not hasattr(self, "__name__"):  # a partial, or an object with __call__
-            self.__name__ = getattr(getattr(fn, "func", None), "__name__", type(fn).__name__)
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> PendingCompute[R_co]:
-        return PendingCompute(self.fn, args, kwargs, self.retries, self.timeout)
-
-    def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        """Run the function here and now, as a worker would: an async function is awaited."""
-        value: Any = self.fn(*args, **kwargs)
-        if inspect.iscoroutine(value):
-            value = run_coroutine(value)
-        result: R_co = value
-        return result
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None:
-            return self
-        return ComputeFunction(MethodType(self.fn, instance), retries=self.retries, timeout=self.timeout)
-
-    def __repr__(self) -> str:
-        return f"<ComputeFunction {self.__name__}{_signature(self.fn)}>"
 
     if not TYPE_CHECKING:  # a type checker says it by itself when they are not there
 
@@ -241,110 +177,19 @@ class ComputeFunction(Generic[P, R_co]):
             raise TypeError(_not_called(self, "&"))
 
 
-def _signature(fn: Callable[..., Any]) -> str:
-    try:
-        return str(inspect.signature(fn))
-    except (TypeError, ValueError):  # some builtins have none
-        return "(...)"
+def _unused(what: str, problem: str) -> str:
+    return f"`{what}` is a call that has not run, so it {problem}. Run it: `{what} >> pool`, or `>> sky` inside a pool"
 
 
-def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine to its end, also where a loop runs already, and return its value."""
-    import asyncio  # here, because it is most of what `import skyward` would take
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    # Called from a coroutine: a loop can't run inside another, so this one gets its own thread.
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(asyncio.run(coroutine))
-        except BaseException as exc:  # handed to the thread that waits
-            failure.append(exc)
-
-    thread = threading.Thread(target=copy_context().run, args=(run,))
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+def _not_called(fn: NotCalled, operator: str) -> str:
+    name = fn.__name__
+    return f"`{name}` was not called: write `{name}(...) {operator} ...`, with its arguments"
 
 
-class _Decorator(Protocol):
-    @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> ComputeFunction[P, R]: ...
-    @overload
-    def __call__(self, fn: Callable[P, R], /) -> ComputeFunction[P, R]: ...
-
-
-@overload
-def compute(fn: Callable[P, Coroutine[Any, Any, R]], /) -> ComputeFunction[P, R]: ...
-@overload
-def compute(fn: Callable[P, R], /) -> ComputeFunction[P, R]: ...
-@overload
-def compute(*, retries: int = 0, timeout: float | None = None) -> _Decorator: ...
-def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None) -> Any:
-    """Make a function whose calls are values: ``train(0.1)`` makes a call, ``train(0.1) >> pool`` runs it on the pool.
-
-    Works with async functions too; they are awaited on the worker.
-
-    Parameters
-    ----------
-    retries
-        How often a call is run again after it raised an exception.
-    timeout
-        Seconds of run time after which a call is interrupted and `TimeoutError` is raised; None: no limit.
-
-    Raises
-    ------
-    TypeError
-        `fn` is a generator function, whose values can't be sent one by one, or is not callable.
-    SpecError
-        An option can't work.
-
-    Examples
-    --------
-    >>> import skyward as sky
-    >>> @sky.compute
-    ... def double(x: int) -> int:
-    ...     return 2 * x
-    >>> double(21)
-    <PendingCompute double(...)>
-    >>> double.local(21)
-    42
-    """
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        raise invalid("retries", retries, "an integer >= 0")
-    if timeout is not None and not (
-        isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and 0 < timeout < math.inf
-    ):
-        raise invalid("timeout", timeout, "seconds greater than 0, or None for no limit")
-    if fn is None:
-        return functools.partial(compute, retries=retries, timeout=timeout)
-    if isinstance(fn, ComputeFunction):
-        fn = fn.fn
-    if not callable(fn):
-        raise TypeError(f"@sky.compute wraps a function, not a {type(fn).__name__}")
-    refuse_generator(fn)
-    return ComputeFunction(fn, retries=retries, timeout=timeout)
-
-
-def refuse_generator(fn: Callable[..., Any]) -> None:
-    """Raise `TypeError` for a generator function: its values can't travel one by one."""
-    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-        name = getattr(fn, "__name__", "fn")
-        raise TypeError(
-            f"{name}() is a generator function, and a generator can't travel from a worker: return a list, or make "
-            "one call per value and stream those: `sky.gather(calls, stream=True) >> pool`"
-        )
-
-
-lazy = compute
-"""The same as `compute`."""
+def _shown(pending: PendingCompute[Any]) -> str:
+    """Return the call as source-like text, short whatever the arguments are."""
+    name = getattr(pending.fn, "__name__", type(pending.fn).__name__)
+    return f"{name}({'...' if pending.args or pending.kwargs else ''})"
 
 
 # --- many calls ---------------------------------------------------------------------------------------------
@@ -441,7 +286,7 @@ def gather(*calls: Any, stream: bool = False, ordered: bool = True, return_excep
 
 def _checked(calls: Iterable[Any]) -> Iterator[PendingCompute[Any]]:
     for index, call in enumerate(calls):
-        if isinstance(call, ComputeFunction):
+        if isinstance(call, NotCalled):
             raise TypeError(f"gather(): item {index}: {_not_called(call, '>>')}")
         if not isinstance(call, PendingCompute):
             raise TypeError(
