@@ -30,7 +30,18 @@ Chosen, not measured."""
 
 def run_one(engine: Engine, call: Call) -> Any:
     """Run one call and return its value, or raise the user's exception."""
-    (value,) = run_all(engine, [call])  # not `stream`: a generator can't raise StopIteration
+    engine.loop.check_thread()
+    arrived: queue.SimpleQueue[ItemOutcomes] = queue.SimpleQueue()
+    group = Group(engine.dispatcher, arrived.put, size=1)
+    try:
+        group.put(Packer(engine.store, engine.sources, unchanged=True).pack(call))
+        ((item, outcome),) = arrived.get()
+    except BaseException:  # Ctrl-C
+        group.cancel()
+        raise
+    ok, value = engine.decoder.decode(item.call, outcome)
+    if not ok:
+        raise value
     return value
 
 
