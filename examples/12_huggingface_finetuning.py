@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer on two nodes that train together, with a tiny model that is made here: nothing is downloaded.
+"""Hugging Face's Trainer on two nodes, with a tiny model that is created here, so nothing is downloaded.
 
 Needs `pip install torch transformers accelerate`. Runs on this machine; with ``provider=sky.AWS(), accelerator="T4"``
-in the pool, on GPUs. For a real model put `AutoModelForSequenceClassification.from_pretrained(...)` in its place.
+in the pool, on GPUs. For a real model, use `AutoModelForSequenceClassification.from_pretrained(...)` instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two pools at once: small machines that prepare, a large one that trains. They start, and end, side by side."""
+"""Use two pools: small machines prepare the data, a large one trains. Both start and stop in parallel."""
 
 from __future__ import annotations
 

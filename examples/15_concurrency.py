@@ -1,4 +1,4 @@
-"""How many calls run at once: nodes × concurrency. And threads on this side, where each waits for a call."""
+"""How many calls run at once: nodes × concurrency; and threads of this process, each of which waits for a call."""
 
 from __future__ import annotations
 

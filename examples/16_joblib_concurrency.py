@@ -1,4 +1,4 @@
-"""joblib's `Parallel` on a pool, with whatever uses it."""
+"""joblib's `Parallel` on a pool, and code that uses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A function that runs on a machine which exists only for it.
+"""Run a function on a machine that exists only for it.
 
 Runs on this machine; `SKYWARD_PROVIDER=aws python 1_hello.py` runs it on AWS, as for all examples.
 """

@@ -1,4 +1,4 @@
-"""Several calls at once: a few with `&`, many with `gather`, endless ones as a stream."""
+"""Run calls in parallel: a few with `&`, many with `gather`, an endless number as a stream."""
 
 from __future__ import annotations
 

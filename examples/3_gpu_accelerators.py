@@ -1,6 +1,6 @@
 """Ask for GPUs: each slot sees its own.
 
-On this machine the GPUs are declared, whether they exist or not, so that the code path can be tried anywhere;
+On this machine, the pool declares GPUs even if they don't exist, so that you can try the code anywhere;
 `SKYWARD_PROVIDER=aws python 3_gpu_accelerators.py` asks for real ones. See what they cost first:
 `skyward offers --accelerator T4:4`.
 """

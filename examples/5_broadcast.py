@@ -1,4 +1,4 @@
-"""Once on every node with `@`, once on every slot with `@ pool.slots`."""
+"""Run a call once on every node with `@`, and once on every slot with `@ pool.slots`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Let nodes play different parts: one serves numbers over a socket, the others ask it for them."""
+"""Give nodes different roles: one serves numbers over a socket, the others request them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A bucket as a folder on every machine: read data from it, write results to it.
 
 `BUCKET=my-bucket python 8_s3_volumes.py` mounts `s3://my-bucket/results` at /results on AWS, with the machines' own
-role and no keys on them. Without it, on this machine, a plain folder takes its place.
+role and no keys on them. Without it, the example uses a plain folder on this machine.
 """
 
 from __future__ import annotations

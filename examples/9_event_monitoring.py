@@ -1,4 +1,4 @@
-"""Hear of everything that happens: machines, costs, printed lines, progress."""
+"""Handle all events of a pool: machines, costs, printed lines, progress."""
 
 from __future__ import annotations
 
