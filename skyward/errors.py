@@ -56,7 +56,7 @@ def invalid(option: str, value: Any, accepted: str, *, shown: str = "") -> SpecE
 
 
 class NoActivePoolError(SkywardError, RuntimeError):
-    """A call was sent, but no pool is active, or its pool is not active yet or any more."""
+    """A call was sent without an active pool, or to a pool that is not active."""
 
 
 class SerializationError(SkywardError, TypeError, _pickle.PicklingError):
