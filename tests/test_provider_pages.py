@@ -45,12 +45,12 @@ def _aws_actions() -> set[str]:
     nodes = list(_nodes(*PROVIDERS.glob("aws/*.py"), ACCOUNTS))
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     paged = {
-        str(node.args[0].value)
+        str(node.args[1].value)
         for node in nodes
         if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "get_paginator"
-        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "pages"
+        and isinstance(node.args[1], ast.Constant)
     }
     return {actions[name] for name in names | paged if name in actions}
 

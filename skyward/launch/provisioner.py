@@ -31,7 +31,7 @@ from skyward.errors import (
 from skyward.events import CostFinal, CostUpdate
 from skyward.launch.cost import Meter, final, update
 from skyward.launch.plan import Part, Plan, Step
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.base import Cloud, LaunchOrder, Login, Machine, UserData, boot_s
 from skyward.providers.launches import Gate
 from skyward.spec.pool import PoolSpec
@@ -278,7 +278,7 @@ class Provisioner:
             names = ", ".join(machine.id for machine in machines)
             logger.info("%s does not say whether %s exist: %s", provider.name, names, exc)
             return set()
-        young = time.monotonic() - listing.LISTED_S  # a machine that was launched since then may not be listed yet
+        young = time.monotonic() - retry.LISTED_S  # a machine that was launched since then may not be listed yet
         gone = [m for m in machines if m.id not in there and self._since.get(m.id, -math.inf) <= young]
         self._ended(gone, reclaimed=True)
         return {machine.id for machine in gone}

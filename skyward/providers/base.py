@@ -6,12 +6,14 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from skyward.accelerators.model import Accelerator
+from skyward.errors import ProviderError
 from skyward.scripts.bootstrap import POWER_OFF
 from skyward.scripts.volumes import UNMOUNT_ALONE
 from skyward.spec.instance import InstanceSpec
@@ -310,7 +312,7 @@ class Cloud(Protocol):
     def end(self, pool_id: str, regions: Sequence[str]) -> None:
         """Destroy all of a pool in `regions`: machines, found by tags and names, then keys, groups and disks.
 
-        Looks twice, as a machine may be listed some seconds after its launch only: see `skyward.providers.listing`.
+        Looks twice, as a machine may be listed some seconds after its launch only: see `skyward.providers.retry`.
 
         Safe to call again, and beside another call. Only what bears the pool's id is touched.
 
@@ -336,3 +338,13 @@ def check_no_volumes(spec: PoolSpec, problems: Problems, provider: str) -> None:
             "function, with keys from env=, or use sky.AWS"
         )
         problems.note("volume", spec.volume, accepted)
+
+
+@contextmanager
+def needs_sdk(provider: str, sdk: str) -> Iterator[None]:
+    """Say how to install the SDK of a cloud where an import in the block finds none."""
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        extra = provider.lower()
+        raise ProviderError(f"sky.{provider} needs {sdk}: pip install 'skyward[{extra}]' ({exc})") from exc

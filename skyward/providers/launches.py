@@ -1,15 +1,22 @@
-"""Launches of pools that are under way in this process, and the gate that ends them with their pool."""
+"""Launches of pools that are under way in this process: their number, their undoing, and the gate that ends them."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from skyward.errors import PoolError
+from skyward.errors import PoolError, ProviderError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Gate:
@@ -97,3 +104,39 @@ def under_way(*shared: Hashable) -> Iterator[Launches]:
             launches.count -= 1
             if not launches.count and not launches.has_machines:
                 del _launches[shared]
+
+
+@contextmanager
+def undone_by(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` when the launch in the block fails. What it leaves is logged, noted, and left to the pool's end."""
+    try:
+        yield
+    except BaseException as exc:
+        try:
+            undo()
+        except ProviderError as left:
+            logger.error("after a failed launch: %s", left)
+            exc.add_note(f"left for the end of the pool: {left}")
+        raise
+
+
+def side_by_side(do: Callable[[T], U], items: Sequence[T], *, at_once: int) -> list[U]:
+    """Return what `do` returns for each item. After a failure no further one is begun, and all are waited for."""
+    over = threading.Event()
+
+    def begin(item: T) -> U:
+        if over.is_set():
+            raise CancelledError
+        try:
+            return do(item)
+        except BaseException:
+            over.set()
+            raise
+
+    with ThreadPoolExecutor(at_once, thread_name_prefix="skyward-launch") as threads:
+        calls = [threads.submit(begin, item) for item in items]
+        try:
+            wait(calls)
+        finally:
+            over.set()  # after Ctrl-C
+    return [call.result() for call in calls]

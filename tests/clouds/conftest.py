@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from skyward.providers import launches, listing
+from skyward.providers import launches, retry
 from tests.clouds.emulated import NAMES, Emulated
 from tests.machines.conftest import baked, can_boot, site  # noqa: F401 - fixtures
 
@@ -21,11 +21,11 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fast_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fast_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulated clouds list what they make within some hundredths of a second."""
-    monkeypatch.setattr(listing, "LISTED_S", 0.3)
-    monkeypatch.setattr(listing, "LATE_S", 0.1)
-    monkeypatch.setattr(listing, "PAUSES_S", (0.01, 0.1))
+    monkeypatch.setattr(retry, "LISTED_S", 0.3)
+    monkeypatch.setattr(retry, "LATE_S", 0.1)
+    monkeypatch.setattr(retry, "PAUSES_S", (0.01, 0.1))
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import pytest
 import skyward as sky
 from skyward.accelerators.model import Accelerator
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
-from skyward.providers import listing, prices
+from skyward.providers import prices, retry
 from skyward.providers.aws import api as aws_api
 from skyward.providers.aws import launch as aws_launch
 from skyward.providers.aws.firewall import caller_ranges
@@ -934,7 +934,7 @@ def test_a_machine_that_is_not_known_yet_is_not_taken_for_gone(cloud: AwsCloud) 
 def test_machines_of_a_fleet_in_doubt_are_ended_when_they_are_listed(
     cloud: AwsCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "LISTED_S", 20.0)
+    monkeypatch.setattr(retry, "LISTED_S", 20.0)
     provider = AWS(REGION)
     chosen = offer(provider, "m6i.large")
     cloud.faults.lost["CreateFleet"] = 2

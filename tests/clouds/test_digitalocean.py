@@ -19,7 +19,7 @@ import pytest
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, SpecError
 from skyward.launch.provisioner import pool_keys
-from skyward.providers import listing, prices
+from skyward.providers import prices, retry
 from skyward.providers.base import LaunchOrder, Login, Machine, Need, Offer, UserData
 from skyward.providers.digitalocean import api as digitalocean_api
 from skyward.providers.digitalocean import pool as digitalocean_pool
@@ -43,7 +43,6 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(digitalocean_api, "PAUSES_S", (0.01, 0.01, 0.01))
     monkeypatch.setitem(digitalocean_api.RETRIES, "retry_backoff_factor", 0.001)
-    monkeypatch.setattr(digitalocean_pool, "_PAUSES_S", (0.01, 0.05))
 
 
 def _point_to(cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +483,7 @@ def test_a_lost_answer_neither_doubles_nor_loses(cloud: DigitalOceanCloud, path:
 def test_a_machine_made_twice_because_listed_late_is_deleted_once(
     cloud: DigitalOceanCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "LISTED_S", 0.0)
+    monkeypatch.setattr(retry, "LISTED_S", 0.0)
     offer = _offer()
     cloud.unlisted_s = 0.3
     cloud.faults.lost["POST", "/v2/droplets"] = 1
@@ -542,19 +541,16 @@ def test_an_api_that_is_gone_after_the_launch_leaves_it_to_the_pools_end(cloud: 
     assert _left(cloud) == []
 
 
-def test_a_launch_that_is_interrupted_leaves_nothing(cloud: DigitalOceanCloud, monkeypatch: Any) -> None:
+def test_a_launch_that_is_interrupted_leaves_nothing(cloud: DigitalOceanCloud) -> None:
     offer = _offer()
-    pauses = digitalocean_pool._pauses
 
-    def interrupted(_: Any) -> Iterator[None]:
-        monkeypatch.setattr(digitalocean_pool, "_pauses", pauses)
+    def interrupted(_: float) -> None:
         raise KeyboardInterrupt
 
     cloud.new_s = 60.0
-    monkeypatch.setattr(digitalocean_pool, "_pauses", interrupted)
 
     with pytest.raises(KeyboardInterrupt):
-        _launch(3, offer=offer)
+        _launch(3, offer=offer, pause=interrupted)
     assert _left(cloud) == []
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import skyward as sky
 from skyward.launch.provisioner import pool_keys
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.base import LaunchOrder, Login, Machine, Need, Offer, UserData
 from tests.clouds.emulated import NAMES, Emulated
 
@@ -47,7 +46,7 @@ def ids(machines: list[Machine]) -> set[str]:
 
 
 def test_an_end_finds_machines_that_are_listed_late(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "LATE_S", 1.0)
+    monkeypatch.setattr(retry, "LATE_S", 1.0)
     launch(cloud, offer(cloud), 2)
     cloud.list_late(0.5)
 
@@ -59,7 +58,7 @@ def test_an_end_finds_machines_that_are_listed_late(cloud: Emulated, monkeypatch
 def test_after_a_lost_answer_late_listing_doubles_and_loses_nothing(
     cloud: Emulated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "LISTED_S", 20.0)
+    monkeypatch.setattr(retry, "LISTED_S", 20.0)
     chosen = offer(cloud)
     cloud.list_late(0.5)
     cloud.lose_create_answer()
@@ -72,7 +71,7 @@ def test_after_a_lost_answer_late_listing_doubles_and_loses_nothing(
 
 
 def test_machines_that_are_not_listed_yet_are_terminated(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "LISTED_S", 20.0)
+    monkeypatch.setattr(retry, "LISTED_S", 20.0)
     machines = launch(cloud, offer(cloud), 2)
     cloud.list_late(0.5)
 
@@ -110,21 +109,3 @@ def test_machines_that_have_lost_a_mark_are_found_and_ended(cloud: Emulated) -> 
     assert ids(found) == ids(everywhere) == ids(machines)
     assert {machine.pool_id for machine in everywhere} == {POOL}
     assert cloud.machines() == []
-
-
-def test_a_look_comes_at_once_and_one_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    now = 100.0
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        slept.append(seconds)
-        now += seconds
-
-    monkeypatch.setattr(listing, "time", SimpleNamespace(monotonic=lambda: now))
-
-    assert len(list(listing.looks(0.0, sleep))) == 1
-    assert slept == []
-    looks = len(list(listing.looks(10.0, sleep)))
-    assert sum(slept) == pytest.approx(10.0)
-    assert looks == len(slept) + 1

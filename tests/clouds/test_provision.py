@@ -17,7 +17,7 @@ from skyward.cleanup import journal
 from skyward.cleanup.pool_record import PoolRecord
 from skyward.launch.plan import make_plan
 from skyward.launch.provisioner import Provisioner
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.base import boot_s
 from skyward.spec.instance import InstanceSpec
 from skyward.spec.pool import PoolSpec
@@ -126,9 +126,9 @@ def test_a_machine_that_is_not_listed_yet_is_not_gone(
     (machine,) = provisioner.launch()
     cloud.list_late(60)
 
-    monkeypatch.setattr(listing, "LISTED_S", 60.0)
+    monkeypatch.setattr(retry, "LISTED_S", 60.0)
     assert provisioner.gone([machine]) == set()
-    monkeypatch.setattr(listing, "LISTED_S", 0.0)
+    monkeypatch.setattr(retry, "LISTED_S", 0.0)
     assert provisioner.gone([machine]) == {machine.id}
     cloud.list_late(0)
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skyward.events import CostFinal, CostUpdate
-from skyward.launch.cost import BILLING, Billing, Meter, final, update
+from skyward.launch.cost import Meter, final, update
 from skyward.providers.base import Login, Machine
+from skyward.providers.billing import BILLING, Billing
 
 START = 1_790_000_000.0
 HOUR = 3600.0

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from skyward.errors import PoolError
+from skyward.errors import PoolError, ProviderError
 from skyward.providers import launches
-from skyward.providers.launches import Gate, under_way
+from skyward.providers.launches import Gate, side_by_side, under_way, undone_by
 
 
 def test_launches_of_one_pool_know_of_each_other() -> None:
@@ -45,3 +45,28 @@ def test_a_closed_gate_lets_nothing_through_and_ends_pauses() -> None:
         pass
     with pytest.raises(PoolError):
         gate.check()
+
+
+def test_after_a_failure_no_further_item_is_begun() -> None:
+    begun: list[int] = []
+
+    def do(item: int) -> int:
+        begun.append(item)
+        return 10 // item
+
+    assert side_by_side(do, [1, 5, 2], at_once=2) == [10, 2, 5]
+    begun.clear()
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(do, [1, 0, 2, 5], at_once=1)
+    assert begun == [1, 0]
+
+
+def test_what_a_failed_launch_leaves_is_noted_in_its_error(caplog: pytest.LogCaptureFixture) -> None:
+    def undo() -> None:
+        raise ProviderError("2 machines may run")
+
+    with pytest.raises(KeyError) as failed, undone_by(undo):
+        raise KeyError("no capacity")
+
+    assert failed.value.__notes__ == ["left for the end of the pool: 2 machines may run"]
+    assert "after a failed launch: 2 machines may run" in caplog.text

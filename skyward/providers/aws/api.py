@@ -8,16 +8,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError, invalid
+from skyward.providers import retry
+from skyward.providers.base import needs_sdk
 from skyward.version import __version__
 
 _RETRIES: Any = {"mode": "standard", "total_max_attempts": 6}  # backs off with jitter, by up to 20 s; some 20 s in all
@@ -101,11 +101,9 @@ class Api:
         self._endpoint_url = endpoint_url
         self._lock = threading.Lock()  # boto3's sessions are not safe to make clients from in several threads
         self._clients: dict[tuple[str, str], Any] = {}
-        try:
+        with needs_sdk("AWS", "boto3"):
             import boto3
             from botocore.exceptions import BotoCoreError
-        except ImportError as exc:
-            raise ProviderError("sky.AWS needs boto3: pip install 'skyward[aws]'") from exc
         try:
             self._session: Any = boto3.session.Session(profile_name=profile)
         except BotoCoreError as exc:  # no such profile
@@ -313,17 +311,22 @@ def call(
     """
     from botocore.exceptions import ClientError
 
-    deadline, pause_s = time.monotonic() + patience_s, 0.25
-    while True:
+    for _ in retry.looks(patience_s):
         try:
             return operation(**arguments)
         except ClientError as exc:
             if code_of(exc) in unless:
                 return None
-            if code_of(exc) not in patiently or time.monotonic() >= deadline:
+            if code_of(exc) not in patiently:
                 raise
-        time.sleep(pause_s * random.uniform(0.5, 1.5))
-        pause_s = min(2 * pause_s, 5.0)
+            refusal = exc
+    raise refusal
+
+
+def pages(client: Any, operation: str, name: str, **arguments: Any) -> Iterator[Any]:
+    """Yield all items of a list that comes in pages, named `name` in each."""
+    for page in client.get_paginator(operation).paginate(**arguments):
+        yield from page[name]
 
 
 def attempt(api: Api, steps: Iterable[tuple[str, Callable[[], None]]]) -> list[str]:

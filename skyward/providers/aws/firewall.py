@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from skyward.errors import ProviderError
-from skyward.providers import caller, listing
-from skyward.providers.aws.api import call
+from skyward.providers import caller, retry
+from skyward.providers.aws.api import call, pages
 from skyward.providers.aws.tags import tags_of
 from skyward.providers.base import LaunchOrder
 
@@ -69,13 +69,12 @@ def groups_of(ec2: Any, pool_id: str) -> list[str]:
 
 def _groups_named(ec2: Any, pool_id: str, narrowed: Mapping[str, Any]) -> list[dict[str, Any]]:
     filters = [{"Name": "group-name", "Values": [f"skyward-{pool_id}"]}, narrowed]
-    pages = ec2.get_paginator("describe_security_groups").paginate(Filters=filters)
-    return [group for page in pages for group in page["SecurityGroups"]]
+    return list(pages(ec2, "describe_security_groups", "SecurityGroups", Filters=filters))
 
 
 def _group_in(ec2: Any, pool_id: str, vpc: str) -> str:
     """Return the id of a pool's group that is in a VPC, though it may not be listed yet."""
-    for _ in listing.looks(listing.LISTED_S):
+    for _ in retry.looks(retry.LISTED_S):
         for group in _groups_named(ec2, pool_id, {"Name": "vpc-id", "Values": [vpc]}):
             if group["Description"] == _description(pool_id):
                 return str(group["GroupId"])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
-import logging
-import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,16 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from skyward.errors import CapacityError, ProviderError, SpecError, invalid
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.aws import pool as of
-from skyward.providers.aws.api import Api, attempt, call, quota_of
+from skyward.providers.aws.api import Api, attempt, call, pages, quota_of
 from skyward.providers.aws.firewall import caller_ranges, make_group, remove_groups
 from skyward.providers.aws.iam import is_unready_profile, make_profile, remove_profile, role_name
 from skyward.providers.aws.tags import of_order, tags_of
 from skyward.providers.base import LaunchOrder, Offer
-from skyward.providers.launches import under_way
-
-logger = logging.getLogger(__name__)
+from skyward.providers.launches import Launches, under_way, undone_by
 
 # Public parameters with the newest images. Ubuntu: "Find Ubuntu images with the AWS Systems Manager Parameter Store",
 # documentation.ubuntu.com/aws; NVIDIA: AWS Deep Learning AMIs Developer Guide, release notes of each AMI; Neuron:
@@ -76,25 +70,18 @@ class Launch:
     def run(self) -> list[dict[str, Any]]:
         """Return the machines, which have their addresses, as AWS describes them."""
         with under_way(self._order.pool_id, self._region, self._access.endpoint_url) as others:
-            try:
-                with self._api.api_errors(self._doing, quota=self._quota, spot=self._order.spot):
-                    with others.lock:
-                        overrides = self._prepare()
-                    self._order.on_prepared()
-                    answer = self._ask(overrides)
-                    self._ids = [i for some in answer.get("Instances", ()) for i in some["InstanceIds"]]
-                    if len(self._ids) < self._order.count:
-                        raise self._shortage(answer.get("Errors", ()))
-                    arrived = self._arrived()
-                    others.has_machines = True
-                    return arrived
-            except BaseException as exc:
+            errors = self._api.api_errors(self._doing, quota=self._quota, spot=self._order.spot)
+            with undone_by(lambda: self._undo(others)), errors:
                 with others.lock:
-                    left = self._undo(is_alone=others.count == 1 and not others.has_machines)
-                if left:
-                    logger.error("after a failed launch on AWS: %s", "; ".join(left))
-                    exc.add_note(f"left for the end of the pool: {'; '.join(left)}")
-                raise
+                    overrides = self._prepare()
+                self._order.on_prepared()
+                answer = self._ask(overrides)
+                self._ids = [i for some in answer.get("Instances", ()) for i in some["InstanceIds"]]
+                if len(self._ids) < self._order.count:
+                    raise self._shortage(answer.get("Errors", ()))
+                arrived = self._arrived()
+                others.has_machines = True
+                return arrived
 
     # --- before -----------------------------------------------------------------------------------------
 
@@ -153,8 +140,7 @@ class Launch:
             filters = [{"Name": "subnet-id", "Values": list(access.subnets)}]
         else:
             filters = [{"Name": "default-for-az", "Values": ["true"]}]
-        pages = self._ec2.get_paginator("describe_subnets").paginate(Filters=filters)
-        there = [subnet for page in pages for subnet in page["Subnets"]]
+        there = list(pages(self._ec2, "describe_subnets", "Subnets", Filters=filters))
         if not there and access.subnets:
             raise ProviderError(f"AWS: none of {', '.join(access.subnets)} is in {self._region}")
         if not there:
@@ -222,8 +208,7 @@ class Launch:
             },
             "SpotOptions" if order.spot else "OnDemandOptions": options,
         }
-        deadline = time.monotonic() + _PROFILE_S
-        for number in itertools.count():
+        for number, _ in enumerate(retry.looks(_PROFILE_S, order.pause)):
             # A request that has its answer is not made again under the same token: the answer would be the same.
             token = order.token if not number else f"{order.token}-{number}"
             order.creating()
@@ -231,10 +216,9 @@ class Launch:
                 answer: Mapping[str, Any] = self._ec2.create_fleet(ClientToken=token, **request)
             errors = answer.get("Errors", ())
             is_early = any(is_unready_profile(e.get("ErrorCode", ""), e.get("ErrorMessage", "")) for e in errors)
-            if answer.get("Instances") or not is_early or time.monotonic() > deadline:
-                return answer
-            order.pause(random.uniform(1.0, 3.0))
-        raise AssertionError("the loop has no end")
+            if answer.get("Instances") or not is_early:
+                break
+        return answer
 
     @contextmanager
     def _doubting(self, what: str) -> Iterator[None]:
@@ -271,20 +255,16 @@ class Launch:
 
     def _arrived(self) -> list[dict[str, Any]]:
         """Return what is known of the machines, once all have their addresses."""
-        deadline, pause_s = time.monotonic() + self._order.boot_s, 0.2
-        while True:
+        for _ in retry.looks(self._order.boot_s, self._order.pause):
             found = {raw["InstanceId"]: raw for raw in of.find(self._ec2, of_order(self._order))}
             ours = [found[i] for i in self._ids if i in found]
             for raw in ours:
                 self._check_state(raw)
             if len(ours) == len(self._ids) and all(self._access.host(r) and r.get("PrivateIpAddress") for r in ours):
                 return ours
-            if time.monotonic() > deadline:
-                raise ProviderError(
-                    f"AWS: {self._doing}: machines have no address after {self._order.boot_s:g} s. Raise boot_timeout="
-                )
-            self._order.pause(pause_s)
-            pause_s = min(1.5 * pause_s, 3.0)
+        raise ProviderError(
+            f"AWS: {self._doing}: machines have no address after {self._order.boot_s:g} s. Raise boot_timeout="
+        )
 
     def _check_state(self, raw: Mapping[str, Any]) -> None:
         state, reason = raw["State"]["Name"], raw.get("StateReason", {})
@@ -294,15 +274,21 @@ class Launch:
 
     # --- after a failure ----------------------------------------------------------------------------------
 
-    def _undo(self, *, is_alone: bool) -> list[str]:
-        """Destroy what was made, with `is_alone` also what other launches would share; return what may be left."""
+    def _undo(self, others: Launches) -> None:
+        """Destroy what was made; also what launches share, unless there are others.
+
+        Raises
+        ------
+        ProviderError
+            Something may be left; the message says what, and why.
+        """
         ec2, order, region = self._ec2, self._order, self._region
         ours = of_order(order)
 
         def machines() -> None:
             of.terminate(ec2, self._ids, young=self._ids)
             ended = set(self._ids)
-            for _ in listing.looks(listing.LISTED_S if "machines" in self._doubtful else 0.0):
+            for _ in retry.looks(retry.LISTED_S if "machines" in self._doubtful else 0.0):
                 found = {raw["InstanceId"] for raw in of.find(ec2, ours, of.COSTS)} - ended
                 of.terminate(ec2, found, young=found)
                 ended |= found
@@ -310,11 +296,11 @@ class Launch:
                     break
 
         def shared() -> None:
-            if is_alone and not of.machines_of(ec2, order.pool_id):
+            if others.count == 1 and not others.has_machines and not of.machines_of(ec2, order.pool_id):
                 if order.volumes or self._access.use_ssm:
                     remove_profile(self._api.client("iam", region), role_name(order.pool_id, region))
                 known = [self._group] if self._group else []
-                for _ in listing.looks(listing.LISTED_S if "group" in self._doubtful else 0.0):
+                for _ in retry.looks(retry.LISTED_S if "group" in self._doubtful else 0.0):
                     remove_groups(ec2, order.pool_id, patience_s=_UNDO_S, known=known)
 
         name = of.name_of(order)
@@ -324,7 +310,10 @@ class Launch:
             (f"placement group {name} in {region}", lambda: of.remove_placement(ec2, name, patience_s=_UNDO_S)),
             (f"security group skyward-{order.pool_id} in {region}", shared),
         ]
-        return attempt(self._api, steps)
+        with others.lock:
+            left = attempt(self._api, steps)
+        if left:
+            raise ProviderError("; ".join(left))
 
 
 # --- images -------------------------------------------------------------------------------------------------

@@ -13,17 +13,15 @@ from skyward.accelerators.catalog import memory_sizes
 from skyward.accelerators.model import Accelerator
 from skyward.errors import CredentialsError, ProviderError, SpecError
 from skyward.providers import prices
-from skyward.providers.aws.api import Api
+from skyward.providers.aws.api import Api, pages
 from skyward.providers.base import Need, Offer
+from skyward.providers.billing import BILLING
 from skyward.spec.instance import InstanceSpec
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PRICING_REGION = "us-east-1"  # one of the three that have the Pricing API; each knows the prices of all
-
-MINIMUM_S = 60
-"""Linux machines are billed by the second, for a minute at least: aws.amazon.com/ec2/pricing/on-demand, 2025-07."""
 
 
 def offers_in(api: Api, region: str, need: Need, zones: Sequence[str], *, endpoint: str | None) -> list[Offer]:
@@ -67,7 +65,7 @@ def _offer(
         price_on_demand=on_demand,
         price_spot=min(spots.values(), default=None) if facts["spot"] else None,
         metadata={
-            "minimum_seconds": MINIMUM_S,
+            **BILLING["aws"].metadata(),
             "spot_by_zone": dict(spots),
             "burstable": facts["burstable"],
             "can_cluster": facts["can_cluster"],
@@ -87,8 +85,7 @@ def _types(api: Api, region: str, place: str, machine: str | None) -> dict[str, 
     def ask(**narrowed: Any) -> dict[str, dict[str, Any]]:
         ec2 = api.client("ec2", region)
         with api.api_errors(f"listing the types of machines in {region}"):
-            pages = ec2.get_paginator("describe_instance_types").paginate(**narrowed)
-            raw = [t for page in pages for t in page["InstanceTypes"]]
+            raw = list(pages(ec2, "describe_instance_types", "InstanceTypes", **narrowed))
         return {t["InstanceType"]: facts for t in raw if (facts := _facts(t)) is not None}
 
     return _of_one_or_all(ask, f"{place}:types", machine)
@@ -167,12 +164,9 @@ def _zones(api: Api, region: str, place: str, machine: str | None) -> dict[str, 
         ec2 = api.client("ec2", region)
         found: dict[str, list[str]] = {}
         with api.api_errors(f"listing the zones of {region} that have each type"):
-            pages = ec2.get_paginator("describe_instance_type_offerings").paginate(
-                LocationType="availability-zone", **narrowed
-            )
-            for page in pages:
-                for pair in page["InstanceTypeOfferings"]:
-                    found.setdefault(pair["InstanceType"], []).append(pair["Location"])
+            narrowed["LocationType"] = "availability-zone"
+            for pair in pages(ec2, "describe_instance_type_offerings", "InstanceTypeOfferings", **narrowed):
+                found.setdefault(pair["InstanceType"], []).append(pair["Location"])
         return {name: sorted(zones) for name, zones in found.items()}
 
     return _of_one_or_all(ask, f"{place}:zones", machine)
@@ -192,8 +186,8 @@ def _on_demand(api: Api, region: str, place: str, machine: str | None) -> tuple[
         filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in wanted.items()]
         pricing = api.client("pricing", _PRICING_REGION)
         with api.api_errors(f"asking for prices in {region}"):
-            pages = pricing.get_paginator("get_products").paginate(ServiceCode="AmazonEC2", Filters=filters)
-            products = [json.loads(text) for page in pages for text in page["PriceList"]]
+            texts = pages(pricing, "get_products", "PriceList", ServiceCode="AmazonEC2", Filters=filters)
+            products = [json.loads(text) for text in texts]
         found = {p["product"]["attributes"]["instanceType"]: _hourly(p) for p in products}
         return {name: price for name, price in found.items() if price}
 
@@ -224,12 +218,11 @@ def _spot(api: Api, region: str, place: str, machine: str | None) -> tuple[dict[
         found: dict[str, dict[str, float]] = {}
         latest: dict[tuple[str, str], datetime] = {}
         with api.api_errors(f"asking for spot prices in {region}"):
-            for page in ec2.get_paginator("describe_spot_price_history").paginate(**wanted):
-                for row in page["SpotPriceHistory"]:
-                    key = row["InstanceType"], row["AvailabilityZone"]
-                    if key not in latest or row["Timestamp"] > latest[key]:
-                        latest[key] = row["Timestamp"]
-                        found.setdefault(key[0], {})[key[1]] = float(row["SpotPrice"])
+            for row in pages(ec2, "describe_spot_price_history", "SpotPriceHistory", **wanted):
+                key = row["InstanceType"], row["AvailabilityZone"]
+                if key not in latest or row["Timestamp"] > latest[key]:
+                    latest[key] = row["Timestamp"]
+                    found.setdefault(key[0], {})[key[1]] = float(row["SpotPrice"])
         return found
 
     def listed() -> dict[str, dict[str, float]]:

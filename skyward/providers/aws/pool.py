@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from skyward.errors import ProviderError
-from skyward.providers import listing
-from skyward.providers.aws.api import Api, attempt, call
+from skyward.providers import retry
+from skyward.providers.aws.api import Api, attempt, call, pages
 from skyward.providers.aws.firewall import groups_of, remove_groups
 from skyward.providers.aws.iam import remove_profile, role_name
 from skyward.providers.aws.tags import POOL, of_pool, tags_of
@@ -36,8 +36,10 @@ _GONE_S = 300.0  # until machines are off for good; those with GPUs take minutes
 def find(ec2: Any, filters: list[dict[str, Any]], states: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the machines that meet filters, in any of `states` where some are named."""
     narrowed = [*filters, {"Name": "instance-state-name", "Values": list(states)}] if states else filters
-    pages = ec2.get_paginator("describe_instances").paginate(Filters=narrowed, PaginationConfig={"PageSize": MOST})
-    return [raw for page in pages for group in page["Reservations"] for raw in group["Instances"]]
+    groups = pages(
+        ec2, "describe_instances", "Reservations", Filters=narrowed, PaginationConfig={"PageSize": MOST}
+    )
+    return [raw for group in groups for raw in group["Instances"]]
 
 
 def machines_of(ec2: Any, pool_id: str | None) -> list[dict[str, Any]]:
@@ -79,7 +81,7 @@ def terminate(ec2: Any, ids: Iterable[str], *, young: Collection[str] = ()) -> N
         Some machines may still run.
     """
     left = sorted(set(ids))
-    for _ in listing.looks(listing.LISTED_S):
+    for _ in retry.looks(retry.LISTED_S):
         ended: set[str] = set()
         for start in range(0, len(left), MOST):
             ended |= _terminate(ec2, left[start : start + MOST])
@@ -94,7 +96,7 @@ def _terminate(ec2: Any, ids: Sequence[str]) -> set[str]:
     unknown = ["InvalidInstanceID.NotFound"]
     answer = call(ec2.terminate_instances, unless=unknown, InstanceIds=ids)
     if answer is None:  # one that is not known refuses them all
-        ids = _known(ec2, ids)
+        ids = [raw["InstanceId"] for raw in _known(ec2, ids)]
         answer = call(ec2.terminate_instances, unless=unknown, InstanceIds=ids) if ids else None
     if answer is None:
         return set()
@@ -104,29 +106,23 @@ def _terminate(ec2: Any, ids: Sequence[str]) -> set[str]:
     return set(ids)
 
 
-def _known(ec2: Any, ids: Sequence[str]) -> list[str]:
+def _known(ec2: Any, ids: Sequence[str]) -> list[dict[str, Any]]:
     # A filter, unlike a list of ids, may name what does not exist.
-    found: list[str] = []
+    found: list[dict[str, Any]] = []
     for start in range(0, len(ids), _VALUES):
-        filters = [{"Name": "instance-id", "Values": list(ids[start : start + _VALUES])}]
-        found += [raw["InstanceId"] for raw in find(ec2, filters)]
+        found += find(ec2, [{"Name": "instance-id", "Values": list(ids[start : start + _VALUES])}])
     return found
 
 
 def _await_end(ec2: Any, ids: Sequence[str]) -> None:
-    deadline = time.monotonic() + _END_S
-    while ids:
-        filters = [{"Name": "instance-id", "Values": list(ids[:_VALUES])}]
-        ended = {raw["InstanceId"] for raw in find(ec2, filters) if raw["State"]["Name"] not in COSTS}
-        if ended:
-            ids = [i for i in ids if i not in ended]
-        elif time.monotonic() > deadline:
-            raise ProviderError(f"AWS: machines {', '.join(ids)} were told to terminate, but still exist")
-        else:
-            time.sleep(1.0)
-
-
-# --- firewall -----------------------------------------------------------------------------------------------
+    if not ids:
+        return
+    for _ in retry.looks(_END_S):
+        ended = {raw["InstanceId"] for raw in _known(ec2, ids) if raw["State"]["Name"] not in COSTS}
+        ids = [i for i in ids if i not in ended]
+        if not ids:
+            return
+    raise ProviderError(f"AWS: machines {', '.join(ids)} were told to terminate, but still exist")
 
 
 # --- template and placement group: of one order -------------------------------------------------------------
@@ -161,9 +157,6 @@ def make_placement(ec2: Any, order: LaunchOrder) -> str:
     return name_of(order)
 
 
-# --- role ---------------------------------------------------------------------------------------------------
-
-
 # --- the end ------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +172,7 @@ def end(api: Api, pool_id: str, region: str) -> list[str]:
     def late_machines() -> None:
         nonlocal are_ending
         # Those of a fleet that was asked for right before may not have been listed the first time.
-        time.sleep(max(0.0, began + listing.LATE_S - time.monotonic()))
+        retry.sleep_until_late(began)
         machines()
         are_ending = True
 
@@ -205,9 +198,8 @@ def end(api: Api, pool_id: str, region: str) -> list[str]:
 
 
 def remove_templates(ec2: Any, filters: list[dict[str, Any]]) -> None:
-    for page in ec2.get_paginator("describe_launch_templates").paginate(Filters=filters):
-        for template in page["LaunchTemplates"]:
-            remove_template(ec2, template["LaunchTemplateName"])
+    for template in pages(ec2, "describe_launch_templates", "LaunchTemplates", Filters=filters):
+        remove_template(ec2, template["LaunchTemplateName"])
 
 
 def remove_template(ec2: Any, name: str) -> None:

@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from azure.core.exceptions import AzureError, HttpResponseError, ResourceNotFoun
 from azure.core.pipeline.policies import AzureKeyCredentialPolicy, RetryPolicy
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.base import LaunchOrder
 
 T = TypeVar("T")
@@ -107,29 +106,13 @@ def unless_missing(do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def create_once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], T | None]) -> T:
     """Return what `create` makes, or what `find` finds if it is there already or its answer was lost: never two."""
-    for pause in pauses(order):
-        order.creating()
-        try:
-            return create()
-        except (AzureError, ValueError) as exc:
-            if not is_unclear(exc) and _status(exc) not in (409, 422):
-                raise
-            if is_unclear(exc):
-                pause()
-            # What is refused as it is there already may not be listed yet.
-            for _ in listing.looks(listing.LISTED_S if _is_there(exc) else 0.0, order.pause):
-                if (found := find()) is not None:
-                    return found
-            if not is_unclear(exc):
-                raise
-            error = exc
-    raise error
 
+    def look_s(exc: Exception) -> float | None:
+        if _is_there(exc):
+            return retry.LISTED_S  # what is refused as it is there already may not be listed yet
+        return 0.0 if is_unclear(exc) or _status(exc) in (409, 422) else None
 
-def pauses(order: LaunchOrder) -> Iterator[Callable[[], None]]:
-    """Yield, for each attempt, what sleeps before the next one."""
-    for pause_s in PAUSES_S:
-        yield partial(order.pause, pause_s * random.uniform(0.5, 1.5))
+    return retry.create_once(order, create, find, is_unclear=is_unclear, look_s=look_s, pauses_s=PAUSES_S)
 
 
 def is_unclear(exc: BaseException) -> bool:

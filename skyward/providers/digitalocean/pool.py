@@ -6,12 +6,9 @@ it.
 
 from __future__ import annotations
 
-import logging
-import random
 import re
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -20,14 +17,12 @@ from typing import Any
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from skyward.errors import CapacityError, ProviderError
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
 from skyward.providers.digitalocean.api import call, create_once, explained, is_unclear, pages, unless_missing
 from skyward.providers.digitalocean.client import EXPIRES_TAG, OWNER_TAG, POOL_TAG, Client, name_of
 from skyward.providers.digitalocean.firewall import firewalls, let_in, rules_of
-from skyward.providers.launches import Launches, under_way
-
-logger = logging.getLogger(__name__)
+from skyward.providers.launches import Launches, side_by_side, under_way, undone_by
 
 ALL = "skyward"
 """The tag of everything."""
@@ -37,7 +32,6 @@ _AT_ONCE = 10
 _CREATES = 3
 """Times that droplets are asked for while answers are lost."""
 _THREADS = 8
-_PAUSES_S = (0.2, 3.0)  # between looks, from the one to the other
 _GONE_S = 120.0  # until a deleted droplet is gone, which takes seconds
 _BY_TAG_S = 30.0  # after which droplets that were deleted by tag are deleted one by one
 
@@ -96,20 +90,19 @@ def destroy(do: Any, ids: Iterable[int]) -> None:
 
 
 def _destroy_one(do: Any, droplet_id: int) -> None:
-    deadline, pauses = time.monotonic() + _GONE_S, _pauses()
-    while True:
+    for _ in retry.looks(_GONE_S):
+        refusal = None
         try:
             call(do.droplets.destroy, droplet_id)
         except HttpResponseError as exc:
             if exc.status_code == 404:
                 return
-            if exc.status_code != 422 or time.monotonic() > deadline:  # 422: something else is going on with it
+            if exc.status_code != 422:  # 422: something else is going on with it
                 raise
+            refusal = exc
         if unless_missing(do.droplets.get, droplet_id) is None:
             return
-        if time.monotonic() > deadline:
-            raise ProviderError(f"DigitalOcean was told to delete droplet {droplet_id}, but it still exists")
-        next(pauses)
+    raise refusal or ProviderError(f"DigitalOcean was told to delete droplet {droplet_id}, but it still exists")
 
 
 def end(client: Client, pool_id: str) -> None:
@@ -118,21 +111,20 @@ def end(client: Client, pool_id: str) -> None:
     with explained(f"end pool {pool_id}"):
         _destroy_all(do, pool_id)
         # A droplet that was created right before the first look may not have been listed by then.
-        time.sleep(max(0.0, began + listing.LATE_S - time.monotonic()))
+        retry.sleep_until_late(began)
         _destroy_all(do, pool_id)
         _clear(do, pool_id)
 
 
 def _destroy_all(do: Any, pool_id: str) -> None:
     """Delete the droplets of a pool that are listed, those with its tag in one call."""
-    deadline, pauses = time.monotonic() + _BY_TAG_S, _pauses()
     left = find(do, pool_id)
     if any(_tagged(raw, POOL_TAG) for raw in left):
         unless_missing(do.droplets.destroy_by_tag, tag_name=f"{POOL_TAG}{pool_id}")
-        left = find(do, pool_id)
-        while any(_tagged(raw, POOL_TAG) for raw in left) and time.monotonic() < deadline:
-            next(pauses)
+        for _ in retry.looks(_BY_TAG_S):
             left = find(do, pool_id)
+            if not any(_tagged(raw, POOL_TAG) for raw in left):
+                break
     destroy(do, [raw["id"] for raw in left])
 
 
@@ -147,15 +139,6 @@ def _clear(do: Any, pool_id: str) -> None:
     for raw in pages(do.tags.list, "tags"):
         if raw["name"] == f"{POOL_TAG}{pool_id}" or raw["name"].startswith(f"{EXPIRES_TAG}{pool_id}:"):
             unless_missing(do.tags.delete, raw["name"])
-
-
-def _pauses(sleep: Callable[[float], None] = time.sleep) -> Iterator[None]:
-    """Sleep a little longer each time."""
-    pause, most = _PAUSES_S
-    while True:
-        sleep(pause * random.uniform(0.8, 1.2))
-        yield
-        pause = min(most, pause * 1.5)
 
 
 def _machine(raw: Mapping[str, Any], login: Login, client: Client) -> Machine:
@@ -213,7 +196,12 @@ def launch(client: Client, offer: Offer, order: LaunchOrder, image: str) -> list
     with under_way(order.pool_id, client.url) as others:
         made: list[dict[str, Any]] = []
         doubtful: set[str] = set()
-        try:
+
+        def undo() -> None:
+            with explained(f"undo the launch of {order.count} {offer.instance.name}"):
+                _undo(do, order, names, made, doubtful, others)
+
+        with undone_by(undo):
             with explained(f"launch {order.count} {offer.instance.name} in {offer.region}"):
                 # The same order may have been asked for before. Credentials that are refused are so here.
                 there = {raw["name"]: raw for raw in find(do, order.pool_id)}
@@ -233,14 +221,6 @@ def launch(client: Client, offer: Offer, order: LaunchOrder, image: str) -> list
                 found = _await_addresses(client, order, names, made)
             others.has_machines = True
             return [replace(_machine(raw, order.login, client), admitted=tuple(admitted)) for raw in found]
-        except BaseException as exc:
-            try:
-                with explained(f"undo the launch of {order.count} {offer.instance.name}"):
-                    _undo(do, order, names, made, doubtful, others)
-            except ProviderError as left:
-                logger.error("after a failed launch: %s", left)
-                exc.add_note(f"left for the end of the pool: {left}")
-            raise
 
 
 def _prepare(client: Client, order: LaunchOrder) -> tuple[int, list[str]]:
@@ -281,21 +261,7 @@ def _create(
     `doubtful` has the names of those of which it is not known whether they were created.
     """
     parts = [names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)]
-    failed = threading.Event()
-
-    def create(part: list[str]) -> None:
-        if failed.is_set():
-            return
-        try:
-            _create_part(do, order, body, part, made, doubtful)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="skyward-do-create") as threads:
-        calls = [threads.submit(create, part) for part in parts]
-    for done in calls:
-        done.result()
+    side_by_side(lambda part: _create_part(do, order, body, part, made, doubtful), parts, at_once=_THREADS)
 
 
 def _create_part(
@@ -318,7 +284,7 @@ def _create_part(
             error = exc
             # There is no token by which the API knows the same call again: what it has made is found by name, and a
             # droplet is asked for again only when it can't be one that is not listed yet.
-            for _ in listing.looks(listing.LISTED_S, order.pause):
+            for _ in retry.looks(retry.LISTED_S, order.pause):
                 created = [raw for raw in find(do, order.pool_id) if raw["name"] in names]
                 if len(created) == len(names):
                     break
@@ -335,9 +301,9 @@ def _await_addresses(
 ) -> list[dict[str, Any]]:
     """Return an order's droplets when all have addresses; one that was made twice is deleted."""
     do = client.do
-    began, pauses = time.monotonic(), _pauses(order.pause)
+    began = time.monotonic()
     seen: set[int] = set()
-    while True:
+    for _ in retry.looks(order.boot_s, order.pause):
         listed = {raw["id"]: raw for raw in find(do, order.pool_id) if raw["name"] in names}
         found: dict[str, dict[str, Any]] = {}
         for droplet_id, raw in sorted({**{raw["id"]: raw for raw in made}, **listed}.items()):
@@ -349,15 +315,14 @@ def _await_addresses(
             return [found[name] for name in names]
         # A droplet that can't be made after all vanishes; one that is only not listed yet can be asked for.
         seen |= set(listed)
-        waited_s = time.monotonic() - began
         missing = {raw["id"]: raw["name"] for raw in made if raw["id"] not in listed}
-        asked = [i for i in missing if i in seen or waited_s > listing.LISTED_S]
+        asked = [i for i in missing if i in seen or time.monotonic() - began > retry.LISTED_S]
         gone = [missing[i] for i in asked if unless_missing(do.droplets.get, i) is None]
-        if gone or waited_s > order.boot_s:
-            there = len(names) - len(gone) if gone else sum(map(_is_reachable, found.values()))
-            within = "" if gone else f" within {order.boot_s:g} s; boot_timeout= raises that"
-            raise CapacityError(f"DigitalOcean brought up {there} of {len(names)} droplets{within}")
-        next(pauses)
+        if gone:
+            raise CapacityError(f"DigitalOcean brought up {len(names) - len(gone)} of {len(names)} droplets")
+    there = sum(map(_is_reachable, found.values()))
+    within = f"within {order.boot_s:g} s; boot_timeout= raises that"
+    raise CapacityError(f"DigitalOcean brought up {there} of {len(names)} droplets {within}")
 
 
 def _check_price(order: LaunchOrder, found: Iterable[Mapping[str, Any]]) -> None:
@@ -376,13 +341,9 @@ def _undo(
     others: Launches,
 ) -> None:
     destroy(do, [raw["id"] for raw in made])
-    for _ in listing.looks(listing.LISTED_S if doubtful else 0.0):
+    for _ in retry.looks(retry.LISTED_S if doubtful else 0.0):
         destroy(do, [raw["id"] for raw in find(do, order.pool_id) if raw["name"] in names])
     with others.lock:
         if others.count == 1 and not others.has_machines and not find(do, order.pool_id):
             _clear(do, order.pool_id)
-
-
-# --- firewall -----------------------------------------------------------------------------------------------
-
 

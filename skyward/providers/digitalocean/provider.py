@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from skyward.accelerators.model import known_name
-from skyward.errors import CredentialsError, ProviderError
+from skyward.errors import CredentialsError
 from skyward.providers import prices
-from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files, check_no_volumes
+from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files, check_no_volumes, needs_sdk
+from skyward.providers.billing import BILLING
 from skyward.providers.caller import check_cidrs, check_variable
 from skyward.spec.instance import InstanceSpec
 from skyward.spec.pool import PoolSpec
@@ -34,10 +35,6 @@ REGIONS = (
 )  # fmt: skip
 _URL = "https://api.digitalocean.com"
 _VARIABLES = ("DIGITALOCEAN_TOKEN", "DIGITALOCEAN_ACCESS_TOKEN")
-
-# Per second, at least 60 of them and 0.01 USD, from 2026-01-01: DigitalOcean's staff on digitalocean.com/community/
-# questions/droplet-billing-is-it-granular-after-the-first-hour.
-_BILLING = {"minimum_seconds": 60, "minimum_usd": 0.01}
 
 # With drivers: docs.digitalocean.com/products/droplets/getting-started/recommended-gpu-setup, "AI/ML-Ready Image". All
 # of NVIDIA's GPUs share images named after the first.
@@ -171,17 +168,13 @@ class DigitalOcean:
     @contextmanager
     def _client(self) -> Iterator[Client]:
         token = _token()
-        try:
+        with needs_sdk("DigitalOcean", "pydo"):
             from skyward.providers.digitalocean.api import client
             from skyward.providers.digitalocean.client import Client
 
             url = (self.endpoint_url or os.environ.get("DIGITALOCEAN_API_URL") or _URL).rstrip("/")
             url = url.removesuffix("/v2")  # the SDK has it in its paths
             do = client(token, url)
-        except ModuleNotFoundError as exc:
-            raise ProviderError(
-                f"sky.DigitalOcean needs DigitalOcean's SDK: pip install 'skyward[digitalocean]' ({exc})"
-            ) from exc
         try:
             yield Client(do=do, url=url, private_ip=self.private_ip, cidrs=tuple(self.caller_cidrs))
         finally:
@@ -226,7 +219,11 @@ def _offer(size: Mapping[str, Any], region: Mapping[str, Any]) -> Offer:
             accelerator_count=count,
             accelerator_memory_gb=memory,
             price_on_demand=size["price_hourly"],
-            metadata={**_BILLING, "maximum_usd_per_month": size["price_monthly"], "disk_gb": size["disk"]},
+            metadata={
+                **BILLING["digitalocean"].metadata(),
+                "maximum_usd_per_month": size["price_monthly"],
+                "disk_gb": size["disk"],
+            },
         ),
         region=region["slug"],
         available=bool(size["available"] and region["available"]),
@@ -237,7 +234,7 @@ def _offer(size: Mapping[str, Any], region: Mapping[str, Any]) -> Offer:
 def _tabled(row: prices.TableRow) -> Offer:
     return Offer(
         provider="digitalocean",
-        instance=row.instance(**_BILLING),
+        instance=row.instance(**BILLING["digitalocean"].metadata()),
         region=row.region,
         available_spot=False,
         prices=prices.FROM_TABLE,

@@ -5,7 +5,6 @@ Imports the SDK, so it is itself imported on first use. Knows nothing of pools a
 
 from __future__ import annotations
 
-import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from verda.startup_scripts import StartupScriptsService
 from verda.volumes import VolumesService
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError, QuotaError
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.base import LaunchOrder
 
 T = TypeVar("T")
@@ -40,7 +39,7 @@ _TIMEOUTS_S = (10.0, 60.0)
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Between attempts, before jitter: 15 s in all. The SDK does not show what Retry-After says."""
 _CREATES = 3
-"""Times that something is asked for while answers are lost."""
+"""Times that something is asked for while answers are lost. No pauses: it is looked for in between."""
 
 # Error codes: api.verda.com/v1/docs, which has one that the SDK does not list.
 _TOO_FAST = "rate_limit_exceeded"
@@ -79,7 +78,7 @@ class _Authentication(AuthenticationService):  # type: ignore[misc] # the SDK is
 
     def authenticate(self) -> dict[str, Any]:
         with explained("log in"):
-            return _patiently(self._log_in, _may_pass)
+            return retry.patiently(self._log_in, _may_pass, _PAUSES_S)
 
     refresh = authenticate
 
@@ -111,23 +110,12 @@ class _Http(HTTPClient):  # type: ignore[misc] # the SDK is untyped
         # A POST that may have arrived is its caller's affair; one that was refused for its pace has done nothing.
         again = _is_too_fast if method == "POST" else _may_pass
         try:
-            return _patiently(once, again)
+            return retry.patiently(once, again, _PAUSES_S)
         except APIException as exc:
             if exc.code != ErrorCodes.UNAUTHORIZED_REQUEST:
                 raise
         self._auth_service.authenticate()  # the token has ended before its time
-        return _patiently(once, again)
-
-
-def _patiently(call: Callable[[], T], again: Callable[[Exception], bool]) -> T:
-    for pause_s in _PAUSES_S:
-        try:
-            return call()
-        except Exception as exc:  # judged by `again`
-            if not again(exc):
-                raise
-        time.sleep(pause_s * random.uniform(0.5, 1.5))
-    return call()
+        return retry.patiently(once, again, _PAUSES_S)
 
 
 def _is_too_fast(exc: Exception) -> bool:
@@ -163,20 +151,19 @@ def create_once(order: LaunchOrder, create: Callable[[], T], find: Callable[[], 
     The SDK asks for what it has made before it returns it, so that any error may mean that it is there, though it may
     not be listed yet.
     """
-    for _ in range(_CREATES):
-        order.creating()
-        try:
-            return create()
-        except Exception as exc:  # judged by `is_unclear`
-            is_unknown = isinstance(exc, APIException) and exc.code == ErrorCodes.NOT_FOUND
-            may_be_there = (is_unclear(exc) or is_unknown) and not is_no_capacity(exc)
-            for _ in listing.looks(listing.LISTED_S if may_be_there else 0.0, order.pause):
-                if (found := find()) is not None:
-                    return found
-            if not may_be_there:
-                raise
-            error = exc
-    raise error
+
+    def may_be_there(exc: Exception) -> bool:
+        is_unknown = isinstance(exc, APIException) and exc.code == ErrorCodes.NOT_FOUND
+        return (is_unclear(exc) or is_unknown) and not is_no_capacity(exc)
+
+    return retry.create_once(
+        order,
+        create,
+        find,
+        is_unclear=may_be_there,
+        look_s=lambda exc: retry.LISTED_S if may_be_there(exc) else 0.0,
+        pauses_s=(0.0,) * _CREATES,
+    )
 
 
 # --- errors -------------------------------------------------------------------------------------------------

@@ -6,24 +6,21 @@ is.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
 
 from skyward.errors import CapacityError, CredentialsError, ProviderError
-from skyward.providers import listing
+from skyward.providers import retry
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
+from skyward.providers.launches import side_by_side, undone_by
 from skyward.providers.verda.api import Api, create_once, explained, is_not_so
 from skyward.spec.instance import InstanceSpec
-
-logger = logging.getLogger(__name__)
 
 _LEAST_DISK_GB = 50
 _START_LIMIT_S = 900.0
@@ -32,7 +29,6 @@ _END_LIMIT_S = 900.0
 _DISKS_LIMIT_S = 120.0
 _MOST_CALLS = 16
 """Machines that are asked for at once. Chosen, not measured: a pool of a hundred takes some seconds."""
-_POLLS_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 # States: GitHub verda-cloud/verdacloud-sdk-go at ca1aa5c, pkg/verda/instances_types.go.
 _PLACED = ("provisioning", "validating", "running")
@@ -76,15 +72,8 @@ def launch(api: Api, offer: Offer, order: LaunchOrder) -> list[Machine]:
     """Launch an order's machines, or none and nothing left of it. Return them when they have addresses."""
     label = f"{prefix(order.pool_id)}{order.token[:16]}"
     made: set[str] = set()
-    try:
+    with undone_by(lambda: _undo(api, label, made)):
         return _start(api, offer, order, label, made)
-    except BaseException as exc:
-        try:
-            _undo(api, label, made)
-        except ProviderError as left:
-            logger.error("after a failed launch: %s", left)
-            exc.add_note(f"left for the end of the pool: {left}")
-        raise
 
 
 def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str]) -> list[Machine]:
@@ -117,7 +106,7 @@ def _start(api: Api, offer: Offer, order: LaunchOrder, label: str, made: set[str
         made.add(one.id)
         return one
 
-    created = _side_by_side(create, order.count)
+    created = side_by_side(create, range(order.count), at_once=_MOST_CALLS)
     price = max(float(i.price_per_hour) for i in created)
     if order.max_price is not None and price > order.max_price:
         raise CapacityError(f"Verda's price for {instance_type} is now {price:g} USD/h, more than {order.max_price:g}")
@@ -143,21 +132,6 @@ def _text(order: LaunchOrder, service: Any, name: str, text: str) -> str:
     return found
 
 
-def _side_by_side(create: Callable[[int], Any], count: int) -> list[Any]:
-    """Return what `create` makes of each number; after a failure no further one is begun, and all are waited for."""
-    with ThreadPoolExecutor(min(count, _MOST_CALLS), thread_name_prefix="skyward-verda") as threads:
-        calls = [threads.submit(create, number) for number in range(count)]
-        try:
-            wait(calls, return_when=FIRST_EXCEPTION)
-        finally:
-            for call in calls:
-                call.cancel()  # has no effect on what has begun
-    for call in calls:
-        if not call.cancelled() and (error := call.exception()) is not None:
-            raise error
-    return [call.result() for call in calls]
-
-
 def _image(api: Api, instance: InstanceSpec) -> str:
     """Return the newest Ubuntu 24.04, or the newest there is, that fits a type; with CUDA for accelerators."""
     best: tuple[tuple[bool, str, list[int], bool], str] | None = None
@@ -180,7 +154,7 @@ def _description(order: LaunchOrder) -> str:
 
 def _await_addresses(api: Api, order: LaunchOrder, label: str, ids: Sequence[str]) -> list[Any]:
     limit_s = max(_START_LIMIT_S, order.boot_s)
-    for _ in _polls(limit_s, order.pause):
+    for _ in retry.looks(limit_s, order.pause):
         with explained("see whether machines start"):
             there = {i.id: i for i in api.instances.get() if i.hostname.startswith(f"{label}-")}
             mine = [there.get(one) or _by_id(api, one) for one in ids]
@@ -258,7 +232,7 @@ def end(api: Api, pool_id: str, regions: Collection[str]) -> None:
     def destroy() -> None:
         _destroy(api, is_ours)
         # A machine that was created right before the first look may not have been listed by then.
-        time.sleep(max(0.0, began + listing.LATE_S - time.monotonic()))
+        retry.sleep_until_late(began)
         _destroy(api, is_ours)
         _delete_volumes(api, lambda volume: is_name(volume.name) and volume.location in regions)
 
@@ -301,7 +275,7 @@ def _destroy(api: Api, is_ours: Callable[[Any], bool], *, known: Collection[str]
     disks: set[str] = set()
     unlisted = set(known)
     names, refusal = "", None
-    for number, _ in enumerate(_polls(_END_LIMIT_S)):
+    for number, _ in enumerate(retry.looks(_END_LIMIT_S)):
         with explained("delete machines"):
             listed = [i for i in api.instances.get() if is_ours(i)]
             unlisted -= {i.id for i in listed}
@@ -345,7 +319,7 @@ def _delete_volumes(api: Api, is_ours: Callable[[Any], bool]) -> None:
     """Delete volumes that are left, in the trash too, and see that they are gone."""
     asked: set[str] = set()  # of those in the trash; it may show them for a while
     kept: list[Any] = []
-    for _ in _polls(_DISKS_LIMIT_S):
+    for _ in retry.looks(_DISKS_LIMIT_S):
         with explained("delete disks"):
             kept = [v for v in api.volumes.get() if is_ours(v) and v.status != "deleted"]
             trash = {v.id for v in api.volumes.get_in_trash() if is_ours(v)} - asked
@@ -371,13 +345,3 @@ def _delete_texts(service: Any, is_name: Callable[[str], bool]) -> None:
                 except Exception as exc:  # judged by `is_not_so`: it was deleted meanwhile by another process
                     if not is_not_so(exc):
                         raise
-
-
-def _polls(limit_s: float, sleep: Callable[[float], None] = time.sleep) -> Iterator[None]:
-    """Return at once, then after pauses that grow, until `limit_s` has passed."""
-    deadline = time.monotonic() + limit_s
-    pauses = iter(_POLLS_S)
-    yield
-    while time.monotonic() < deadline:
-        sleep(next(pauses, _POLLS_S[-1]))
-        yield

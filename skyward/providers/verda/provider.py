@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from skyward.accelerators.model import known_name
 from skyward.errors import CredentialsError, ProviderError
 from skyward.providers import prices
-from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files, check_no_volumes
+from skyward.providers.base import LaunchOrder, Machine, Need, Offer, check_files, check_no_volumes, needs_sdk
+from skyward.providers.billing import BILLING
 from skyward.spec.instance import InstanceSpec
 from skyward.spec.pool import PoolSpec
 from skyward.spec.validation import Problems, check_choice, check_index_url
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REGIONS = ("FIN-01", "FIN-02", "FIN-03", "ICE-01")
-# Verda docs, "Pricing and Billing", as quoted on 2026-09-24: paid in advance by 10 minutes, and what is not used of
-# them comes back after the end; so it is the time itself that is paid.
-_BILLING = {"prepaid_minutes": 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,7 @@ class Verda:
         return [
             Offer(
                 provider=self.name,
-                instance=InstanceSpec(**facts, metadata=_BILLING),
+                instance=InstanceSpec(**facts, metadata=BILLING["verda"].metadata()),
                 region=region,
                 architecture="arm64" if re.match(r"G[BH]\d", facts["accelerator"] or "") else "x86_64",
                 available=facts["name"] in there[False].get(region, ()),
@@ -135,10 +133,8 @@ class Verda:
 
     def _account(self) -> tuple[str, str, Api]:
         """Return the id of the credentials, the API's URL and its services."""
-        try:
+        with needs_sdk("Verda", "Verda's SDK"):
             from skyward.providers.verda.api import DEFAULT_URL, LOOKED_FOR, api
-        except ModuleNotFoundError as exc:
-            raise ProviderError(f"sky.Verda needs Verda's SDK: pip install 'skyward[verda]' ({exc})") from exc
         client_id, secret = _credentials(LOOKED_FOR)
         url = (self.endpoint_url or os.environ.get("VERDA_BASE_URL") or DEFAULT_URL).rstrip("/")
         return client_id, url, api(client_id, secret, url)
