@@ -11,30 +11,29 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from skyward.errors import SpecError, invalid
 from skyward.spec.configurable import Configurable
+from skyward.spec.pool import CHECKS, SELECTIONS, PoolSpec
+from skyward.spec.validation import check_choice
 
 PROJECT_FILE = "skyward.toml"
 USER_FILE = "config.toml"
 BUILT_IN = "built in"
 
+_DEFAULTS = {option.name: option.default for option in fields(PoolSpec)}
+_OPTIONS = (
+    "selection", "allocation", "timeout", "idle_timeout", "boot_timeout", "heartbeat_timeout", "max_price", "max_cost",
+    "retries", "display",
+)  # fmt: skip
 KEYS: Mapping[str, Any] = {
     "provider": "local",
     "region": None,
-    "selection": "first",
+    **{option: _DEFAULTS[option] for option in _OPTIONS},
     "allocation": "spot-if-available",
-    "timeout": 3600,
-    "idle_timeout": None,
-    "boot_timeout": None,
-    "heartbeat_timeout": 120,
-    "max_price": None,
-    "max_cost": None,
-    "retries": 3,
-    "display": "auto",
 }
 """What can be set, and what holds where nobody has."""
 
@@ -196,24 +195,13 @@ def _file_error(path: Path, text: str) -> SpecError:
 
 def _check(key: str) -> Callable[[Any], Any]:
     """Return the check of a key's value, which raises `ValueError` with what is accepted."""
-    from skyward.spec import pool as spec
-    from skyward.spec.validation import check_choice, check_count, check_positive, check_seconds
-
-    checks: Mapping[str, Callable[[Any], Any]] = {
+    own: Mapping[str, Callable[[Any], Any]] = {
         "provider": _check_provider,
         "region": _check_region,
-        "selection": check_choice(spec.SELECTIONS),
+        "selection": check_choice(SELECTIONS),  # a file has no functions
         "allocation": _check_allocation,
-        "timeout": check_positive("seconds"),
-        "idle_timeout": check_positive("seconds"),
-        "boot_timeout": check_positive("seconds"),
-        "heartbeat_timeout": check_seconds(spec.LEAST_HEARTBEAT_TIMEOUT_S),
-        "max_price": check_positive("USD per hour"),
-        "max_cost": check_positive("USD"),
-        "retries": check_count(0),
-        "display": check_choice(spec.DISPLAYS),
     }
-    return checks.get(key) or _unknown(key)
+    return own.get(key) or (CHECKS[key] if key in KEYS else _unknown(key))
 
 
 def _unknown(key: str) -> Callable[[Any], Any]:

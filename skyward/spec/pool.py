@@ -38,24 +38,6 @@ LEAST_HEARTBEAT_TIMEOUT_S = 10
 """Shorter, and a busy computer or a router that restarts would end pools. Chosen, not measured."""
 
 
-# --- image --------------------------------------------------------------------------------------------------
-
-
-# --- volumes ------------------------------------------------------------------------------------------------
-
-
-# --- allocation ---------------------------------------------------------------------------------------------
-
-
-# --- machines -----------------------------------------------------------------------------------------------
-
-
-# --- logging ------------------------------------------------------------------------------------------------
-
-
-# --- the whole ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSpec:
     """Every option of a pool but the provider, checked and brought into one form.
@@ -94,36 +76,12 @@ class PoolSpec:
 
     def __post_init__(self) -> None:
         problems = Problems()
-
-        def check(option: str, check: Callable[[Any], Any], *, optional: bool = False, secret: bool = False) -> None:
-            value = getattr(self, option)
+        for option in fields(self):
+            value, optional = getattr(self, option.name), option.default is None
             value = None if value is Auto and optional else value
-            checked = problems.check(option, value, check, optional=optional, secret=secret)
-            object.__setattr__(self, option, checked)
-
-        check("selection", check_selection(SELECTIONS))
-        check("image", _check_type(Image, "an sky.Image"))
-        check("nodes", check_count(1))
-        check("machine", check_text, optional=True)
-        check("accelerator", Accelerator.parse, optional=True)
-        check("architecture", check_choice(ARCHITECTURES), optional=True)
-        check("cpu", check_count(1), optional=True)
-        check("memory", parse_memory, optional=True)
-        check("volume", _check_volumes)
-        check("allocation", check_allocation)
-        check("timeout", check_positive("seconds"))
-        check("env", check_env, optional=True, secret=True)
-        check("concurrency", check_count(1))
-        check("display", check_choice(DISPLAYS))
-        check("on_event", check_callback, optional=True)
-        check("collect_metrics", check_bool)
-        check("logging", _check_type(LogConfig, "an sky.LogConfig"), optional=True)
-        check("max_price", check_positive("USD per hour"), optional=True)
-        check("max_cost", check_positive("USD"), optional=True)
-        check("idle_timeout", check_positive("seconds"), optional=True)
-        check("boot_timeout", check_positive("seconds"), optional=True)
-        check("heartbeat_timeout", check_seconds(LEAST_HEARTBEAT_TIMEOUT_S))
-        check("retries", check_count(0))
+            secret = not option.repr
+            checked = problems.check(option.name, value, CHECKS[option.name], optional=optional, secret=secret)
+            object.__setattr__(self, option.name, checked)
         problems.raise_if_any()
         if self.heartbeat_timeout > self.timeout:
             if self.heartbeat_timeout != HEARTBEAT_TIMEOUT_S:  # the default gives way
@@ -178,3 +136,30 @@ def _check_volumes(value: Any) -> tuple[Volume, ...]:
         raise ValueError("a different mount_path for each volume")
     return tuple(volumes)
 
+
+CHECKS: Mapping[str, Callable[[Any], Any]] = {
+    "selection": check_selection(SELECTIONS),
+    "image": _check_type(Image, "an sky.Image"),
+    "nodes": check_count(1),
+    "machine": check_text,
+    "accelerator": Accelerator.parse,
+    "architecture": check_choice(ARCHITECTURES),
+    "cpu": check_count(1),
+    "memory": parse_memory,
+    "volume": _check_volumes,
+    "allocation": check_allocation,
+    "timeout": check_positive("seconds"),
+    "env": check_env,
+    "concurrency": check_count(1),
+    "display": check_choice(DISPLAYS),
+    "on_event": check_callback,
+    "collect_metrics": check_bool,
+    "logging": _check_type(LogConfig, "an sky.LogConfig"),
+    "max_price": check_positive("USD per hour"),
+    "max_cost": check_positive("USD"),
+    "idle_timeout": check_positive("seconds"),
+    "boot_timeout": check_positive("seconds"),
+    "heartbeat_timeout": lambda value: check_seconds(LEAST_HEARTBEAT_TIMEOUT_S)(value),  # tests have less
+    "retries": check_count(0),
+}
+"""The check of each option. Returns its value in one form, or raises `ValueError` with what is accepted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.spec.pool import PoolSpec
+from skyward.pool import PoolOptions
+from skyward.spec.pool import CHECKS, PoolSpec
 from skyward.spec.validation import parse_memory
 
 BAD = [
@@ -373,3 +375,18 @@ def test_whole_numbers_are_accepted_or_refused_with_every_reason(options: dict[s
         PoolSpec(**options)  # type: ignore[arg-type]
 
     assert all(f"{k}=" in str(info.value) for k in bad)
+
+
+def test_every_list_of_pool_options_has_the_same_ones_and_defaults() -> None:
+    signature = inspect.signature(sky.ComputePool)
+    given = {name: p for name, p in signature.parameters.items() if name != "provider"}
+    handed_on = {name: hint.__forward_arg__ for name, hint in PoolOptions.__annotations__.items()}
+    defaults = {f.name: f.default for f in dataclasses.fields(PoolSpec)}
+    shown = {name: getattr(p.default, "value", p.default) for name, p in given.items()}
+
+    assert {name: p.annotation for name, p in given.items()} == handed_on
+    assert set(given) == set(defaults) == set(CHECKS)
+    assert sky.Allocation.parse(shown.pop("allocation")) == defaults.pop("allocation")
+    assert shown.pop("image") is None
+    del defaults["image"]  # an empty one
+    assert shown == defaults
