@@ -7,6 +7,7 @@ execution target, ``train(x) >> sky``, wherever a pool is active. Names are impo
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -108,222 +109,31 @@ if TYPE_CHECKING:
     from skyward.worker.context import InstanceInfo as InstanceInfo
     from skyward.worker.context import current_accelerator as current_accelerator
     from skyward.worker.context import instance_info as instance_info
+else:  # a type checker that saw this would believe that every name exists
+    # Each name is written once, above: the table of names and modules is read from this file's own source.
+    _SOURCE = __spec__.loader.get_source(__name__)
+    _IMPORT = re.compile(r"^    from (\S+) import (\w+) as \2$", re.MULTILINE)
+    _MODULES = {name: module for module, name in _IMPORT.findall(_SOURCE)}
+    __all__ = sorted([*_MODULES, "compute", "pool"])
 
-_HOME = {
-    "conc": "skyward",
-    "integrations": "skyward",
-    "Accelerator": "skyward.accelerators.model",
-    "Architecture": "skyward.accelerators.model",
-    "Auto": "skyward.accelerators.model",
-    "GPU": "skyward.accelerators.model",
-    "NVIDIA": "skyward.accelerators.model",
-    "Trainium": "skyward.accelerators.model",
-    "is_nvidia": "skyward.accelerators.model",
-    "is_trainium": "skyward.accelerators.model",
-    "ComputeFunction": "skyward.compute",
-    "PendingBatch": "skyward.compute",
-    "PendingCompute": "skyward.compute",
-    "PendingStream": "skyward.compute",
-    "gather": "skyward.compute",
-    "lazy": "skyward.compute",
-    "DistributedSampler": "skyward.data",
-    "shard": "skyward.data",
-    "shard_iterator": "skyward.data",
-    "AllProvidersFailedError": "skyward.errors",
-    "BootstrapError": "skyward.errors",
-    "CapacityError": "skyward.errors",
-    "CredentialsError": "skyward.errors",
-    "MachineLostError": "skyward.errors",
-    "NoActivePoolError": "skyward.errors",
-    "NoAvailableProviderError": "skyward.errors",
-    "NoMatchingInstanceError": "skyward.errors",
-    "PoolBudgetError": "skyward.errors",
-    "PoolError": "skyward.errors",
-    "PoolTimeoutError": "skyward.errors",
-    "ProviderError": "skyward.errors",
-    "QuotaError": "skyward.errors",
-    "RemoteTraceback": "skyward.errors",
-    "SerializationError": "skyward.errors",
-    "SkywardError": "skyward.errors",
-    "SpecError": "skyward.errors",
-    "TaskExitError": "skyward.errors",
-    "VersionMismatchError": "skyward.errors",
-    "VolumeError": "skyward.errors",
-    "WorkerDiedError": "skyward.errors",
-    "BootstrapCompleted": "skyward.events",
-    "BootstrapProgress": "skyward.events",
-    "BootstrapStarting": "skyward.events",
-    "Callback": "skyward.events",
-    "ClusterSetupCompleted": "skyward.events",
-    "CostFinal": "skyward.events",
-    "CostUpdate": "skyward.events",
-    "Error": "skyward.events",
-    "InfraCreated": "skyward.events",
-    "InfraCreating": "skyward.events",
-    "InstanceLaunching": "skyward.events",
-    "InstanceLost": "skyward.events",
-    "InstanceProvisioned": "skyward.events",
-    "InstanceReplaced": "skyward.events",
-    "InstanceStopping": "skyward.events",
-    "LogLine": "skyward.events",
-    "Metrics": "skyward.events",
-    "PoolStarted": "skyward.events",
-    "PoolStopping": "skyward.events",
-    "ProvisioningCompleted": "skyward.events",
-    "RegionAutoSelected": "skyward.events",
-    "SkywardEvent": "skyward.events",
-    "TaskPoolInitCompleted": "skyward.events",
-    "TaskProgress": "skyward.events",
-    "compose": "skyward.events",
-    "emit": "skyward.events",
-    "use_callback": "skyward.events",
-    "Executor": "skyward.executor",
-    "ComputePool": "skyward.pool",
-    "MultiPool": "skyward.multipool",
-    "select_available": "skyward.launch.plan",
-    "select_cheapest": "skyward.launch.plan",
-    "select_first": "skyward.launch.plan",
-    "AWS": "skyward.providers.aws.provider",
-    "Dask": "skyward.providers.dask",
-    "DigitalOcean": "skyward.providers.digitalocean.provider",
-    "Local": "skyward.providers.local",
-    "SSH": "skyward.providers.ssh",
-    "Verda": "skyward.providers.verda.provider",
-    "InstanceInfo": "skyward.worker.context",
-    "current_accelerator": "skyward.worker.context",
-    "instance_info": "skyward.worker.context",
-    "select_instance": "skyward.launch.selection",
-    "select_instances": "skyward.launch.selection",
-    "Allocation": "skyward.spec.allocation",
-    "ExitedInstance": "skyward.spec.instance",
-    "Image": "skyward.spec.image",
-    "Instance": "skyward.spec.instance",
-    "InstanceSpec": "skyward.spec.instance",
-    "LogConfig": "skyward.spec.log",
-    "S3Volume": "skyward.spec.volume",
-    "Volume": "skyward.spec.volume",
-}
-"""Where each name comes from; a submodule comes from `skyward` itself."""
-
-__all__ = [  # noqa: RUF022 - as `sorted` has it
-    "AWS",
-    "Accelerator",
-    "AllProvidersFailedError",
-    "Allocation",
-    "Architecture",
-    "Auto",
-    "BootstrapCompleted",
-    "BootstrapError",
-    "BootstrapProgress",
-    "BootstrapStarting",
-    "Callback",
-    "CapacityError",
-    "ClusterSetupCompleted",
-    "ComputeFunction",
-    "ComputePool",
-    "CostFinal",
-    "CostUpdate",
-    "CredentialsError",
-    "Dask",
-    "DigitalOcean",
-    "DistributedSampler",
-    "Error",
-    "Executor",
-    "ExitedInstance",
-    "GPU",
-    "Image",
-    "InfraCreated",
-    "InfraCreating",
-    "Instance",
-    "InstanceInfo",
-    "InstanceLaunching",
-    "InstanceLost",
-    "InstanceProvisioned",
-    "InstanceReplaced",
-    "InstanceSpec",
-    "InstanceStopping",
-    "Local",
-    "LogConfig",
-    "LogLine",
-    "MachineLostError",
-    "Metrics",
-    "MultiPool",
-    "NVIDIA",
-    "NoActivePoolError",
-    "NoAvailableProviderError",
-    "NoMatchingInstanceError",
-    "PendingBatch",
-    "PendingCompute",
-    "PendingStream",
-    "PoolBudgetError",
-    "PoolError",
-    "PoolStarted",
-    "PoolStopping",
-    "PoolTimeoutError",
-    "ProviderError",
-    "ProvisioningCompleted",
-    "QuotaError",
-    "RegionAutoSelected",
-    "RemoteTraceback",
-    "S3Volume",
-    "SSH",
-    "SerializationError",
-    "SkywardError",
-    "SkywardEvent",
-    "SpecError",
-    "TaskExitError",
-    "TaskPoolInitCompleted",
-    "TaskProgress",
-    "Trainium",
-    "Verda",
-    "VersionMismatchError",
-    "Volume",
-    "VolumeError",
-    "WorkerDiedError",
-    "compose",
-    "compute",
-    "conc",
-    "current_accelerator",
-    "emit",
-    "gather",
-    "instance_info",
-    "integrations",
-    "is_nvidia",
-    "is_trainium",
-    "lazy",
-    "pool",
-    "select_available",
-    "select_cheapest",
-    "select_first",
-    "select_instance",
-    "select_instances",
-    "shard",
-    "shard_iterator",
-    "use_callback",
-]
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
-
-
-if not TYPE_CHECKING:  # a type checker that saw it would believe that every name exists
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
     def __getattr__(name: str) -> Any:
-        home = _HOME.get(name)
-        if home is None:
-            raise AttributeError(_unknown(name))
-        value = import_module(f"skyward.{name}") if home == "skyward" else getattr(import_module(home), name)
+        module = _MODULES.get(name)
+        if module is None:
+            raise AttributeError(_unknown(name, __all__))
+        value = import_module(f"skyward.{name}") if module == "skyward" else getattr(import_module(module), name)
         globals()[name] = value
         return value
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, names: list[str]) -> str:
     message = f"module 'skyward' has no attribute {name!r}"
     if name.startswith("_"):  # a tool that asks, not a slip of the pen
         return message
     import difflib
 
-    lowered = {known.lower(): known for known in __all__}
+    lowered = {known.lower(): known for known in names}
     near = difflib.get_close_matches(name.lower(), lowered, n=1)
     return f"{message}. Did you mean {lowered[near[0]]!r}?" if near else message
