@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import asyncssh
@@ -20,8 +20,8 @@ from skyward.cluster.flush import flush
 from skyward.cluster.machine_commands import clean_command
 from skyward.cluster.ssh import Link
 from skyward.errors import ProviderError, SkywardError, VolumeError
+from skyward.node.descendants import processes_of
 from skyward.providers.base import Cloud, Machine
-from skyward.scripts.steps import POOL
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _end_local(entry: Entry) -> list[str]:
     if entry.owner_alive is None:
         return [f"{entry.host}: a local pool can be ended there only; run `skyward down {entry.pool_id}` on it"]
     for _ in range(_ROUNDS):
-        found = list(_processes_of(entry.pool_id))
+        found = list(processes_of(entry.pool_id))
         for process in found:
             with contextlib.suppress(psutil.Error):  # gone meanwhile
                 process.kill()
@@ -68,15 +68,7 @@ def _end_local(entry: Entry) -> list[str]:
         psutil.wait_procs(found, _ROUND_S)
     if entry.folder:
         shutil.rmtree(entry.folder, ignore_errors=True)
-    return [f"process {process.pid} of this computer" for process in _processes_of(entry.pool_id)]
-
-
-def _processes_of(pool_id: str) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
-            # multiprocessing's tracker ends by itself when all others have, and only then removes their semaphores.
-            if process.environ().get(POOL) == pool_id and "resource_tracker" not in " ".join(process.cmdline()):
-                yield process
+    return [f"process {process.pid} of this computer" for process in processes_of(entry.pool_id)]
 
 
 def end_places(pool_id: str, places: Sequence[Place]) -> list[str]:

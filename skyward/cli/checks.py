@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from skyward import config, paths, providers
 from skyward.cleanup import journal
+from skyward.console.model import counted
 from skyward.errors import CredentialsError, ProviderError, SpecError
 from skyward.providers.base import Cloud
 from skyward.version import __version__
@@ -210,7 +211,7 @@ def _ssh() -> Iterator[Check]:
         yield Check("ssh", "known_hosts", "unused", f"{known} {why}",
                     "sky.SSH refuses unknown hosts: run `ssh HOST` once to record a key")  # fmt: skip
     else:
-        yield Check("ssh", "known_hosts", "ok", f"{_keys(count)} in {known}")
+        yield Check("ssh", "known_hosts", "ok", f"{counted(count, 'key')} in {known}")
 
 
 def _agent(has_keys: bool) -> Check:
@@ -221,15 +222,11 @@ def _agent(has_keys: bool) -> Check:
         return Check("ssh", "agent", "note", "ssh-add is not installed, so its keys are unknown")
     status, output = _output(["ssh-add", "-l"])
     if status == 0:
-        return Check("ssh", "agent", "ok", _keys(len(output.splitlines())))
+        return Check("ssh", "agent", "ok", counted(len(output.splitlines()), "key"))
     if status == 1:  # ssh-add(1): it answers, and has none
         return Check("ssh", "agent", "note", "it has no keys", "add yours with `ssh-add`")
     return Check("ssh", "agent", "note", f"SSH_AUTH_SOCK is set, and no agent answers there: {output.strip()}",
                  "start one with `eval $(ssh-agent)`, or unset SSH_AUTH_SOCK")  # fmt: skip
-
-
-def _keys(count: int) -> str:
-    return f"{count} key{'' if count == 1 else 's'}"
 
 
 def _home_ssh() -> Path:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from skyward.cli.checks import Check, all_checks
 from skyward.cli.output import as_json, print_table, statuses
+from skyward.console.model import counted
 
 _COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red", "unused": "dim"}
 
@@ -32,8 +33,7 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({"ok": not broken, "checks": [check.facts() for check in checks]}, indent=2))
     else:
         print_table(_table(checks))
-        count = len(broken)
-        click.echo(f"\n{count} problem{'' if count == 1 else 's'}" if broken else "\nno problems")
+        click.echo(f"\n{counted(len(broken), 'problem')}" if broken else "\nno problems")
     sys.exit(1 if broken else 0)
 
 

@@ -14,6 +14,7 @@ from skyward.cleanup.journal import Entry
 from skyward.cli.output import as_json, statuses
 from skyward.cli.pools import all_pools, complete_pool, here, named
 from skyward.cli.ps import owner
+from skyward.console.model import counted
 from skyward.errors import SkywardError
 
 
@@ -91,7 +92,7 @@ def _end(entry: Entry) -> dict[str, Any]:
 def _tell(outcome: dict[str, Any]) -> None:
     pool, left, count = (outcome[key] for key in ("pool", "left", "machines"))
     if outcome["ended"]:
-        click.echo(f"pool {pool}: shut down on {count} machine{'' if count == 1 else 's'}")
+        click.echo(f"pool {pool}: shut down on {counted(count, 'machine')}")
     elif outcome["error"]:
         click.echo(f"pool {pool}: may still run. {outcome['error']}", err=True)
     elif left:

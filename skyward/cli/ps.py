@@ -16,6 +16,7 @@ from rich.text import Text
 from skyward.cleanup.journal import Entry
 from skyward.cli.output import as_json, print_table, statuses
 from skyward.cli.pools import all_pools, here
+from skyward.console.wording import duration
 
 
 @click.command(epilog=statuses(two=""))
@@ -69,10 +70,10 @@ def _table(found: Sequence[Entry]) -> Table:
         table.add_column(heading, overflow="fold")
     now = time.time()
     for entry in found:
-        expires = "expired" if entry.is_expired else _duration(entry.expires - now)
+        expires = "expired" if entry.is_expired else duration(entry.expires - now)
         none = entry.host if entry.provider == "local" else "none yet"
         machines = ("\n" if terminal else ", ").join(machine.id for machine in entry.machines) or none
-        cells = (entry.pool_id, entry.provider, machines, entry.state, _duration(now - entry.created), expires)
+        cells = (entry.pool_id, entry.provider, machines, entry.state, duration(now - entry.created), expires)
         table.add_row(*map(Text, cells), Text(owner(entry)))
     return table
 
@@ -84,9 +85,3 @@ def owner(entry: Entry) -> str:
     if entry.owner_alive is None:
         return f"pid {entry.pid} on {entry.host}"
     return f"pid {entry.pid}" if entry.owner_alive else f"pid {entry.pid} gone (orphaned)"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else f"{seconds} s"

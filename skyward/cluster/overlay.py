@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
-from packaging.requirements import InvalidRequirement, Requirement
 
+from skyward.cluster.requirements import parsed
 from skyward.errors import BootstrapError
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,8 @@ def missing(requirements: Sequence[str]) -> list[str]:
 
 
 def _satisfied(text: str) -> bool:
-    try:
-        requirement = Requirement(text)
-    except InvalidRequirement:  # a path or URL: pip decides
+    requirement = parsed(text)
+    if requirement is None:
         return False
     if requirement.marker is not None and not requirement.marker.evaluate():
         return True
@@ -80,7 +79,7 @@ def overlay(requirements: Sequence[str], extra_index_url: str | None = None) -> 
 
 def _install(wanted: list[str], here: list[str], target: Path, extra_index_url: str | None) -> None:
     constraints = target.parent / "constraints.txt"
-    names = {Requirement(w).name.lower() for w in wanted if _is_requirement(w)}
+    names = {requirement.name.lower() for text in wanted if (requirement := parsed(text))}
     constraints.write_text("\n".join(line for line in here if line.partition("==")[0].lower() not in names))
     command = [*_installer(), "--target", str(target), "--constraint", str(constraints)]
     if extra_index_url:
@@ -95,14 +94,6 @@ def _install(wanted: list[str], here: list[str], target: Path, extra_index_url: 
             step="pip",
             last_lines=lines,
         )
-
-
-def _is_requirement(text: str) -> bool:
-    try:
-        Requirement(text)
-    except InvalidRequirement:
-        return False
-    return True
 
 
 def _installer() -> list[str]:

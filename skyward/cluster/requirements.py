@@ -35,7 +35,7 @@ def recipe(image: Image, wheel: Wheel, *, nvidia: bool = False) -> Recipe:
     if nvidia:
         asked += _without_skyward(["skyward[gpu]"])
     requirements += map(_pinned, asked)
-    names = [*wheel.requirements, *(r for r in asked if _parsed(r))]
+    names = [*wheel.requirements, *(r for r in asked if parsed(r))]
     constraints = sorted({f"{name}=={version}" for name, version in _closure(names)})
     return Recipe(
         python=image.python or ".".join(platform.python_version_tuple()[:2]),
@@ -50,7 +50,7 @@ def recipe(image: Image, wheel: Wheel, *, nvidia: bool = False) -> Recipe:
 def _without_skyward(asked: Sequence[str]) -> Iterator[str]:
     """Put what the extras of skyward need in the place of skyward itself, which travels as a wheel."""
     for text in asked:
-        requirement = _parsed(text)
+        requirement = parsed(text)
         if requirement is None or canonicalize_name(requirement.name) != "skyward":
             yield text
             continue
@@ -64,7 +64,7 @@ def _without_skyward(asked: Sequence[str]) -> Iterator[str]:
 def _check_both_sides(asked: Sequence[str]) -> None:
     problems = Problems("Image")
     for text in asked:
-        requirement = _parsed(text)
+        requirement = parsed(text)
         name = canonicalize_name(requirement.name) if requirement else ""
         if requirement is None or name not in _BOTH_SIDES or not _applies(requirement, ""):
             continue
@@ -78,10 +78,11 @@ def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
-def _parsed(text: str) -> Requirement | None:
+def parsed(text: str) -> Requirement | None:
+    """Return a requirement; None for a path or a URL, of which the installer decides."""
     try:
         return Requirement(text)
-    except InvalidRequirement:  # a path or URL: the installer decides
+    except InvalidRequirement:
         return None
 
 
@@ -98,7 +99,7 @@ def _version(name: str) -> str | None:
 
 
 def _pinned(text: str) -> str:
-    requirement = _parsed(text)
+    requirement = parsed(text)
     if requirement is None or requirement.url or requirement.specifier:
         return text
     version = _version(requirement.name)
@@ -131,7 +132,7 @@ def _closure(requirements: list[str]) -> Iterator[tuple[str, str]]:
 
 def _without_conflicts(constraints: Iterable[str], asked: Sequence[str]) -> Iterator[str]:
     """Leave out what contradicts a version that the user asked for."""
-    own = {canonicalize_name(r.name): r.specifier for text in asked if (r := _parsed(text))}
+    own = {canonicalize_name(r.name): r.specifier for text in asked if (r := parsed(text))}
     for constraint in constraints:
         name, _, version = constraint.partition("==")
         specifier = own.get(canonicalize_name(name))

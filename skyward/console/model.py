@@ -22,7 +22,7 @@ class PoolInfo:
     is_here: bool = False
 
     def __str__(self) -> str:
-        return f"{self.nodes} node{_s(self.nodes)} × {self.slots} slot{_s(self.slots)} on {self.provider}"
+        return f"{counted(self.nodes, 'node')} × {counted(self.slots, 'slot')} on {self.provider}"
 
 
 @dataclass(slots=True)
@@ -235,5 +235,6 @@ class Model:
         return seconds
 
 
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
+def counted(count: int, noun: str) -> str:
+    """Return ``"1 machine"``, ``"1,200 calls"`` and the like."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

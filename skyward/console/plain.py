@@ -8,7 +8,7 @@ from typing import Any
 
 from skyward import events
 from skyward.console import wording
-from skyward.console.model import Model
+from skyward.console.model import Model, counted
 from skyward.console.streams import Streams
 
 _FEW_NODES = 8
@@ -52,7 +52,7 @@ class PlainView:
                 self.say([wording.up(model)])
                 self._progress_at = now + _PROGRESS_S[0]
             case events.PoolStopping() if not info.is_here:
-                self.say([f"ending {len(model.nodes)} machine{'' if len(model.nodes) == 1 else 's'}"])
+                self.say([f"ending {counted(len(model.nodes), 'machine')}"])
             case events.TaskProgress() | events.CostUpdate():
                 self._progress(now)
 
@@ -76,7 +76,7 @@ class PlainView:
                 ready, nodes = model.ready, len(model.nodes)
                 if ready > self._told_ready and (ready == nodes or now - self._told_at >= _TOGETHER_S):
                     self._told_ready, self._told_at = ready, now
-                    yield f"{ready} of {nodes} node{'' if nodes == 1 else 's'} ready"
+                    yield f"{ready} of {counted(nodes, 'node')} ready"
 
     def _progress(self, now: float) -> None:
         model = self._model

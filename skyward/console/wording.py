@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from skyward import events
-from skyward.console.model import Model, Node, Work
+from skyward.console.model import Model, Node, Work, counted
 
 _SHORTEST_S = 0.05
 _LAST_LINES = 6
@@ -36,8 +36,8 @@ def node_facts(node: Node) -> list[str]:
 
 def progress(work: Work, now: float) -> str:
     """Return a line such as ``"120 of 500 calls, 12/s, 32 s left"``."""
-    of = "" if work.total is None else f" of {work.total:,}"
-    parts = [f"{work.done:,}{of} call{'' if (work.total or work.done) == 1 else 's'}"]
+    done = counted(work.done, "call") if work.total is None else f"{work.done:,} of {counted(work.total, 'call')}"
+    parts = [done]
     if work.failed:
         parts.append(f"{work.failed:,} failed")
     rate = work.per_second()
@@ -68,7 +68,7 @@ def state(model: Model, now: float) -> list[str]:
     if model.work is not None and not model.work.has_ended:
         parts.append(progress(model.work, now))
     elif calls:
-        parts.append(f"{_calls(calls)} so far" + (f", {failed:,} failed" if failed else ""))
+        parts.append(f"{counted(calls, 'call')} so far" + (f", {failed:,} failed" if failed else ""))
     if model.cost is not None:
         parts.append(f"{money(model.cost.now(now))} so far, {money(model.cost.hourly)}/h")
     return parts
@@ -78,11 +78,11 @@ def summary(model: Model, now: float) -> list[str]:
     """Return what a pool came to, in a line or two: the first says it all, the second where the time went."""
     seconds = model.by_phase(now)
     calls, failed = model.total_calls()
-    parts = [_calls(calls)] if calls else []
+    parts = [counted(calls, "call")] if calls else []
     if failed:
         parts.append(f"{failed:,} failed")
     if model.lost:
-        parts.append(f"{model.lost} machine{'' if model.lost == 1 else 's'} lost")
+        parts.append(f"{counted(model.lost, 'machine')} lost")
     if model.cost is not None:
         parts.append(f"cost {money(model.cost.total)}")
         if model.cost.saved:
@@ -91,10 +91,6 @@ def summary(model: Model, now: float) -> list[str]:
     if not model.info.is_here:
         lines.append(", ".join(f"{name} {duration(s)}" for name, s in seconds.items() if s >= _SHORTEST_S))
     return lines
-
-
-def _calls(count: int) -> str:
-    return f"{count:,} call{'' if count == 1 else 's'}"
 
 
 def not_started(model: Model, now: float) -> str:

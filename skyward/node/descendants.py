@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import time
 from collections.abc import Iterator
 
 import psutil
+
+from skyward.scripts.steps import POOL
 
 LEAVE = "skyward-leave"
 """Names the process that sends what was written to volumes when the agent ends alone."""
@@ -56,3 +59,12 @@ def _descendants(root: psutil.Process) -> Iterator[psutil.Process]:
             yield from _descendants(child)
             if child.status() != psutil.STATUS_ZOMBIE:
                 yield child
+
+
+def processes_of(pool_id: str, *, group: int | None = None) -> Iterator[psutil.Process]:
+    """Yield the processes that have the pool's id in their environment, or are of a process group; not this one."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
+            is_ours = os.getpgid(process.pid) == group or process.environ().get(POOL) == pool_id
+            if is_ours and process.pid != os.getpid() and TRACKER not in " ".join(process.cmdline()):
+                yield process

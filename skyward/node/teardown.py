@@ -39,14 +39,10 @@ def _kill_all(pool_id: str) -> None:
     import psutil
 
     descendants.kill_descendants(os.getpid())
-    ours = os.getpgrp() if os.getpgrp() == os.getpid() else None
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile, or another user's
-            if process.pid == os.getpid():
-                continue
-            descends = os.getpgid(process.pid) == ours or process.environ().get("SKYWARD_POOL") == pool_id
-            if descends and descendants.TRACKER not in " ".join(process.cmdline()):
-                process.kill()
+    group = os.getpgrp() if os.getpgrp() == os.getpid() else None
+    for process in descendants.processes_of(pool_id, group=group):
+        with contextlib.suppress(psutil.Error):  # gone meanwhile
+            process.kill()
 
 
 def end_after(seconds: float, config: AgentConfig) -> None:

@@ -67,3 +67,21 @@ def test_what_ends_by_itself_is_spared() -> None:
         finally:
             for process in spared:
                 process.kill()
+
+
+def test_a_pools_processes_are_found_by_environment_and_group() -> None:
+    marked = {**os.environ, "SKYWARD_POOL": "0123feed"}
+    wait = [sys.executable, "-c", "import time; time.sleep(600)"]
+    ours = subprocess.Popen(wait, env=marked, start_new_session=True)
+    tracker = subprocess.Popen([*wait, descendants.TRACKER], env=marked, start_new_session=True)
+    grouped = subprocess.Popen(wait, start_new_session=True)
+    try:
+        found = {process.pid for process in descendants.processes_of("0123feed")}
+        with_group = {process.pid for process in descendants.processes_of("0123feed", group=grouped.pid)}
+    finally:
+        for process in (ours, tracker, grouped):
+            process.kill()
+            process.wait()
+
+    assert found == {ours.pid}
+    assert with_group == {ours.pid, grouped.pid}
