@@ -429,7 +429,7 @@ def test_the_end_does_not_wait_for_the_next_try_to_replace_a_machine(
     cluster.loop.add_callback(agents[1].heard, {"event": "ended", "why": "taken away", "gone": True})
     wait_until(lambda: cloud.asked)
 
-    cluster.sync(cluster._close, callback_timeout=20)  # raises when it takes longer
+    cluster.close(timeout=20)  # raises when it takes longer
 
     assert agents[0].stopped.is_set()
 
@@ -438,7 +438,7 @@ def test_a_cluster_that_has_ended_does_not_grow(make: Start) -> None:
     cloud = Cloud(spare("spare"))
     cluster = make(cloud, machines(None))
     cluster.start()
-    cluster.sync(cluster._close)
+    cluster.close()
 
     cluster._scale(2)
 
