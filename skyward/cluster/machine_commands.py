@@ -7,7 +7,7 @@ import shlex
 from skyward.node.agent import LOG, SOCKET
 from skyward.node.descendants import SEPARATE
 from skyward.node.watch import BEAT
-from skyward.scripts.bootstrap import POWER_OFF
+from skyward.scripts.dead_man import POWER_OFF
 from skyward.scripts.steps import HOME, POOL
 
 DETACHED = "$(command -v setsid || echo nohup)"

@@ -11,7 +11,7 @@ import time
 
 from skyward.node import descendants
 from skyward.node.config import AgentConfig
-from skyward.scripts.bootstrap import POWER_OFF
+from skyward.scripts.dead_man import POWER_OFF
 from skyward.scripts.volumes import UNMOUNT_ALONE
 
 

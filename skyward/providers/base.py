@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from skyward.accelerators.model import Accelerator
 from skyward.errors import ProviderError
-from skyward.scripts.bootstrap import POWER_OFF
-from skyward.scripts.volumes import UNMOUNT_ALONE
+from skyward.scripts.dead_man import timer_at_boot
 from skyward.spec.instance import InstanceSpec
 from skyward.spec.pool import PoolSpec
 from skyward.spec.validation import Problems
@@ -165,7 +164,7 @@ class UserData:
             "ssh_keys": {"ed25519_private": self.host_key, "ed25519_public": self.host_key_public},
             "ssh_authorized_keys": [self.authorized_key],
             # Not runcmd: that runs last, after cloud-init's own package upgrades, and only at the first boot.
-            "bootcmd": [["sh", "-c", self._dead_man()]],
+            "bootcmd": [["sh", "-c", timer_at_boot(self.ttl_s)]],
         }
         return "#cloud-config\n" + json.dumps(facts)
 
@@ -173,13 +172,13 @@ class UserData:
         """Return it as a shell script, for clouds that run one at boot, after a first start of sshd."""
         place = "/etc/ssh/ssh_host_ed25519_key"
         at_boot = "/var/lib/cloud/scripts/per-boot"  # what cloud-init runs at every boot; this script only at the first
-        timer = f"#!/bin/sh\n{self._dead_man()}\n"
+        timer = timer_at_boot(self.ttl_s)
         return "\n".join(
             [
                 "#!/bin/sh",
-                self._dead_man(),
+                timer,  # before anything that can fail or hang
                 "umask 077",
-                f"mkdir -p {at_boot} && printf %s {shlex.quote(timer)} > {at_boot}/skyward",
+                f"mkdir -p {at_boot} && printf '#!/bin/sh\\n%s\\n' {shlex.quote(timer)} > {at_boot}/skyward",
                 f"chmod 700 {at_boot}/skyward",
                 f"printf '%s\\n' {shlex.quote(self.host_key.rstrip())} > {place}",
                 f"printf '%s\\n' {shlex.quote(self.host_key_public.rstrip())} > {place}.pub",
@@ -188,13 +187,6 @@ class UserData:
                 "systemctl reload ssh 2> /dev/null || systemctl reload sshd 2> /dev/null || pkill -HUP -o sshd",
                 "",
             ]
-        )
-
-    def _dead_man(self) -> str:
-        # Armed before anything that can fail or hang: the machine ends even if nobody is left to end it.
-        return (
-            f"(trap '' HUP; exec setsid sh -c 'sleep {int(self.ttl_s)}; {UNMOUNT_ALONE}; {POWER_OFF}') "
-            "> /dev/null 2>&1 < /dev/null &"
         )
 
 

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 
 from skyward.scripts import uv
 from skyward.scripts.apt import debian_packages
-from skyward.scripts.steps import HOME, POOL, digest, opening
+from skyward.scripts.dead_man import timer_once
+from skyward.scripts.steps import HOME, digest, opening
 
 if TYPE_CHECKING:
     from skyward.spec.image import Image
-
-POWER_OFF = "poweroff || sudo -n poweroff || shutdown -P now || sudo -n shutdown -P now"
-"""Shell command that switches a machine off, for any of its users."""
 
 _UNREACHABLE = 89
 _REACH_S = 12.0
@@ -119,7 +117,7 @@ def script(recipe: Recipe, *, ttl_s: int = 0, outlives_pool: bool = True) -> str
     """
     steps = [opening("bootstrap.log")]
     if ttl_s:
-        steps.append(_dead_man(ttl_s))
+        steps.append(timer_once(ttl_s))  # first: from here on the machine ends even if nobody is left to end it
     if not outlives_pool:
         steps.append(_NO_UPGRADES)
     if recipe.apt:
@@ -135,19 +133,6 @@ _NO_UPGRADES = """
 # Upgrades would hold apt's locks, take processors from the work and restart services.
 if command -v systemctl > /dev/null; then
     as_root systemctl --no-block stop apt-daily.timer apt-daily-upgrade.timer > /dev/null 2>&1 < /dev/null
-fi
-"""
-
-
-def _dead_man(ttl_s: int) -> str:
-    return f"""
-# The dead man's switch comes first: from here on the machine ends even if nobody is left to end it. It does not bear
-# the pool's mark: it has to outlive the pool.
-if ! [ -e /tmp/.skyward-dead-man ]; then
-    : > /tmp/.skyward-dead-man
-    ( trap '' HUP; exec env -u {POOL} sh -c '
-        sleep {int(ttl_s)}; {POWER_OFF}
-    ' ) > /dev/null 2>&1 < /dev/null 9>&- &
 fi
 """
 

@@ -15,7 +15,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError, ConnectionClosedError
 
 from skyward.providers import prices
-from skyward.scripts.bootstrap import POWER_OFF
+from skyward.scripts.dead_man import POWER_OFF
 from tests.cloudbox import why_not
 from tests.clouds.aws import AwsCloud
 from tests.clouds.rack import Rack
