@@ -134,7 +134,7 @@ class Broadcaster:
             layout, facts = self._roster.pickled_layout, self._sources.facts
             result = await self._send(make_chunk(key, [item], layout, facts, part=part, isolation=isolation), address)
             if result.is_outdated and not self._roster.is_joined:
-                addresses[part.rank] = ""  # gone with our knowledge
+                addresses[part.rank] = ""  # it ends at our request
                 addresses[part.rank] = await asyncio.wait_for(self._ending.renewed(address), RESTART_S)
                 return await self._run_part(key, item, part, addresses)
         except WorkerGoneError:
@@ -144,7 +144,7 @@ class Broadcaster:
                 machine=address,
                 losses=1,
             )
-        except Exception as exc:  # as in _run_chunk
+        except Exception as exc:  # Dask's own errors: see `SentChunks.result`
             return not_run(exc)
         finally:
             self._roster.placement.remove(address)

@@ -203,7 +203,7 @@ class Dispatcher:
         result = await self._sent.result(sent, chunk)
         is_running = self._transport.client.status == "running"
         if not isinstance(result, Outcomes) and not is_running and not sent.is_dropped:
-            # The scheduler is out of reach. Whoever runs it will say what has become of it: that is the better answer.
+            # The scheduler is out of reach. The pool usually finds out why and fails with that: a better error.
             await asyncio.wait([self._over], timeout=_VERDICT_S)
         if isinstance(result, Outcomes) and result.is_outdated and sent.address is not None:
             self._ending.end(sent.address)
@@ -267,7 +267,7 @@ class Dispatcher:
             self.ready.append(group)
 
     def _lost(self, group: Group, items: list[Item], cause: BaseException, seconds: float) -> None:
-        """The chunk ended without outcomes: its worker died, or the cluster is gone."""
+        """Queue the calls of a chunk without outcomes again, or fail them: its worker died, or the cluster is gone."""
         if self.failure is not None:
             self._deliver(group, [(item, self.failure) for item in items])
             return
@@ -336,7 +336,7 @@ class Dispatcher:
     def _take_cancelled(self) -> None:
         """Drop calls whose futures were cancelled, and chunks of which no call is wanted any more.
 
-        A call that shares its chunk with others runs on, unheard.
+        A call that shares its chunk with others runs on; its outcome is dropped.
         """
         keys: list[str] = []
         groups: set[Group] = set()
@@ -375,7 +375,7 @@ class Dispatcher:
             self._loop.start(self._ending.interrupt({sent.key: sent.address for sent in chunks}))
 
     def fail(self, reason: BaseException) -> None:
-        """End every call with `reason`, or with the one that came first."""
+        """Fail every call with `reason`, or with the reason of the first failure."""
         self.failure = failure = self.failure or reason
         if not self._over.done():
             self._over.set_result(None)

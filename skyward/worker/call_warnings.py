@@ -12,11 +12,11 @@ CallWarnings = dict[tuple[str, type[Warning], str, int], Warning]
 """The warnings of a call, one for each text, category and place."""
 _collector = threading.local()
 _show_installed = False
-_WARNINGS_KEPT = 100  # distinct places per call; more would be a storm that nobody reads
+_WARNINGS_KEPT = 100  # distinct places per call; nobody reads more
 
 
 def collect(into: CallWarnings | None) -> None:
-    """Collect what this thread warns of from now on; None: show it as usual."""
+    """Collect the warnings of this thread in `into` from now on; None: show them as usual."""
     _install_show()
     _collector.into = into
 
