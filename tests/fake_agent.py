@@ -10,7 +10,7 @@ from typing import Any
 from distributed.core import Status
 
 from skyward.cluster.agents import Heard
-from skyward.cluster.machine_cluster import MachineCluster
+from skyward.cluster.replacement import MachineCluster
 from skyward.errors import BootstrapError
 from skyward.node.config import NodeSpec
 from skyward.providers.base import Login, Machine

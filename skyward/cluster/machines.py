@@ -11,8 +11,8 @@ from skyward.cluster import remote
 from skyward.cluster.bootstrap import Shipment
 from skyward.cluster.heartbeat import Heartbeats
 from skyward.cluster.listing import Listing
-from skyward.cluster.machine_cluster import MachineCluster
 from skyward.cluster.remote import RemoteAgent
+from skyward.cluster.replacement import MachineCluster
 from skyward.cluster.requirements import recipe
 from skyward.cluster.slots import node_spec
 from skyward.cluster.wheel import own_wheel

@@ -80,7 +80,7 @@ class Console:
             screen.let_go()
 
     def _go_live(self, *, one_line: bool) -> None:
-        from skyward.console.live import LiveView
+        from skyward.console.progress_bar import LiveView
         from skyward.console.screen import Screen
 
         self._screen = Screen()

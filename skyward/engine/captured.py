@@ -7,7 +7,7 @@ import sys
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from skyward.engine.own import goes_by_value
+from skyward.engine.own_modules import goes_by_value
 from skyward.transfer.functions import CONSTANTS, parts_of
 from skyward.transfer.pickling import count_wrappers
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from skyward.engine.own import CODE, NEVER_OWN, goes_by_value, installed_roots, is_installed, locate
+from skyward.engine.own_modules import CODE, NEVER_OWN, goes_by_value, installed_roots, is_installed, locate
 from skyward.engine.store import Store
 from skyward.errors import SerializationError
 from skyward.transfer.sources import this_process

@@ -13,7 +13,7 @@ import pytest
 
 import skyward as sky
 from skyward.console import Console, PoolInfo, open_console
-from skyward.console.live import LiveView
+from skyward.console.progress_bar import LiveView
 from tests.console.terminal import Terminal
 from tests.console.test_model import CLOUD, START, provisioned
 from tests.waiting import wait_until

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import skyward as sky
-from skyward.engine import own, sources
+from skyward.engine import own_modules, sources
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 from skyward.errors import SerializationError
@@ -316,15 +316,15 @@ def test_packages_of_another_folder_are_not_own(project: Path, metadata: str) ->
     listed = "given/__init__.py,sha256=x,1" if metadata == "RECORD" else "../given/__init__.py"
     write(project, {"given/__init__.py": "", f"{folder}/{metadata}": listed, f"{folder}/METADATA": "Name: given"})
 
-    assert own.is_installed("given", str(project / "given/__init__.py"))
-    assert not own.is_installed("mine", str(project / "mine.py"))
-    assert own.is_installed("tool", "/opt/software/tool/lib/python3.11/site-packages/tool.py")
+    assert own_modules.is_installed("given", str(project / "given/__init__.py"))
+    assert not own_modules.is_installed("mine", str(project / "mine.py"))
+    assert own_modules.is_installed("tool", "/opt/software/tool/lib/python3.11/site-packages/tool.py")
 
 
 def test_a_checkout_with_metadata_of_its_build_is_own(project: Path) -> None:
     write(project, {"mine/__init__.py": "", "mine.egg-info/SOURCES.txt": "mine/__init__.py"})
 
-    assert not own.is_installed("mine", str(project / "mine/__init__.py"))
+    assert not own_modules.is_installed("mine", str(project / "mine/__init__.py"))
 
 
 def test_environments_and_caches_stay_at_home(project: Path) -> None:

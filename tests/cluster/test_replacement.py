@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from skyward.cluster import machine_cluster
+from skyward.cluster import replacement
 from skyward.errors import BootstrapError, CapacityError, NoMatchingInstanceError, PoolError, PoolTimeoutError
 from tests.fake_agent import FakeAgent, FakeCluster
 from tests.waiting import wait_until
@@ -254,8 +254,8 @@ def test_a_further_node_whose_workers_do_not_start_is_left_out(make: Start) -> N
 @pytest.fixture
 def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let clusters look for replacements at once."""
-    monkeypatch.setattr(machine_cluster, "_REPLACEMENT_PAUSES_S", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(machine_cluster, "_LOOK_S", 0.01)
+    monkeypatch.setattr(replacement, "_REPLACEMENT_PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(replacement, "_LOOK_S", 0.01)
 
 
 def tell(cluster: FakeCluster, agent: FakeAgent, event: str, **facts: Any) -> None:
@@ -422,7 +422,7 @@ def test_the_end_stops_a_node_that_is_being_made_ready(make: Start) -> None:
 def test_the_end_does_not_wait_for_the_next_try_to_replace_a_machine(
     make: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_cluster, "_REPLACEMENT_PAUSES_S", (0.0, 3600.0))
+    monkeypatch.setattr(replacement, "_REPLACEMENT_PAUSES_S", (0.0, 3600.0))
     cloud, agents = Cloud(), machines(None, None)
     cluster = make(cloud, agents)
     cluster.start()

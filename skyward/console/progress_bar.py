@@ -1,4 +1,4 @@
-"""A console for terminals: lines that stay, and below them what moves: phases, nodes, calls and cost."""
+"""A terminal's progress bar, and above it lines that stay; while a pool starts, its phases and nodes."""
 
 from __future__ import annotations
 
