@@ -88,8 +88,9 @@ docs: ## Build the documentation into build/site; warnings, such as broken links
 links: ## Check that the external links of the documentation work; needs the network
 	@tools/check-links
 
-types: $(VENV)/.test ## Check types
+types: $(VENV)/.test ## Check types, and that all public names have them
 	@$(BIN)/mypy
+	@$(BIN)/python tools/check-public-types
 
 clean: ## Remove environments, caches and build outputs
 	rm -rf $(VENV) $(VENV313) $(FRAMEWORKS) $(DOCS) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

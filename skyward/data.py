@@ -202,7 +202,7 @@ class DistributedSampler:
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
-        self.epoch = 0
+        self.epoch: int = 0
         self._index, self._count = _place(None, None)
 
     def set_epoch(self, epoch: int) -> None:

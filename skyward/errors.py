@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import _pickle  # has pickle's errors without all the rest, and `import skyward` is to stay fast
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 
 class SkywardError(Exception):
@@ -81,6 +81,9 @@ class AllProvidersFailedError(SkywardError):
     reasons: Mapping[str, BaseException]
 
 
+RulesOut: TypeAlias = Literal["offer", "type", "market", "region", "provider"]
+
+
 class ProviderError(SkywardError):
     """A provider refused or failed; the SDK's own error is the cause.
 
@@ -89,7 +92,7 @@ class ProviderError(SkywardError):
     ``"provider"`` all their machines.
     """
 
-    rules_out: Literal["offer", "type", "market", "region", "provider"] = "region"
+    rules_out: RulesOut = "region"
 
 
 class CredentialsError(ProviderError):
@@ -99,19 +102,19 @@ class CredentialsError(ProviderError):
     """
 
     missing: bool = False
-    rules_out = "provider"
+    rules_out: RulesOut = "provider"
 
 
 class CapacityError(ProviderError):
     """The provider has no such machine at present."""
 
-    rules_out = "offer"
+    rules_out: RulesOut = "offer"
 
 
 class QuotaError(ProviderError):
     """The account's quota does not allow the machine; the message says which and how to raise it."""
 
-    rules_out = "offer"
+    rules_out: RulesOut = "offer"
 
 
 class PoolError(SkywardError, RuntimeError):

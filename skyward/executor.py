@@ -35,7 +35,7 @@ class Executor(concurrent.futures.Executor):
     """
 
     def __init__(self, provider: ProviderLike = None, **options: Unpack[PoolOptions]) -> None:
-        self.pool = ComputePool(provider, **options)
+        self.pool: ComputePool = ComputePool(provider, **options)
         self._lock = threading.Lock()
         self._started = False
         self._shut = False

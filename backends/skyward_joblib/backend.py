@@ -220,7 +220,7 @@ class BatchSizes:
     """Seconds of work that are no more than a few ways to a worker and back."""
 
     def __init__(self) -> None:
-        self.size = 1
+        self.size: int = 1
         self._seconds = self._tasks = 0.0  # the last batches' count most, and among them the large ones'
 
     def observe(self, tasks: int, seconds: float) -> None:

@@ -33,7 +33,7 @@ class Block:
 
     def __init__(self, backend: SkywardBackend) -> None:
         self.backend = backend
-        self.is_open = True
+        self.is_open: bool = True
         self._around = _innermost_here()
         with _lock:
             _open.append(self)

@@ -85,7 +85,7 @@ class LocalAgent:
     has_unsent = False
 
     def __init__(self, config: AgentConfig, environment: dict[str, str]) -> None:
-        self.nodes = {n.node for n in config.nodes}
+        self.nodes: set[int] = {n.node for n in config.nodes}
         self._config = config
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None

@@ -65,8 +65,8 @@ class SkyCluster(Cluster):  # type: ignore[misc]
     def __init__(self, name: str, security: Any = None) -> None:
         super().__init__(asynchronous=False, quiet=True, name=name)
         self.security = security
-        self.changed = asyncio.Event()
-        self.has_dashboard = threading.Event()  # set when `dashboard_link` leads to something
+        self.changed: asyncio.Event = asyncio.Event()
+        self.has_dashboard: threading.Event = threading.Event()  # set when `dashboard_link` leads to something
         self._loop_runner.start()
 
     def instance_id(self, node: int) -> str:
@@ -88,7 +88,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
 
     def _open_rpc(self, address: str) -> None:
         arguments = self.security.get_connection_args("client") if self.security else None
-        self.scheduler_comm = rpc(address, connection_args=arguments)
+        self.scheduler_comm: rpc = rpc(address, connection_args=arguments)
 
     def stop(self) -> None:
         """Close and end the event loop's thread. May be called twice; never raises for what is gone already."""

@@ -103,7 +103,7 @@ class Bootstrap:
         self, machine: Machine, link: Link, config: AgentConfig, shipment: Shipment, emit: Callable[[Any], None]
     ) -> None:
         self.heard: deque[str] = deque(maxlen=_HEARD_LINES)
-        self.has_begun = False
+        self.has_begun: bool = False
         self._machine = machine
         self._link = link
         self._config = config

@@ -92,7 +92,7 @@ class Heartbeat:
     def __init__(
         self, login: Login, folder: str, limit_s: float, answer_s: float, silent: Callable[[], object]
     ) -> None:
-        self.period_s = min(_BEAT_S, limit_s / 8)
+        self.period_s: float = min(_BEAT_S, limit_s / 8)
         self.error: str | None = "it is not there yet"
         """Why there is no connection for heartbeats; None while there is one."""
         self._limit_s = limit_s

@@ -39,7 +39,7 @@ class JoinedCluster(SkyCluster):
     def __init__(self, name: str, address: str, security: Any) -> None:
         super().__init__(name, security)
         self._address = address
-        self.hears = threading.Event()  # set by the first entry of the scheduler's event log
+        self.hears: threading.Event = threading.Event()  # set by the first entry of the scheduler's event log
         self.has_dashboard.set()  # or it never will have one
 
     def start(self) -> None:
@@ -60,7 +60,7 @@ class JoinedCluster(SkyCluster):
         Not through the subscription that Dask's own cluster objects use: a scheduler has room for one subscriber,
         and that is up to the cluster's owner.
         """
-        self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
+        self.scheduler_info: SchedulerInfo = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
         self.changed.set()
         self.listener.workers_changed()
 

@@ -72,8 +72,8 @@ class RemoteAgent:
         heartbeats: Heartbeats,
         listing: Listing | None = None,
     ) -> None:
-        self.nodes = {node.node}
-        self.machine = str(machine.login)
+        self.nodes: set[int] = {node.node}
+        self.machine: str = str(machine.login)
         self.facts: Machine = machine
         self._config = replace(
             config, nodes=(node,), folder=pool_folder(config.pool_id), heartbeat_s=heartbeats.limit_s,

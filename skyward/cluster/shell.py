@@ -36,9 +36,9 @@ class Framed:
 
     def __init__(self, script: str, *, merged: bool = False) -> None:
         halves = secrets.token_hex(6), secrets.token_hex(6)
-        self.mark = "".join(halves)
+        self.mark: str = "".join(halves)
         mark = f"printf '%s%s' {' '.join(halves)}"
-        self.command = sh_command(
+        self.command: str = sh_command(
             f"umask 077; unset {_SSH_COMMAND}; {'' if merged else f'{mark} >&2; '}{mark}; echo; "
             f"( {script} ){' 2>&1' if merged else ''}; status=$?; {mark}; echo \" $status\""
         )

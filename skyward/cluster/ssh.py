@@ -69,7 +69,7 @@ class Link:
 
     def __init__(self, login: Login) -> None:
         self.login = login
-        self.noise = ""  # what the last login printed, beside the command's own output
+        self.noise: str = ""  # what the last login printed, beside the command's own output
         self._connection: Any = None
         self._proxies: list[Any] = []  # the processes of proxy commands, each a subprocess.Popen
         self._connecting = asyncio.Lock()

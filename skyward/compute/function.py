@@ -22,6 +22,7 @@ R_co = TypeVar("R_co", covariant=True)
 class ComputeFunction(NotCalled, Generic[P, R_co]):
     """A function whose calls are values to be sent to a pool. Made by `compute`."""
 
+    __name__: str
     __qualname__: str
 
     def __init__(self, fn: Callable[P, Any], *, retries: int = 0, timeout: float | None = None) -> None:

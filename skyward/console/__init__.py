@@ -53,7 +53,7 @@ class Console:
 
     def __init__(self, info: PoolInfo, display: str, *, prefix: bool = True) -> None:
         self._prefix = prefix
-        self.shows = display != "quiet"
+        self.shows: bool = display != "quiet"
         self._model = Model(info)
         self._lock = threading.RLock()
         self._closed = threading.Event()

@@ -34,7 +34,7 @@ class Screen:
             self._streams["stdout"] = sys.stdout
         self._lock = threading.RLock()
         self._through = {name: _Through(self, name, stream) for name, stream in self._streams.items()}
-        self.is_closed = False
+        self.is_closed: bool = False
         self._is_drawn = False
         self._is_held = False  # by a line that has begun
         self._is_bar = False  # whose writer comes back to its beginning

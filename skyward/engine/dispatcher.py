@@ -61,8 +61,8 @@ class Dispatcher:
         retries: int,
     ) -> None:
         self.retries = retries
-        self.estimates = Estimates()
-        self.last_activity = now()
+        self.estimates: Estimates = Estimates()
+        self.last_activity: float = now()
         self.failure: BaseException | None = None  # why no more calls are taken
         self.chunks: dict[str, SentChunk] = {}  # in flight
         self._loop = loop

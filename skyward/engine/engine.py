@@ -19,6 +19,7 @@ from skyward.engine.calls import Call, Item, now
 from skyward.engine.decoder import Decoder
 from skyward.engine.dispatcher import Dispatcher
 from skyward.engine.ending import EndingWorkers
+from skyward.engine.estimates import Estimates
 from skyward.engine.future import Callbacks, CallFuture
 from skyward.engine.group import FutureGroup, Group
 from skyward.engine.loop import Loop
@@ -93,11 +94,11 @@ class Engine:
         included: Sequence[str] = (),
     ) -> None:
         self.client = client
-        self.store = Store(*share)
-        self.sources = Sources(self.store, ship=not share, included=included)
-        self.decoder = Decoder()
-        self.loop = Loop(client.loop.asyncio_loop)
-        self.progress = Progress(self.loop.asyncio_loop)
+        self.store: Store = Store(*share)
+        self.sources: Sources = Sources(self.store, ship=not share, included=included)
+        self.decoder: Decoder = Decoder()
+        self.loop: Loop = Loop(client.loop.asyncio_loop)
+        self.progress: Progress = Progress(self.loop.asyncio_loop)
         self._roster = roster = Roster(
             self.loop,
             slots,
@@ -117,10 +118,10 @@ class Engine:
         ending = EndingWorkers(self.loop, roster, transport)
         sent = SentChunks(transport, roster.placement, was_reclaimed)
         self._broadcaster = Broadcaster(roster, transport, ending, self.sources)
-        self.dispatcher = Dispatcher(
+        self.dispatcher: Dispatcher = Dispatcher(
             self.loop, roster, transport, sent, ending, self.store, self.sources, self.progress, retries=retries
         )
-        self.estimates = self.dispatcher.estimates
+        self.estimates: Estimates = self.dispatcher.estimates
         self._callbacks = Callbacks(self.decoder)
         self._futures_group = Group(self.dispatcher, self._callbacks.put)
         self._drop_later: asyncio.TimerHandle | None = None

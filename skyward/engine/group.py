@@ -49,7 +49,7 @@ class Group:
         self.access = access
         self.pending: OrderedDict[Item, None] = OrderedDict()  # so that any of them can be dropped at once
         self.in_flight: dict[str, list[Item]] = {}
-        self.is_cancelled = False
+        self.is_cancelled: bool = False
         self.expected: int | None = None  # calls still to come beyond the pending ones, where known
         self.size = size  # all its tasks, where that is known from the start
         self.may_grow: Callable[[], bool] = _never  # by more calls, nobody knows how many

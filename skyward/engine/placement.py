@@ -19,7 +19,7 @@ class Placement:
         self._levels: list[dict[str, None]] = [{}]  # present workers by their load
         self._places: dict[str, Slot] = {}  # of all workers that ever were
         self._avoided: dict[str, float] = {}
-        self.count = 0
+        self.count: int = 0
 
     def update(self, slots: Sequence[Slot]) -> None:
         """Take note of the slots that there are now."""

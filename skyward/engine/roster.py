@@ -38,10 +38,10 @@ class Roster:
         accelerators_per_node: int,
         parts_per_node: int,
     ) -> None:
-        self.placement = Placement()
-        self.count = 0  # how many calls can run at once, now
+        self.placement: Placement = Placement()
+        self.count: int = 0  # how many calls can run at once, now
         self.layout: Layout
-        self.pickled_layout = b""
+        self.pickled_layout: bytes = b""
         self.expected = expected
         self.alive = alive
         self._loop = loop

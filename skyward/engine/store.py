@@ -56,8 +56,8 @@ class Store:
         self._has_warned = False
         self._dropped: set[str] = set()
         self.on_idle: Callable[[], None] = lambda: None
-        self.writes = 0  # buffers hashed to something new and stored
-        self.written_bytes = 0
+        self.writes: int = 0  # buffers hashed to something new and stored
+        self.written_bytes: int = 0
 
     @property
     def has_files(self) -> bool:

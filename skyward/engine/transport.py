@@ -65,7 +65,7 @@ class Transport:
         self._direct = direct
         self._scattered: dict[str, asyncio.Task[Any]] = {}
         self._connecting: set[asyncio.Future[Any]] = set()
-        self.delivery = Delivery(store, self._send)
+        self.delivery: Delivery = Delivery(store, self._send)
 
     async def prepare(self, chunk: Chunk, node: int, address: str) -> None:
         """Bring the large buffers that a chunk needs to the node of the worker that it is for.

@@ -45,7 +45,7 @@ class Relay:
         self._room.set()
         self._remote: Any = None
         self._ended_here = self._ended_there = False
-        self.closed = asyncio.Event()  # nothing is left to do in either direction
+        self.closed: asyncio.Event = asyncio.Event()  # nothing is left to do in either direction
         self._reading = asyncio.create_task(self._read())
 
     @property

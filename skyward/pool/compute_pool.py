@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from skyward.cluster.base import SkyCluster
     from skyward.engine import Call, Engine
     from skyward.launch.plan import Plan
-    from skyward.providers import ProviderLike
+    from skyward.providers import ProviderLike, Resolved
     from skyward.spec.allocation import Allocation
     from skyward.spec.image import Image
     from skyward.spec.instance import Instance
     from skyward.spec.log import LogConfig
+    from skyward.spec.pool import PoolSpec
     from skyward.spec.volume import Volume
 
 
@@ -125,6 +126,8 @@ class ComputePool:
         heartbeat_timeout: float = configurable(120),
         retries: int = configurable(3),
     ) -> None:
+        self.provider: Resolved
+        self.spec: PoolSpec
         self.provider, self.spec = read_options(
             provider, selection=selection, image=image, nodes=nodes, machine=machine, accelerator=accelerator,
             architecture=architecture, cpu=cpu, memory=memory, volume=volume, allocation=allocation, timeout=timeout,

@@ -59,7 +59,7 @@ class Session:
         callbacks: Iterable[events.Callback],
         on_end: Callable[[Exception], None],
     ) -> None:
-        self.pool_id = secrets.token_hex(4)
+        self.pool_id: str = secrets.token_hex(4)
         self._spec = spec
         self._provider = provider
         self._callbacks = list(callbacks)
@@ -75,7 +75,7 @@ class Session:
         wants_figures = spec.collect_metrics and not isinstance(provider, Dask)
         self._figures = DashboardData(self._info) if wants_figures else None
         self._there: dict[int, str] = {}  # nodes that are no cloud's, and the names of their machines
-        self.output = Output(self._instance_id, self.emit)
+        self.output: Output = Output(self._instance_id, self.emit)
         self._machines = Machines(
             spec, provider, self.pool_id, stack=self._stack, over=self._over,
             emit=self.emit if isinstance(provider, tuple) else self._emit_here,

@@ -13,7 +13,7 @@ class Configurable:
     __slots__ = ("value",)
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self.value: Any = value
 
     def __repr__(self) -> str:
         return f"<configured, else {self.value!r}>"

@@ -30,7 +30,7 @@ class Memory:
     __slots__ = ("array",)
 
     def __init__(self, array: Array) -> None:
-        self.array = array
+        self.array: Array = array
 
     @property
     def nbytes(self) -> int:

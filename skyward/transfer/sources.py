@@ -30,7 +30,7 @@ _TICK_S = 2.0
 """Seconds within which a source and its bytecode may be of different versions: bytecode has its source's time in whole
 seconds (https://docs.python.org/3/reference/import.html, "Cached bytecode invalidation")."""
 
-is_outdated = False
+is_outdated: bool = False
 """Whether this process has imported an older version of an own module, and has to end before another call runs."""
 _id = uuid.uuid4().hex
 _latest = b""

@@ -77,7 +77,7 @@ class MainThreadPoolExecutor(ThreadPoolExecutor):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(1)
-        self.has_left = threading.Event()
+        self.has_left: threading.Event = threading.Event()
         self._threads.add(threading.main_thread())
 
     def serve(self) -> None:
