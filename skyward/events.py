@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from skyward import guard
+from skyward import user_errors
 
 logger = logging.getLogger(__name__)
 
@@ -257,11 +257,11 @@ class _Listener:
         try:
             return _events_of(self._callback(event))
         except BaseException as exc:  # whatever a user's callback raises: it must not end a run that it only watches
-            if guard.ends_program(exc):
+            if user_errors.ends_program(exc):
                 raise
             if not self._failed:
                 self._failed = True
-                guard.log(
+                user_errors.log(
                     logger, "callback %r failed at %r; further failures of it are not logged", self._callback, event
                 )
             return []

@@ -16,7 +16,7 @@ from joblib._parallel_backends import FallbackToBackend, ParallelBackendBase, Se
 from joblib.parallel import BatchedCalls, parallel_config
 
 import skyward as sky
-from skyward import guard
+from skyward import user_errors
 from skyward.engine import Call
 from skyward.worker.variables import variables
 from skyward_joblib.arrays import access
@@ -154,7 +154,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         try:
             future = engine.submit(_call(func, self.inner_max_num_threads, alone=alone), group=group)
         except BaseException as exc:
-            if guard.ends_program(exc):
+            if user_errors.ends_program(exc):
                 raise
             # Unpicklable work, a pool that has ended: joblib may be in a thread where nobody would hear of it, so
             # it is told as it is told of tasks that fail.

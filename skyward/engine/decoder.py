@@ -6,7 +6,7 @@ import logging
 import warnings
 from typing import Any
 
-from skyward import guard
+from skyward import user_errors
 from skyward.engine.calls import Call
 from skyward.errors import SerializationError, TaskExitError
 from skyward.transfer import pickling
@@ -32,12 +32,12 @@ class Decoder:
             except Warning as warning:  # the caller's filters make an error of it, so it is the call's
                 return False, warning
             except Exception:  # whatever the warning's __str__, or the caller's `warnings.showwarning`, raises
-                guard.log(logger, "a warning of %s() can't be shown: %s", call.label, text)
+                user_errors.log(logger, "a warning of %s() can't be shown: %s", call.label, text)
         if outcome.kind is Kind.VALUE:
             try:
                 return True, pickling.loads(outcome.data, outcome.buffers)
             except BaseException as exc:  # its class needs a package that only the worker has; or its __setstate__
-                if isinstance(exc, KeyboardInterrupt) and guard.ends_program(exc):
+                if isinstance(exc, KeyboardInterrupt) and user_errors.ends_program(exc):
                     raise
                 return False, _unreadable(f"the result of {call.label}()", exc)
         return False, self._error(call, outcome)
@@ -57,7 +57,7 @@ class Decoder:
             error: BaseException = pickling.loads(outcome.data, outcome.buffers)
             raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")
         except BaseException as exc:  # as above
-            if isinstance(exc, KeyboardInterrupt) and guard.ends_program(exc):
+            if isinstance(exc, KeyboardInterrupt) and user_errors.ends_program(exc):
                 raise
             error = _unreadable(f"the exception of {call.label}()", exc)
             raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from skyward import guard
+from skyward import user_errors
 from skyward.engine.calls import Item
 from skyward.engine.decoder import Decoder
 from skyward.errors import PoolError
@@ -83,9 +83,9 @@ def _call_back(fn: Callable[[concurrent.futures.Future[Any]], object], future: C
     try:
         fn(future)
     except BaseException as exc:
-        if isinstance(exc, Exception) or guard.ends_program(exc):
+        if isinstance(exc, Exception) or user_errors.ends_program(exc):
             raise
-        guard.log(logger, "exception calling callback for %r", future)
+        user_errors.log(logger, "exception calling callback for %r", future)
 
 
 class Callbacks:
@@ -119,7 +119,7 @@ class Callbacks:
                 try:
                     self._set(item, outcome)
                 except BaseException:  # other calls must still get their outcomes
-                    guard.log(logger, "the outcome of %s() was not delivered", item.call.label)
+                    user_errors.log(logger, "the outcome of %s() was not delivered", item.call.label)
             del delivery, item, outcome  # must not live on while this waits for the next
 
     def _set(self, item: Item, outcome: Outcome | BaseException) -> None:

@@ -1,4 +1,4 @@
-"""User code that runs in threads which others depend on: callbacks, event handlers, what objects do when unpickled."""
+"""What user code raises in threads that others depend on: in callbacks, event handlers, objects while unpickled."""
 
 from __future__ import annotations
 
