@@ -70,7 +70,8 @@ until take; do
     quiet=$((quiet + 1)) waits=$((waits + 1))
 done
 (
-    trap 'kill $!; exit' TERM  # sleep too: no process stays when the script has ended
+    # sleep too: no process stays when the script has ended. A shell that is about to become sleep may lose TERM.
+    trap 'kill -9 $!; wait $!; exit' TERM
     beat=0
     while kill -0 $$ 2> /dev/null && [ -e "$mine" ]; do
         beat=$((beat + 1))
