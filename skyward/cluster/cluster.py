@@ -18,6 +18,7 @@ from skyward.cluster.adaptive import NodeAdaptive
 from skyward.cluster.agents import Agent
 from skyward.cluster.base import CLOSE_S, SkyCluster
 from skyward.cluster.failures import WORKERS, StartFailures, scheduler_lost, workers_error
+from skyward.cluster.tasks import end_tasks
 from skyward.errors import BootstrapError, PoolTimeoutError, VolumeError
 from skyward.node.config import NodeSpec
 from skyward.providers.base import Machine
@@ -77,7 +78,7 @@ class AgentCluster(SkyCluster):
         self.losses: list[VolumeError] = []  # data that could not be sent
         self._leaving: dict[Agent, asyncio.Future[None]] = {}  # those that are being stopped, or are
         self._tasks: set[asyncio.Future[None]] = set()  # what the end of the pool waits for
-        self._growth: set[asyncio.Future[None]] = set()  # what it cancels
+        self._growth: set[asyncio.Task[None]] = set()  # what it cancels
         self._is_up = False
         self._starting = 0  # nodes that are being made ready, while the pool starts
         self._failures = StartFailures(len(self._agents), costly=False)
@@ -269,9 +270,7 @@ class AgentCluster(SkyCluster):
         with contextlib.suppress(Exception):  # the scheduler may be dead
             await asyncio.wait_for(super()._close(), 2)
         self.status = Status.closed
-        for task in self._growth:
-            task.cancel()
-        await asyncio.gather(*self._growth, return_exceptions=True)
+        await end_tasks(self._growth)
         stopping = map(self._stop_agent, {*self._agents, *self._leaving})
         await asyncio.gather(self._end_tasks(), *stopping, return_exceptions=True)
 
@@ -310,7 +309,7 @@ class AgentCluster(SkyCluster):
 
     def _spawn_growth(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run what gets nodes and makes them ready: the end of the pool cancels it, and stops their agents itself."""
-        task = asyncio.ensure_future(coroutine)
+        task = asyncio.create_task(coroutine)
         self._growth.add(task)
         task.add_done_callback(self._growth.discard)
 

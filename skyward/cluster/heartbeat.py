@@ -17,7 +17,8 @@ from typing import Any
 
 import asyncssh
 
-from skyward.cluster.ssh import Link, NotListening, end_tasks
+from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.tasks import end_tasks
 from skyward.errors import BootstrapError
 from skyward.node.watch import BEAT, SOCKET
 from skyward.providers.base import Login

@@ -22,7 +22,8 @@ from skyward.cluster.flush import flush
 from skyward.cluster.heartbeat import Heartbeat, Heartbeats, touch
 from skyward.cluster.listing import Listing
 from skyward.cluster.machine_commands import clean_command, logs_command, pool_folder
-from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening, end_tasks
+from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
+from skyward.cluster.tasks import end_tasks
 from skyward.cluster.tunnel import Tunnel
 from skyward.errors import BootstrapError, VolumeError
 from skyward.node.agent import SOCKET

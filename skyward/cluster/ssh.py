@@ -9,7 +9,7 @@ import posixpath
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import asyncssh
 from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
 
 from skyward.cluster.shell import Framed, sh_command
+from skyward.cluster.tasks import end_tasks
 from skyward.errors import BootstrapError
 from skyward.node.relay import INTERPRETER
 from skyward.providers.base import Login
@@ -31,7 +32,6 @@ _KEEPALIVE_S = 5
 _KEEPALIVES = 3
 _SSH_FAILED = 255
 """The status of ssh itself when it is SSH that failed."""
-_CANCEL_AGAIN_S = 1.0
 _NOISE = 2_000
 """Characters kept of what a login prints. Chosen, not measured."""
 _COPY = """
@@ -356,19 +356,6 @@ class Link:
             process.close()
             raise
         return process.stdout, process.stdin
-
-
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks that use asyncssh, and wait for their end.
-
-    Each is cancelled until it ends: `asyncio.wait_for`, with which asyncssh connects, swallows a cancellation in Python
-    3.11 that comes together with what it waits for (cpython issue 86296).
-    """
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 async def _close_after(process: Any, connection: Any) -> None:

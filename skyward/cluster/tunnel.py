@@ -8,7 +8,8 @@ import secrets
 
 import asyncssh
 
-from skyward.cluster.ssh import Link, NotListening, end_tasks
+from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.tasks import end_tasks
 from skyward.errors import BootstrapError
 from skyward.node.relay import Relay, StreamEnded, meet_as_caller
 

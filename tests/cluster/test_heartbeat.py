@@ -12,7 +12,7 @@ import pytest
 
 from skyward.cluster import heartbeat
 from skyward.cluster.heartbeat import Heartbeat
-from skyward.cluster.ssh import end_tasks
+from skyward.cluster.tasks import end_tasks
 from skyward.node.watch import SOCKET, Watch
 from skyward.providers.base import Login
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -186,6 +188,31 @@ def test_workers_that_do_not_start_on_one_machine_are_started_on_another(make: S
     starting.join(30)
 
     assert cluster.plan == {0, 2, 3}
+
+
+def test_a_start_that_swallows_a_cancellation_ends_all_the_same(make: Start) -> None:
+    class Deaf(FakeAgent):
+        async def start(self, heard: Any) -> None:
+            self.started.set()
+            with contextlib.suppress(asyncio.CancelledError):  # as asyncio.wait_for in Python 3.11: cpython issue 86296
+                await asyncio.sleep(3600)
+            await asyncio.sleep(3600)
+
+    agent = Deaf(0, "m0")
+    cluster = make(Cloud(), [agent])
+
+    def start() -> None:
+        with pytest.raises(BootstrapError):
+            cluster.start()
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    agent.started.wait(10)
+
+    cluster.abort(BootstrapError("the pool was closed while it started"))
+    starting.join(20)
+
+    assert not starting.is_alive()
 
 
 def test_where_no_replacement_can_be_had_both_reasons_are_told(make: Start) -> None:
