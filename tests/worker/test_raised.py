@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 import skyward as sky
 from tests import hostile
 from tests.hostile import FrozenError, Trap, VersionWarning
+from tests.waiting import wait_until
 
 TIMEOUT_S = 60
 
@@ -24,14 +27,23 @@ def double(x: int) -> int:
     return 2 * x
 
 
+@sky.compute
+def wait_for_file(path: Path) -> None:
+    wait_until(path.exists)
+
+
 # --- anything, anywhere -------------------------------------------------------------------------------------
 
 
 def _in_callback(pool: sky.ComputePool, name: str) -> None:
-    future, called = pool.submit(double(1)), threading.Event()
-    future.add_done_callback(lambda _: hostile.raise_one(name))
-    future.add_done_callback(lambda _: called.set())
-    assert called.wait(TIMEOUT_S)
+    called = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "added")
+        future = pool.submit(wait_for_file(path))  # callbacks of a future that is done are called here and now
+        future.add_done_callback(lambda _: hostile.raise_one(name))
+        future.add_done_callback(lambda _: called.set())
+        path.touch()
+        assert called.wait(TIMEOUT_S)
 
 
 def _in_event_handler(pool: sky.ComputePool, name: str) -> None:
