@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from contextvars import Context, copy_context
 from typing import Any
 
 import cloudpickle
+import joblib
 import pytest
 
 import skyward as sky
@@ -85,6 +87,36 @@ def test_local_awaits_inside_a_running_loop_too() -> None:
         return later.local(1)
 
     assert asyncio.run(main()) == "1y"
+
+
+def test_local_leaves_the_threads_event_loop() -> None:
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        assert later.local(1) == "1y"
+        assert asyncio.get_event_loop() is loop
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def test_libraries_that_run_functions_run_them() -> None:
+    import dask.bag
+
+    bag = dask.bag.from_sequence([1, 2], npartitions=1)
+
+    assert bag.map(double).compute(scheduler="sync") == [2, 4]
+    assert joblib.Parallel(n_jobs=1)(joblib.delayed(double)(x) for x in (1, 2)) == [2, 4]
+
+
+def test_libraries_that_transform_data_make_calls() -> None:
+    import pandas as pd
+
+    assert [call.args for call in pd.Series([1, 2]).map(double)] == [(1,), (2,)]
+
+
+def test_a_call_of_a_partial_runs_what_it_wraps(pool: sky.ComputePool) -> None:
+    assert sky.compute(functools.partial(double, 3))() >> pool == 6
 
 
 def test_lazy_is_compute() -> None:

@@ -14,7 +14,7 @@ MODULES = ["skyward.compute.function", "skyward.executor", "skyward.pool.decorat
 def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(name)
 
-    failed, attempted = doctest.testmod(module)
+    failed, attempted = doctest.testmod(module, extraglobs={"__name__": "__main__"})  # as in a script
 
     assert attempted > 0
     assert failed == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from skyward.compute.pending import NotCalled, PendingCompute
@@ -18,9 +19,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
+_RUNNERS = frozenset({"dask", "distributed", "joblib", "skyward_joblib", "skyward.worker.runtime", __name__})
+"""Libraries and modules that call a function in order to run it, which may be inside a partial or a bound method."""
+_BETWEEN = frozenset({"functools", "numpy", "pandas", "toolz"})
+"""Libraries that call a function on behalf of those or of the user, as `pandas.Series.map` does."""
+
 
 class ComputeFunction(NotCalled, Generic[P, R_co]):
-    """A function whose calls are values to be sent to a pool. Made by `compute`."""
+    """A function whose calls are values to be sent to a pool. Made by `compute`.
+
+    Dask and joblib run it as any other function: to them, a call returns its result.
+    """
 
     __name__: str
     __qualname__: str
@@ -34,6 +43,11 @@ class ComputeFunction(NotCalled, Generic[P, R_co]):
             self.__name__ = getattr(getattr(fn, "func", None), "__name__", type(fn).__name__)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> PendingCompute[R_co]:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and (runs := _runs(frame.f_globals.get("__name__"))) is not False:
+            if runs:
+                return self.local(*args, **kwargs)  # type: ignore[return-value]
+            frame = frame.f_back
         return PendingCompute(self.fn, args, kwargs, self.retries, self.timeout)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
@@ -53,6 +67,13 @@ class ComputeFunction(NotCalled, Generic[P, R_co]):
         return f"<ComputeFunction {self.__name__}{_signature(self.fn)}>"
 
 
+@functools.cache
+def _runs(module: str | None) -> bool | None:
+    """Tell whether the code of `module` calls a function in order to run it; None: on behalf of its own caller."""
+    library = (module or "").partition(".")[0]
+    return None if library in _BETWEEN else library in _RUNNERS or module in _RUNNERS
+
+
 def _signature(fn: Callable[..., Any]) -> str:
     try:
         return str(inspect.signature(fn))
@@ -67,7 +88,9 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
+        # Not by `asyncio.run`, after which the thread has no event loop.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(coroutine)
     # Called from a coroutine: a loop can't run inside another, so this one gets its own thread.
     outcome: list[Any] = []
     failure: list[BaseException] = []

@@ -56,6 +56,10 @@ def test_results_come_in_order_from_the_workers() -> None:
     assert os.getpid() not in Parallel(n_jobs=-1)(delayed(os.getpid)() for _ in range(20))
 
 
+def test_compute_functions_run_as_others_do() -> None:
+    assert Parallel()(delayed(sky.compute(square))(i) for i in range(3)) == [0, 1, 4]
+
+
 def test_minus_one_means_all_slots_and_one_means_here() -> None:
     assert joblib.effective_n_jobs(-1) == 4
     assert joblib.effective_n_jobs(None) == 4
