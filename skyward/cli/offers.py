@@ -37,7 +37,8 @@ def offers(names: tuple[str, ...], limit: int, as_json: bool, **options: Any) ->
 
     The list begins with the cheapest offer and includes spot machines.
     """
-    from skyward.launch.plan import make_plan, offers_table
+    from skyward.launch.offers_table import offers_table
+    from skyward.launch.plan import make_plan
     from skyward.spec.pool import PoolSpec
 
     try:

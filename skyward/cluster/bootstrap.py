@@ -23,7 +23,7 @@ from skyward.accelerators.model import Accelerator
 from skyward.cluster.machine_commands import DETACHED, claim_command, facts_of, watch_command
 from skyward.cluster.slots import node_spec
 from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
-from skyward.cluster.wheel import Wheel
+from skyward.environment.wheels import Wheel
 from skyward.errors import BootstrapError
 from skyward.node.agent import CONFIG, LOG, SOCKET
 from skyward.node.config import AgentConfig
@@ -62,7 +62,7 @@ _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 class Shipment:
     """What every machine of a pool gets: its environment's recipe, skyward itself, and the user's files.
 
-    `accelerator` is what each has to have.
+    `local` are the user's own packages, in the recipe's order. `accelerator` is what each has to have.
     """
 
     recipe: Recipe
@@ -70,6 +70,13 @@ class Shipment:
     include: tuple[str, ...] = ()
     volumes: tuple[S3Volume, ...] = ()
     accelerator: Accelerator | None = None
+    local: tuple[Wheel, ...] = ()
+
+    @property
+    def wheels(self) -> dict[str, Wheel]:
+        """All wheels, by their path on a machine as a shell sees it."""
+        paths = (self.wheel.name, *self.recipe.local)
+        return {f'"{HOME}/wheels/{path}"': wheel for path, wheel in zip(paths, (self.wheel, *self.local), strict=True)}
 
     def files(self) -> bytes:
         """Return the user's files as a compressed archive.
@@ -167,12 +174,13 @@ class Bootstrap:
 
     async def _make_ready(self) -> None:
         shipment, folder = self._shipment, self._config.folder
-        wheel = f'"{HOME}/wheels/{shipment.wheel.name}"'
+        wheels = list(shipment.wheels.items())
         # In the pool's own folder: it may hold an index's password, and other pools have scripts of their own.
         bootstrap = f"{folder}/bootstrap.sh"
         self._progress("upload")
-        if not await self._begin(wheel):
-            await self._link.write(wheel, shipment.wheel.data)
+        for number in await self._begin([path for path, _ in wheels]):
+            path, wheel = wheels[number]
+            await self._link.write(path, wheel.data)
         await self._link.write(bootstrap, script(shipment.recipe, outlives_pool=self._machine.outlives_pool).encode())
         await self._run_steps(bootstrap)
         if shipment.volumes:
@@ -180,16 +188,17 @@ class Bootstrap:
             await self._link.write(mount, mount_script(shipment.volumes, region=self._machine.region).encode())
             await self._run_steps(mount)
 
-    async def _begin(self, wheel: str) -> bool:
-        """Check what every later step needs, start the watch, and return whether the machine has our wheel."""
+    async def _begin(self, wheels: Sequence[str]) -> list[int]:
+        """Check what every later step needs, start the watch, and return which wheels the machine lacks."""
         watch = watch_command(self._config.pool_id, self._config.heartbeat_s, power_off=self._config.power_off)
         claim = claim_command(self._config.folder, f"node {self._config.nodes[0].node} ({self._machine.login})")
+        tests = "; ".join(f"test -e {path} || echo no wheel {number}" for number, path in enumerate(wheels))
         asked = time.time()
         done = await self._link.run(
             f"lacks=0; lack() {{ echo lacks $1; lacks=1; }}; "
             f"for tool in {' '.join(_TOOLS)}; do command -v $tool > /dev/null || lack $tool; done; "
             f"[ -r /proc/$$/environ ] || lack /proc; [ $lacks = 0 ] || exit 1; "
-            f"date +clock=%s; {claim}; {watch} || exit; test ! -e {wheel} || echo wheel"
+            f"date +clock=%s; {claim}; {watch} || exit; {tests}"
         )
         lines = done.output.splitlines()
         if lacks := [line.removeprefix("lacks ") for line in lines if line.startswith("lacks ")]:
@@ -206,7 +215,7 @@ class Bootstrap:
         if done.status:
             advice = f"{self._config.folder} can't be made: check permissions, `df -h /tmp` and `df -i /tmp`"
             raise self._failed("upload", done.status, (*done.error.splitlines(), advice))
-        return "wheel" in lines
+        return [int(line.removeprefix("no wheel ")) for line in lines if line.startswith("no wheel ")]
 
     async def _run_steps(self, path: str) -> None:
         """Run a script that says which step it is at, and raise if one fails."""

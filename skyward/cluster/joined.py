@@ -16,9 +16,9 @@ import cloudpickle
 import distributed
 from distributed.core import Status
 from distributed.objects import SchedulerInfo
-from packaging.requirements import Requirement
 
 from skyward.cluster.base import SkyCluster
+from skyward.cluster.requirements import parsed
 from skyward.errors import PoolError, PoolTimeoutError, VersionMismatchError
 from skyward.providers.dask import Dask
 from skyward.scheduler.barrier import barrier_plugin, remove_barrier
@@ -146,7 +146,8 @@ def prepare(
     for path in tokens:
         path.touch()
     # A function made here travels by value, so it runs on a worker that has no skyward.
-    wanted = [Requirement(text) for text in requirements]
+    named = filter(None, map(parsed, requirements))
+    wanted = [r for r in named if r.marker is None or r.marker.evaluate()]
     answers = client.run(_make_probe(), list(map(str, tokens)), [r.name for r in wanted])
     for path in tokens:
         path.unlink()

@@ -13,7 +13,7 @@ import dask.system
 
 from skyward import events
 from skyward.cluster.agents import LocalAgent, instance_id
-from skyward.cluster.overlay import missing, overlay
+from skyward.cluster.overlay import missing, missing_wheels, overlay
 from skyward.cluster.slots import node_spec
 from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.tls import make_credentials
@@ -35,12 +35,12 @@ def local_cluster(
     for node, name in enumerate(names):
         emit(events.InstanceProvisioned(instance_id=name, node=node, spot=False, provider=provider.name))
     emit(events.ProvisioningCompleted())
-    is_complete = not missing(spec.image.pip)
+    is_complete = not missing(spec.image.pip) and not missing_wheels(spec.image.wheels)
     for name in names:  # they share one environment
         emit(events.BootstrapStarting(instance_id=name))
         if not is_complete:
             emit(events.BootstrapProgress(instance_id=name, step="packages"))
-    site = overlay(spec.image.pip, spec.image.pip_extra_index_url)
+    site = overlay(spec.image.pip, spec.image.indexes, spec.image.wheels)
     for name in names:
         emit(events.BootstrapCompleted(instance_id=name))
 

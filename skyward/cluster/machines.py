@@ -13,12 +13,13 @@ from skyward.cluster.heartbeat import Heartbeats
 from skyward.cluster.listing import Listing
 from skyward.cluster.remote import RemoteAgent
 from skyward.cluster.replacement import MachineCluster
-from skyward.cluster.requirements import recipe
+from skyward.cluster.requirements import recipe as make_recipe
 from skyward.cluster.slots import node_spec
 from skyward.cluster.wheel import own_wheel
 from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.tls import make_credentials
 from skyward.providers.base import Machine
+from skyward.scripts.bootstrap import Recipe
 from skyward.spec.pool import PoolSpec
 from skyward.spec.volume import S3Volume
 
@@ -36,6 +37,17 @@ class Source(Protocol):
         """Take back a machine that is not used any more."""
 
 
+def environment(spec: PoolSpec) -> Recipe:
+    """Return what the machines of a pool install.
+
+    Raises
+    ------
+    SpecError
+        The image asks for another version of what has to be the same on both sides.
+    """
+    return make_recipe(spec.image, own_wheel(), nvidia=is_nvidia(spec.accelerator))
+
+
 def machine_cluster(
     machines: Sequence[Machine],
     source: Source,
@@ -43,9 +55,12 @@ def machine_cluster(
     pool_id: str,
     emit: Callable[[Any], None],
     *,
+    recipe: Recipe,
     expires: float,
 ) -> MachineCluster:
     """Return the cluster, not yet started; node i is on ``machines[i]``. It ends at `expires`, since the epoch.
+
+    `recipe` is the pool's `environment`.
 
     Machines that do not live on after the pool are replaced when they are lost.
     """
@@ -53,8 +68,8 @@ def machine_cluster(
     wheel = own_wheel()
     accelerator = spec.accelerator
     volumes = tuple(v for v in spec.volume if isinstance(v, S3Volume))
-    environment = recipe(spec.image, wheel, nvidia=is_nvidia(accelerator))
-    shipment = Shipment(environment, wheel, tuple(spec.image.include), volumes, accelerator=accelerator)
+    image = spec.image
+    shipment = Shipment(recipe, wheel, tuple(image.include), volumes, accelerator, tuple(image.wheels))
     heartbeats = Heartbeats(spec.heartbeat_timeout, remote.UNREACHABLE_S)
     listing = None if outlives_pool else Listing(source.gone)
     credentials = make_credentials(pool_id, lifetime_s=spec.timeout)

@@ -17,6 +17,8 @@ from pathlib import Path
 import platformdirs
 
 from skyward.cluster.requirements import parsed
+from skyward.environment.found import direct_url, distribution, requirements_of, url_of
+from skyward.environment.wheels import Wheel
 from skyward.errors import BootstrapError
 
 logger = logging.getLogger(__name__)
@@ -27,22 +29,28 @@ def missing(requirements: Sequence[str]) -> list[str]:
     return [text for text in requirements if not _satisfied(text)]
 
 
+def missing_wheels(wheels: Sequence[Wheel]) -> list[Wheel]:
+    """Return the wheels of packages that are not installed, in whatever version: what is here may be newer."""
+    return [wheel for wheel in wheels if distribution(wheel.project) is None]
+
+
 def _satisfied(text: str) -> bool:
     requirement = parsed(text)
     if requirement is None:
         return False
     if requirement.marker is not None and not requirement.marker.evaluate():
         return True
-    if requirement.url or requirement.extras:
+    found = distribution(requirement.name)
+    if found is None:
         return False
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return requirement.specifier.contains(version, prereleases=True)
+    if requirement.url:
+        direct = direct_url(found)
+        return direct is not None and url_of(direct).partition("#")[0] == requirement.url.partition("#")[0]
+    needed = [r for extra in requirement.extras for r in requirements_of(found.requires or (), extra)]
+    return requirement.specifier.contains(found.version, prereleases=True) and not missing(needed)
 
 
-def overlay(requirements: Sequence[str], extra_index_url: str | None = None) -> Path | None:
+def overlay(requirements: Sequence[str], indexes: Sequence[str] = (), wheels: Sequence[Wheel] = ()) -> Path | None:
     """Install what is missing of `requirements` into a cached folder; return it, or None when nothing is missing.
 
     The folder belongs in front of ``sys.path``. What is installed here keeps its version there.
@@ -52,13 +60,14 @@ def overlay(requirements: Sequence[str], extra_index_url: str | None = None) -> 
     BootstrapError
         pip failed; the message has its last lines.
     """
-    wanted = sorted(missing(requirements))
-    if not wanted:
+    wanted = sorted(text.partition(" --hash=")[0] for text in missing(requirements))
+    lacking = missing_wheels(wheels)
+    if not wanted and not lacking:
         return None
     here = sorted(
         f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"]
     )
-    recipe = "\n".join([sys.version, extra_index_url or "", *wanted, "--", *here])
+    recipe = "\n".join([sys.version, *indexes, *wanted, *(wheel.digest for wheel in lacking), "--", *here])
     folder = platformdirs.user_cache_path("skyward") / "overlays" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     if folder.exists():
         return folder
@@ -66,7 +75,10 @@ def overlay(requirements: Sequence[str], extra_index_url: str | None = None) -> 
     # Installed beside it and renamed: a folder under its own name is always whole.
     part = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        _install(wanted, here, part / "site", extra_index_url)
+        for wheel in lacking:
+            (part / wheel.name).write_bytes(wheel.data)
+            wanted.append(str(part / wheel.name))
+        _install(wanted, here, part / "site", indexes)
         try:
             (part / "site").rename(folder)
         except OSError:
@@ -77,13 +89,13 @@ def overlay(requirements: Sequence[str], extra_index_url: str | None = None) -> 
     return folder
 
 
-def _install(wanted: list[str], here: list[str], target: Path, extra_index_url: str | None) -> None:
+def _install(wanted: list[str], here: list[str], target: Path, indexes: Sequence[str]) -> None:
     constraints = target.parent / "constraints.txt"
     names = {requirement.name.lower() for text in wanted if (requirement := parsed(text))}
     constraints.write_text("\n".join(line for line in here if line.partition("==")[0].lower() not in names))
     command = [*_installer(), "--target", str(target), "--constraint", str(constraints)]
-    if extra_index_url:
-        command += ["--extra-index-url", extra_index_url]
+    for url in indexes:
+        command += ["--extra-index-url", url]
     logger.info("installing %s for the local pool", ", ".join(wanted))
     done = subprocess.run([*command, "--", *wanted], capture_output=True, text=True, env=os.environ)
     if done.returncode:

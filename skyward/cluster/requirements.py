@@ -7,9 +7,11 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from skyward.cluster.wheel import Wheel
+from skyward.environment.found import hidden, requirements_of
+from skyward.environment.wheels import Wheel
 from skyward.scripts.bootstrap import Recipe
 from skyward.spec.image import Image
 from skyward.spec.validation import Problems
@@ -35,16 +37,29 @@ def recipe(image: Image, wheel: Wheel, *, nvidia: bool = False) -> Recipe:
     if nvidia:
         asked += _without_skyward(["skyward[gpu]"])
     requirements += map(_pinned, asked)
-    names = [*wheel.requirements, *(r for r in asked if parsed(r))]
-    constraints = sorted({f"{name}=={version}" for name, version in _closure(names)})
+    needed = [*wheel.requirements, *(text for local in image.wheels for text in local.requirements)]
+    names = [*filter(None, map(parsed, [*needed, *asked]))]
+    pins = sorted({f"{name}=={version}" for name, version in _closure(names)})
+    constraints = [*_without_conflicts(pins, [*asked, *image.constraints]), *image.constraints]
     return Recipe(
         python=image.python or ".".join(platform.python_version_tuple()[:2]),
         requirements=tuple(dict.fromkeys(requirements)),
-        constraints=tuple(_without_conflicts(constraints, asked)),
+        constraints=tuple(dict.fromkeys(constraints)),
         wheel=wheel.name,
-        extra_index_url=image.pip_extra_index_url,
+        extra_index_url=" ".join(image.indexes) or None,
         apt=tuple(image.apt),
+        local=tuple(path_of(local) for local in image.wheels),
     )
+
+
+def described(environment: Recipe) -> tuple[str, ...]:
+    """Return the packages of a recipe to show to a user: without hashes, credentials and folders."""
+    return (*map(hidden, environment.requirements), *(path.rpartition("/")[2] for path in environment.local))
+
+
+def path_of(local: Wheel) -> str:
+    """Return where a local package lies among the wheels on a machine."""
+    return f"{local.digest}/{local.name}"
 
 
 def _without_skyward(asked: Sequence[str]) -> Iterator[str]:
@@ -55,10 +70,7 @@ def _without_skyward(asked: Sequence[str]) -> Iterator[str]:
             yield text
             continue
         for extra in requirement.extras:
-            for needed in map(Requirement, importlib.metadata.requires("skyward") or ()):
-                if needed.marker is not None and _applies(needed, extra) and not _applies(needed, ""):
-                    needed.marker = None
-                    yield from _without_skyward([str(needed)])
+            yield from _without_skyward([*requirements_of(importlib.metadata.requires("skyward") or (), extra)])
 
 
 def _check_both_sides(asked: Sequence[str]) -> None:
@@ -70,7 +82,7 @@ def _check_both_sides(asked: Sequence[str]) -> None:
             continue
         here = _version(name)
         if here is not None and not requirement.specifier.contains(here, prereleases=True):
-            problems.note("pip", text, f"{name}=={here}, as it is installed here: both sides need the same")
+            problems.note("pip", str(requirement), f"{name}=={here}, as it is installed here: both sides need the same")
     problems.raise_if_any()
 
 
@@ -79,9 +91,9 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def parsed(text: str) -> Requirement | None:
-    """Return a requirement; None for a path or a URL, of which the installer decides."""
+    """Return a requirement without its hashes; None for a path or a URL, of which the installer decides."""
     try:
-        return Requirement(text)
+        return Requirement(text.partition(" --hash=")[0])
     except InvalidRequirement:
         return None
 
@@ -95,7 +107,9 @@ def _version(name: str) -> str | None:
         found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-    return None if found.read_text("direct_url.json") else found.version.partition("+")[0]
+    # conda's builds note a folder of the computer that made them.
+    is_local = found.read_text("direct_url.json") and (found.read_text("INSTALLER") or "").strip() != "conda"
+    return None if is_local else found.version.partition("+")[0]
 
 
 def _pinned(text: str) -> str:
@@ -110,10 +124,10 @@ def _pinned(text: str) -> str:
     return f"{requirement.name}{extras}=={version}{marker}"
 
 
-def _closure(requirements: list[str]) -> Iterator[tuple[str, str]]:
+def _closure(requirements: Sequence[Requirement]) -> Iterator[tuple[str, str]]:
     """Yield (name, version here) of what the requirements need, and what that needs in turn."""
     seen: set[tuple[str, str]] = set()
-    todo = [(Requirement(text), "") for text in requirements]
+    todo = [(requirement, "") for requirement in requirements]
     while todo:
         requirement, extra = todo.pop()
         if not _applies(requirement, extra):
@@ -132,7 +146,10 @@ def _closure(requirements: list[str]) -> Iterator[tuple[str, str]]:
 
 def _without_conflicts(constraints: Iterable[str], asked: Sequence[str]) -> Iterator[str]:
     """Leave out what contradicts a version that the user asked for."""
-    own = {canonicalize_name(r.name): r.specifier for text in asked if (r := parsed(text))}
+    own: dict[str, SpecifierSet] = {}
+    for requirement in filter(None, map(parsed, asked)):
+        key = canonicalize_name(requirement.name)
+        own[key] = own.get(key, SpecifierSet()) & requirement.specifier
     for constraint in constraints:
         name, _, version = constraint.partition("==")
         specifier = own.get(canonicalize_name(name))

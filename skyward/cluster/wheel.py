@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import importlib.metadata
-import io
-import zipfile
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import skyward.version
+from skyward.environment.wheels import Wheel, pack
 from skyward.errors import PoolError
-
-_TIME = (2020, 1, 1, 0, 0, 0)  # any fixed one: the same content makes the same wheel
-
-
-@dataclass(frozen=True, slots=True)
-class Wheel:
-    """A wheel in memory. `requirements` are what it needs, without extras."""
-
-    name: str
-    data: bytes = field(repr=False)
-    requirements: tuple[str, ...]
 
 
 @cache
@@ -53,19 +39,9 @@ def own_wheel() -> Wheel:
     metadata += [f"Requires-Dist: {r}" for r in requirements]
     files[f"{info}/METADATA"] = "\n".join([*metadata, ""]).encode()
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: skyward\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    record = [f"{name},sha256={_hash(data)},{len(data)}" for name, data in files.items()]
-    files[f"{info}/RECORD"] = "\n".join([*record, f"{info}/RECORD,,", ""]).encode()
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name, _TIME), data, zipfile.ZIP_DEFLATED)
-    return Wheel(f"skyward-{version}-py3-none-any.whl", whole.getvalue(), requirements)
+    return pack(f"skyward-{version}-py3-none-any.whl", files, requirements)
 
 
 def _files(folder: Path, name: str) -> list[tuple[str, bytes]]:
     found = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     return [(f"{name}/{p.relative_to(folder).as_posix()}", p.read_bytes()) for p in found]
-
-
-def _hash(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()

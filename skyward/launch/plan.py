@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from skyward.environment.found import by_reason
 from skyward.errors import AllProvidersFailedError, NoAvailableProviderError, ProviderError, SpecError
+from skyward.launch.offers_table import offers_table, price_text
 from skyward.launch.selection import Wanted, nearest, wanted
 from skyward.providers import ask_all
 from skyward.providers.base import Cloud, Need, Offer
-from skyward.spec.instance import InstanceSpec
 from skyward.spec.pool import PoolSpec
 
 if TYPE_CHECKING:
@@ -79,11 +80,17 @@ class Plan:
         Offers that are not used, and why.
     failed
         Providers that could not be asked, by name.
+    packages
+        What is installed on each machine beside skyward, as requirements and names of wheels.
+    not_reproduced
+        What is not installed there as it is here, each with the reason: `Image.not_reproduced`.
     """
 
     steps: tuple[Step, ...]
     refused: tuple[tuple[Offer, str], ...] = ()
     failed: tuple[tuple[str, ProviderError], ...] = ()
+    packages: tuple[str, ...] = ()
+    not_reproduced: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hourly(self) -> float | None:
@@ -109,48 +116,16 @@ class Plan:
             console.print(self.table())
             for name, error in self.failed:
                 console.print(f"{name} could not be asked: {error}", markup=False, highlight=False)
+            if self.packages:
+                console.print(f"packages: {', '.join(self.packages)}", markup=False, highlight=False)
+            for why, names in by_reason(self.not_reproduced).items():
+                console.print(f"not as here: {', '.join(names)}: {why}", markup=False, highlight=False)
         return "\n".join(line.rstrip() for line in shown.get().splitlines())
 
     def _repr_html_(self) -> str:
         import html
 
         return f"<pre>{html.escape(str(self))}</pre>"
-
-
-def offers_table(rows: Sequence[tuple[Offer, str]], *, most: int) -> Table:
-    """Return offers, each with what is to be said of it, as a table."""
-    from rich import box
-    from rich.table import Table
-
-    note = "" if len(rows) <= most else f"{len(rows) - most} more are not shown"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note or None)
-    for heading, side in _COLUMNS:
-        table.add_column(heading, justify=side)
-    for offer, words in rows[:most]:
-        i = offer.instance
-        table.add_row(
-            offer.provider, i.name, offer.region, _accelerators(i), str(i.vcpu), f"{i.memory_gb:g}",
-            _price(i.price_on_demand), _price(i.price_spot),
-            words if offer.prices == "live" else "; ".join(filter(None, [words, f"prices: {offer.prices}"])),
-        )  # fmt: skip
-    return table
-
-
-_COLUMNS: tuple[tuple[str, Any], ...] = (
-    ("provider", "left"), ("type", "left"), ("region", "left"), ("accelerator", "left"), ("vCPU", "right"),
-    ("GB", "right"), ("USD/h", "right"), ("spot", "right"), ("", "left"),
-)  # fmt: skip
-
-
-def _accelerators(i: InstanceSpec) -> str:
-    if not i.accelerator:
-        return ""
-    size = "" if "GB" in i.accelerator or not i.accelerator_memory_gb else f" {i.accelerator_memory_gb:g} GB"
-    return f"{i.accelerator_count} × {i.accelerator}{size}"
-
-
-def _price(price: float | None) -> str:
-    return "–" if price is None else f"{price:.4f}"
 
 
 def _words(step: Step) -> str:
@@ -177,6 +152,15 @@ def need_of(spec: PoolSpec) -> Need:
         accelerator=spec.accelerator,
         architecture=spec.architecture,
     )
+
+
+def pool_plan(providers: Sequence[Cloud], spec: PoolSpec) -> Plan:
+    """Return the plan of a pool, with what its machines install. Raises what `make_plan` and `environment` raise."""
+    from skyward.cluster.machines import environment
+    from skyward.cluster.requirements import described
+
+    packages = described(environment(spec))
+    return replace(make_plan(providers, spec), packages=packages, not_reproduced=spec.image.not_reproduced)
 
 
 def make_plan(providers: Sequence[Cloud], spec: PoolSpec) -> Plan:
@@ -355,7 +339,7 @@ def _nothing(
         i = offer.instance
         text = (
             f"{names}: there are matching machines, but none is available. The cheapest is {offer.provider} {i.name} "
-            f"in {offer.region}, {_price(i.price_on_demand)} USD/h on demand, {_price(i.price_spot)} as a spot "
+            f"in {offer.region}, {price_text(i.price_on_demand)} USD/h on demand, {price_text(i.price_spot)} as a spot "
             f"machine: {why}"
         )
     elif need.machine is not None and all(o.instance.name != need.machine for o in offers):

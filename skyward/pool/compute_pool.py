@@ -311,23 +311,23 @@ class ComputePool:
         return instances(cluster, self.provider)
 
     def plan(self) -> Plan:
-        """Return what the pool would launch and at which price, without launching it. Printed as a table.
+        """Return what the pool would launch and install, and at which price, without launching it. Printed as a table.
 
         Raises
         ------
         SpecError
-            The provider is not a cloud: its machines already exist.
+            The provider is not a cloud: its machines already exist. Or the image can't work with this environment.
         NoAvailableProviderError
             No cloud has a matching offer; the message lists the nearest ones.
         CredentialsError, ProviderError, AllProvidersFailedError
             The clouds could not be asked.
         """
-        from skyward.launch.plan import make_plan
+        from skyward.launch.plan import pool_plan
 
         if not isinstance(self.provider, tuple):
             accepted = "sky.AWS(), sky.DigitalOcean(), sky.Verda() or several of them, for a pool with a plan"
             raise invalid("provider", self.provider, accepted)
-        return make_plan(self.provider, self.spec)
+        return pool_plan(self.provider, self.spec)
 
     @property
     def cost(self) -> float:

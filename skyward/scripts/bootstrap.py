@@ -65,9 +65,13 @@ class Recipe:
     ----------
     requirements, constraints
         As pip takes them; constraints only limit what the requirements pull in.
+    extra_index_url
+        Indexes with priority over the default one, between spaces.
     wheel
         Name of skyward's own wheel among the ``wheels`` of the skyward folder on the machine. It is unpacked beside
         the environment and put on its import path, so that an environment serves every version of skyward.
+    local
+        Paths of the user's own wheels among those ``wheels``, each in a folder named for its content.
     """
 
     python: str
@@ -76,12 +80,13 @@ class Recipe:
     wheel: str | None = None
     extra_index_url: str | None = None
     apt: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """Names the environment: 12 hex digits of what it is made of."""
         requirements, constraints = sorted(self.requirements), sorted(self.constraints)
-        parts = (self.python, self.extra_index_url or "", *requirements, "-c", *constraints)
+        parts = (self.python, self.extra_index_url or "", *requirements, "-c", *constraints, *sorted(self.local))
         return digest(*parts)
 
     @property
@@ -100,7 +105,8 @@ def image_recipe(image: Image, python: str) -> Recipe:
     return Recipe(
         python=image.python or python,
         requirements=tuple(dict.fromkeys(image.pip)),
-        extra_index_url=image.pip_extra_index_url,
+        constraints=tuple(dict.fromkeys(image.constraints)),
+        extra_index_url=" ".join(image.indexes) or None,
         apt=tuple(image.apt),
     )
 
@@ -139,6 +145,7 @@ fi
 
 def _environment(recipe: Recipe) -> str:
     names = " ".join(dict.fromkeys([f"python{recipe.python}", f"python{_minor(recipe.python)}", "python3"]))
+    local = "".join(f' "$home/wheels/{path}"' for path in recipe.local)
     extra = f"export UV_INDEX={shlex.quote(recipe.extra_index_url)}" if recipe.extra_index_url else ""
     return f"""
 environment="$home/envs/{recipe.key}"
@@ -210,7 +217,7 @@ install_packages() {{
     {_file("requirements.txt", recipe.requirements)} &&
     {_file("constraints.txt", recipe.constraints)} &&
     "$uv" pip install --python "$environment/bin/python" --requirement "$environment/requirements.txt" \\
-        --constraint "$environment/constraints.txt" &&
+        --constraint "$environment/constraints.txt"{local} &&
     touch "$environment/complete"
 }}
 

@@ -105,8 +105,9 @@ class Machines:
 
     def _open_hosts(self, provider: SSH) -> AgentCluster:
         from skyward.cleanup.pool_record import PoolRecord
-        from skyward.cluster.machines import machine_cluster
+        from skyward.cluster.machines import environment, machine_cluster
 
+        recipe = environment(self._spec)  # raises before a host is used
         machines = provider.machines(self._spec.nodes)
         self._record = record = PoolRecord(self._pool_id, provider.name, self._expires, machines)
         self._stack.callback(record.close)
@@ -114,19 +115,22 @@ class Machines:
             self._emit(provisioned(node, machine.id, machine.provider, machine))
         self._emit(events.ProvisioningCompleted())
         hosts = _Hosts(provider, record)
-        cluster = machine_cluster(machines, hosts, self._spec, self._pool_id, self._emit, expires=self._expires)
+        cluster = machine_cluster(
+            machines, hosts, self._spec, self._pool_id, self._emit, recipe=recipe, expires=self._expires
+        )
         record.left = cluster.left
         return cluster
 
     def _launch(self, clouds: tuple[Cloud, ...]) -> AgentCluster:
         from skyward.cleanup.pool_record import PoolRecord
-        from skyward.cluster.machines import machine_cluster
+        from skyward.cluster.machines import environment, machine_cluster
         from skyward.launch.plan import make_plan
         from skyward.launch.provisioner import Provisioner
         from skyward.scripts.volumes import buckets
         from skyward.spec.volume import S3Volume
 
         spec, pool_id, emit = self._spec, self._pool_id, self._emit
+        recipe = environment(spec)  # raises before a machine is launched
         plan = make_plan(clouds, spec)
         written = buckets([volume for volume in spec.volume if isinstance(volume, S3Volume)])
         self._record = record = PoolRecord(pool_id, provider_names(clouds), self._expires, volumes=written)
@@ -139,7 +143,7 @@ class Machines:
             over=self._over, emit=emit, is_up=self._is_up, end=self._end, abort=self.abort,
         )  # fmt: skip
         machines = provisioner.launch()
-        return machine_cluster(machines, provisioner, spec, pool_id, emit, expires=self._expires)
+        return machine_cluster(machines, provisioner, spec, pool_id, emit, recipe=recipe, expires=self._expires)
 
     def _end_launched(self, provisioner: Provisioner, record: PoolRecord, mounts: Sequence[str]) -> None:
         try:

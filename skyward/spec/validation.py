@@ -217,7 +217,8 @@ _VALUE = r"(?:[a-z_.]+|'[A-Za-z0-9 ._,+!*-]*'|\"[A-Za-z0-9 ._,+!*-]*\")"
 # Words stand between spaces, so that there is one way only to read a text: no text takes long to refuse.
 _TEST = rf"[( ]*{_VALUE}(?: *(?:===|==|~=|!=|<=|>=|<|>) *| +(?:not +)?in +){_VALUE}(?: *\))*"
 _MARKER = rf"(?: *;{_TEST}(?: +(?:and|or) {_TEST})*)?"
-_REQUIREMENT = rf"{_NAME}{_EXTRAS} *(?:{_VERSIONS}|\( *{_VERSIONS} *\)|{_ADDRESS})?{_MARKER} *"
+_HASHES = r"(?: +--hash=sha(?:256|384|512):[0-9a-f]{64,128})*"
+_REQUIREMENT = rf"{_NAME}{_EXTRAS} *(?:{_VERSIONS}|\( *{_VERSIONS} *\)|{_ADDRESS})?{_MARKER}{_HASHES} *"
 
 
 def check_pip(value: Any) -> tuple[str, ...]:
@@ -248,3 +249,10 @@ def check_index_url(value: Any) -> str | None:
     if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
         raise ValueError("a URL that begins with https:// or http://")
     return value
+
+
+def check_index_urls(value: Any) -> str | tuple[str, ...] | None:
+    """Check one URL, or several, all with priority over the default index and in this order."""
+    if isinstance(value, (list, tuple)):
+        return tuple(str(check_index_url(url if url is not None else "")) for url in value)
+    return check_index_url(value)

@@ -214,7 +214,7 @@ def test_options_that_would_change_the_workers_are_refused(option: str, value: A
 
 
 def test_packages_that_the_workers_lack_are_told_in_a_table(cluster: LocalCluster) -> None:
-    image = sky.Image(pip=("dask>=2024.1", "no-such-package>=3"))
+    image = sky.Image(pip=("dask>=2024.1", "no-such-package>=3", "not-wanted; python_version < '3'"))
 
     with (
         pytest.raises(sky.VersionMismatchError, match=r"no-such-package +>=3 +missing") as info,

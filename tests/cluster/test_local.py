@@ -16,8 +16,10 @@ import pytest
 
 import skyward as sky
 from skyward.accelerators.devices import read_nvml
-from skyward.cluster.overlay import missing
+from skyward.cluster.overlay import missing, missing_wheels, overlay
+from skyward.environment.wheels import read
 from tests.dashboard import names_shown
+from tests.environment.packages import install
 from tests.nvml import FakeNvml
 from tests.waiting import wait_until
 
@@ -185,6 +187,42 @@ def test_what_is_installed_is_not_missing() -> None:
     wanted = ["dask", "Distributed>=1", "dask<1", "nothing-like-this", "x; python_version < '3'"]
 
     assert missing(wanted) == ["dask<1", "nothing-like-this"]
+
+
+def test_extras_hashes_and_addresses_that_are_installed_are_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = {"vcs": "git", "commit_id": "0123abcd"}
+    install(tmp_path, "from-git", direct_url={"url": "https://host/r.git", "vcs_info": commit})
+    install(tmp_path, "more", requires=["dask; extra == 'here'", "nothing-like-this; extra == 'lacking'"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    there = ["more[here]", f"more==1.0 --hash=sha256:{'ab' * 32}", "from-git @ git+https://host/r.git@0123abcd"]
+    lacking = ["more[lacking]", "from-git @ git+https://host/r.git@4567"]
+
+    assert missing([*there, *lacking]) == lacking
+
+
+def test_nothing_of_the_environment_here_is_missing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    image = sky.Image.from_here()
+
+    assert len(image.pip) > 50
+    assert missing(image.pip) == []
+    assert missing_wheels(image.wheels) == []
+
+
+def test_local_packages_that_are_missing_here_come_through_an_overlay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _wheel(tmp_path, "skyward_local_probe", "1.2")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    site = overlay((), (), (read(path),))
+
+    assert site is not None
+    assert (site / "skyward_local_probe.py").exists()
 
 
 def test_workers_see_the_callers_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,32 @@ def test_slots_need_cores_and_memory_where_nothing_else_is_said() -> None:
     assert chosen.memory_gb >= 12
 
 
+def test_the_plan_of_a_pool_shows_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = sky.Image(pip=["no-such-package==1.0"], not_reproduced={"pywin32": "it works on Windows alone"})
+    monkeypatch.setattr("skyward.launch.plan.make_plan", lambda *_: plan(VERDA, cpu=4))
+
+    shown = sky.ComputePool(sky.Verda(), image=image).plan()
+
+    assert "no-such-package==1.0" in shown.packages
+    assert "packages: " in str(shown)
+    assert "not as here: pywin32: it works on Windows alone" in str(shown)
+
+
+@pytest.mark.parametrize("provider", [sky.Verda(), sky.SSH(["nobody@host.invalid"])], ids=["cloud", "hosts"])
+def test_an_image_that_can_not_work_raises_before_a_machine_is_used(
+    provider: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*_: Any) -> None:
+        raise AssertionError("asked for machines")
+
+    monkeypatch.setattr("skyward.launch.plan.make_plan", launch)
+    monkeypatch.setattr(sky.SSH, "machines", launch)
+    pool = sky.ComputePool(provider, image=sky.Image(pip=["dask==2020.1"]), display="quiet")
+
+    with pytest.raises(sky.SpecError, match="both sides need the same"):
+        pool.start()
+
+
 def test_a_plan_shows_prices_and_reasons() -> None:
     text = str(plan(VERDA, accelerator="A100", nodes=2, allocation="on-demand"))
 

@@ -17,11 +17,13 @@ import pytest
 import skyward as sky
 from skyward.cluster import remote
 from skyward.cluster.bootstrap import Bootstrap
+from skyward.environment.wheels import pack
 from skyward.scripts.apt import debian_packages
 from skyward.scripts.steps import opening
 from skyward.scripts.uv import WHEELS
 from skyward.spec.image import Image
 from tests.cloudbox import Machine
+from tests.environment.packages import install, project
 from tests.machines.conftest import IMAGE, Site
 from tests.waiting import wait_until
 
@@ -120,6 +122,34 @@ def fresh(site: Site) -> Iterator[Callable[..., Machine]]:
     yield boot
     for machine in booted:
         machine.destroy()
+
+
+def test_local_packages_of_here_are_installed_in_their_versions(
+    site: Site, warm: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    project(tmp_path / "work" / "editable", "mine", "0.4")
+    wheel = pack("tiny-1.5-py3-none-any.whl", {
+        "tiny.py": b"", "tiny-1.5.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n",
+        "tiny-1.5.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    })  # fmt: skip
+    Path(wheel.name).write_bytes(wheel.data)
+    install(tmp_path / "more", "private", "2.1", files={"private.py": "", "../bin/private-tool": "#!/bin/sh\n"})
+    monkeypatch.syspath_prepend(str(tmp_path / "more"))
+    lines = ["-e ./editable", wheel.name, "private @ git+ssh://git@host/private", "pywin32"]
+    Path("requirements.txt").write_text("\n".join(lines))
+
+    image = sky.Image.from_here()
+    with open_pool(site, warm, image=image) as pool:
+        versions = [version_of(name) >> pool for name in ("mine", "tiny", "private")]
+    steps = Steps()
+    with open_pool(site, warm, image=image, steps=steps):
+        pass
+
+    assert versions == ["0.4", "1.5", "2.1"]
+    assert steps.installed == []
+    assert list(image.not_reproduced) == ["pywin32"]
 
 
 # --- what is installed, and what is skipped -----------------------------------------------------------------

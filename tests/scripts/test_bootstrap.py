@@ -20,8 +20,9 @@ from packaging.requirements import Requirement
 
 import skyward as sky
 import skyward.scripts.bootstrap
-from skyward.cluster.requirements import recipe
+from skyward.cluster.requirements import described, recipe
 from skyward.cluster.wheel import own_wheel
+from skyward.environment.wheels import pack
 from skyward.scripts.bootstrap import Recipe, script
 from skyward.scripts.steps import NEUTRAL, Progress, read_progress
 from skyward.spec.image import Image
@@ -280,14 +281,15 @@ def test_another_version_of_a_shared_package_is_refused_before_the_start(wanted:
     assert caught.value.option == "pip"
 
 
-@pytest.mark.parametrize("from_folder", [True, False])
+@pytest.mark.parametrize(("from_folder", "installer"), [(True, "pip"), (False, "pip"), (False, "conda")])
 def test_a_package_from_a_folder_is_left_to_the_index(
-    from_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    from_folder: bool, installer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = tmp_path / "mine-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.2\n")
-    if from_folder:
+    (info / "INSTALLER").write_text(f"{installer}\n")
+    if from_folder or installer == "conda":
         (info / "direct_url.json").write_text('{"url": "file:///src/mine", "dir_info": {"editable": true}}')
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -295,6 +297,34 @@ def test_a_package_from_a_folder_is_left_to_the_index(
 
     assert ("mine" if from_folder else "mine==1.2") in made.requirements
     assert [c for c in made.constraints if c.startswith("mine")] == ([] if from_folder else ["mine==1.2"])
+
+
+def test_local_packages_are_installed_by_their_content(tmp_path: Path) -> None:
+    wheel = pack("mine-1-py3-none-any.whl", {"mine.py": b"1"}, ("scikit-learn", "tests; extra == 'x'"))
+    changed = pack(wheel.name, {"mine.py": b"2"}, wheel.requirements)
+    made, other = (recipe(Image(wheels=[w]), own_wheel()) for w in (wheel, changed))
+
+    run_function(script(made), "install_packages", tmp_path)
+
+    assert (tmp_path / "uv").read_text().splitlines()[-1] == f"{tmp_path}/home/wheels/{wheel.digest}/{wheel.name}"
+    assert made.key != other.key
+    assert f"scipy=={here('scipy')}" in made.constraints
+    assert described(made)[-1] == wheel.name
+
+
+def test_constraints_of_an_image_win_over_versions_here() -> None:
+    made = recipe(Image(pip=["scikit-learn"], constraints=["numpy<2", "scipy>1"]), own_wheel())
+
+    assert {"numpy<2", "scipy>1", f"scipy=={here('scipy')}"} <= set(made.constraints)
+    assert f"numpy=={here('numpy')}" not in made.constraints
+
+
+def test_packages_are_shown_without_hashes_and_passwords() -> None:
+    pip = [f"idna==3.6 --hash=sha256:{'ab' * 32}", "x @ https://me:secret@host/x.whl"]
+    made = recipe(Image(pip=pip, pip_extra_index_url=["https://one", "https://two"]), own_wheel())
+
+    assert described(made)[-2:] == ("idna==3.6", "x @ https://...@host/x.whl")
+    assert made.extra_index_url == "https://one https://two"
 
 
 def test_skyward_travels_as_a_wheel_and_its_extras_as_what_they_need() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
+from skyward.environment.wheels import Wheel
 from skyward.pool import PoolOptions
 from skyward.spec.pool import CHECKS, PoolSpec
 from skyward.spec.validation import parse_memory
@@ -250,6 +251,13 @@ def test_values_of_environment_variables_are_not_shown() -> None:
         {"pip_extra_index_url": "https://x/$(id)"},
         {"pip_extra_index_url": "https://x/(id)"},
         {"pip_extra_index_url": "https://x/\0"},
+        {"pip_extra_index_url": ["https://x", "https://x/$(id)"]},
+        {"pip": ["x --hash=sha256:$(id)"]},
+        {"pip": ["x --hash=sha256:" + "ab" * 32 + " --index-url=x"]},
+        {"constraints": ["x; $(id)"]},
+        {"wheels": ["a.whl"]},
+        {"not_reproduced": ["x"]},
+        {"wheels": [Wheel('a-1-py3-none-any";id;".whl', b"")]},
         {"include": ["a\nb"]},
         {"include": [""]},
         {"include": ["-rf"]},
@@ -290,6 +298,7 @@ def test_messages_keep_values_of_environment_variables_and_addresses() -> None:
         "x @ https://host/a?b=1&c=2 ; os_name == 'posix'",
         "torch===2.2.0+cu121",
         "zope.interface~=5.0,!=5.1.*",
+        "numpy==2.0; os_name == 'posix' --hash=sha256:" + "ab" * 32,
     ],
 )
 def test_requirements_are_taken_as_pip_has_them(requirement: str) -> None:
