@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from skyward.compute import PendingStream as PendingStream
     from skyward.compute import gather as gather
     from skyward.compute import lazy as lazy
+    from skyward.compute import ref as ref
     from skyward.data import DistributedSampler as DistributedSampler
     from skyward.data import shard as shard
     from skyward.data import shard_iterator as shard_iterator
+    from skyward.engine.persisted import Persisted as Persisted
     from skyward.errors import AllProvidersFailedError as AllProvidersFailedError
     from skyward.errors import BootstrapError as BootstrapError
     from skyward.errors import CapacityError as CapacityError

@@ -43,6 +43,14 @@ def main(pool: sky.ComputePool) -> None:
     reveal_type(sky.gather(name(1), name(2), stream=True, ordered=False) >> sky)  # typing.Iterator[str]
     reveal_type(pool.submit(name(1)))  # concurrent.futures._base.Future[str]
     reveal_type(pool.map(name, [1, 2]))  # typing.Iterator[str]
+    reveal_type(sky.ref(train(0.1)))  # float
+    reveal_type(train(sky.ref(train(0.1))) >> pool)  # float
+    reveal_type(sky.ref(name(1) & later(2)))  # tuple[str, bytes]
+    reveal_type(pool.persist(name(1)))  # skyward.engine.persisted.Persisted[str]
+    reveal_type(pool.persist(name(1)).result())  # str
+    reveal_type(sky.ref(pool.persist(name(1))))  # str
+    several = sky.gather(*[name(x) for x in (1, 2)])
+    reveal_type(pool.persist(several))  # tuple[skyward.engine.persisted.Persisted[str], ...]
     reveal_type(sky.shard([1, 2]))  # list[int]
     reveal_type(sky.shard([1], "a"))  # tuple[list[int], str]
 

@@ -1,7 +1,7 @@
 """Calls as values: what `@sky.compute` makes of a function, and the operators that send calls to a pool."""
 
 from skyward.compute.function import ComputeFunction, compute, lazy, refuse_generator, run_coroutine
-from skyward.compute.pending import PendingBatch, PendingCompute, PendingStream, gather
+from skyward.compute.pending import PendingBatch, PendingCompute, PendingStream, gather, ref
 
 __all__ = [
     "ComputeFunction",
@@ -11,6 +11,7 @@ __all__ = [
     "compute",
     "gather",
     "lazy",
+    "ref",
     "refuse_generator",
     "run_coroutine",
 ]

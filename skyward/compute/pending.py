@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Protocol, Typ
 
 from skyward.current import resolve
 
+if TYPE_CHECKING:
+    from skyward.engine.persisted import Persisted
+
 R = TypeVar("R")
 S = TypeVar("S")
 R_co = TypeVar("R_co", covariant=True)
@@ -45,7 +48,7 @@ class Target(BroadcastTarget, Protocol):
 # --- calls --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False, weakref_slot=True)
 class PendingCompute(Generic[R_co]):
     """A call that has not run: ``>> target`` runs it once, ``@ target`` on every node, ``&`` beside others.
 
@@ -190,6 +193,20 @@ def _shown(pending: PendingCompute[Any]) -> str:
     """Return the call as source-like text, short whatever the arguments are."""
     name = getattr(pending.fn, "__name__", type(pending.fn).__name__)
     return f"{name}({'...' if pending.args or pending.kwargs else ''})"
+
+
+@overload
+def ref(call: Persisted[R], /) -> R: ...  # first, because its base class is untyped and would match anything
+@overload
+def ref(call: PendingCompute[R], /) -> R: ...
+@overload
+def ref(call: PendingBatch[*Ts], /) -> tuple[*Ts]: ...
+def ref(call: Any, /) -> Any:
+    """Return `call` itself, typed as its value, for type checkers: ``score(sky.ref(train(0.1)), part)``.
+
+    At run time a bare call works as well: where a call is an argument of another one, that one gets its value.
+    """
+    return call
 
 
 # --- many calls ---------------------------------------------------------------------------------------------

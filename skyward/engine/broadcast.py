@@ -7,6 +7,7 @@ import logging
 import math
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from skyward.engine.calls import Item, make_chunk, now
 from skyward.engine.ending import RESTART_S, EndingWorkers
@@ -40,12 +41,15 @@ class Broadcaster:
     def is_busy(self) -> bool:
         return self._lock.locked()
 
-    async def run(self, item: Item, every_slot: bool) -> list[Outcome]:
-        """Return the outcomes in order, or the first failure alone. In the event loop."""
-        async with self._lock:
-            return await self._run(item, every_slot)
+    async def run(self, item: Item, needs: Sequence[Any], every_slot: bool) -> list[Outcome]:
+        """Return the outcomes in order, or the first failure alone. In the event loop.
 
-    async def _run(self, item: Item, every_slot: bool) -> list[Outcome]:
+        `needs` are the futures of the values that the call needs from others.
+        """
+        async with self._lock:
+            return await self._run(item, needs, every_slot)
+
+    async def _run(self, item: Item, needs: Sequence[Any], every_slot: bool) -> list[Outcome]:
         await self._complete()
         placed = self._roster.layout
         targets = [
@@ -62,7 +66,7 @@ class Broadcaster:
             key = f"{item.call.label}-{uuid.uuid4().hex}"
             keys.append(key)
             part = Participant(index, len(targets), worker, per_node, barrier)
-            running = asyncio.create_task(self._run_part(key, item, part, addresses))
+            running = asyncio.create_task(self._run_part(key, item, needs, part, addresses))
             tasks[running] = index
         is_job = getattr(item.call.fn, ISOLATION, None) is not None
         results: dict[int, Outcome] = {}
@@ -125,18 +129,19 @@ class Broadcaster:
             ) from None
 
     async def _run_part(
-        self, key: str, item: Item, part: Participant, addresses: list[str]
+        self, key: str, item: Item, needs: Sequence[Any], part: Participant, addresses: list[str]
     ) -> Outcome | BaseException:
         address = addresses[part.rank]
         self._roster.placement.add(address)
         try:
             isolation = getattr(item.call.fn, ISOLATION, None)
             layout, facts = self._roster.pickled_layout, self._sources.facts
-            result = await self._send(make_chunk(key, [item], layout, facts, part=part, isolation=isolation), address)
+            chunk = make_chunk(key, [item], layout, facts, part=part, isolation=isolation)
+            result = await self._send(chunk, needs, address)
             if result.is_outdated and not self._roster.is_joined:
                 addresses[part.rank] = ""  # it ends at our request
                 addresses[part.rank] = await asyncio.wait_for(self._ending.renewed(address), RESTART_S)
-                return await self._run_part(key, item, part, addresses)
+                return await self._run_part(key, item, needs, part, addresses)
         except WorkerGoneError:
             return WorkerDiedError(
                 f"the worker of part {part.rank} of {part.size} died during the broadcast of "
@@ -150,14 +155,14 @@ class Broadcaster:
             self._roster.placement.remove(address)
         return result.items[0]
 
-    async def _send(self, chunk: Chunk, address: str) -> Outcomes:
+    async def _send(self, chunk: Chunk, needs: Sequence[Any], address: str) -> Outcomes:
         """Run a part on its worker, before all else that waits there."""
         arguments: Sequence[object] = [chunk]
         if self._roster.is_joined:
             arguments = await self._transport.arguments(chunk)
         else:
             await self._transport.prepare(chunk, self._roster.placement.node(address), address)
-        return await self._transport.run(chunk.key, arguments, workers=[address], priority=100)
+        return await self._transport.run(chunk.key, arguments, needs=needs, workers=[address], priority=100)
 
     async def _abort_barrier(self, name: str | None) -> None:
         if name is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from skyward.compute.pending import PendingCompute
 from skyward.engine.estimates import Estimates
 from skyward.transfer.wire import Access, BlobRef, Chunk, FunctionRef, Isolation, Participant, WireCall
 
@@ -18,6 +19,7 @@ class Call:
     `retries` counts reruns after the call raised; `timeout` is in seconds of run time; `alone` keeps it
     out of chunks with others; `name` is what the Dask dashboard shows; `tasks` is how many it counts for. `owner` is
     an object among the arguments whose method is called: a large one goes to each node once, as large buffers do.
+    `origin` is the pending call that it was, by which other calls refer to its value.
     """
 
     fn: Callable[..., Any]
@@ -29,11 +31,18 @@ class Call:
     name: str | None = None
     tasks: int = 1
     owner: Any = None
+    origin: Any = None
 
     @property
     def label(self) -> str:
         name = self.name or getattr(self.fn, "__name__", None) or type(self.fn).__name__
         return name.replace("<lambda>", "lambda").strip("<>").replace("-", "_") or "call"
+
+
+def as_call(pending: PendingCompute[Any]) -> Call:
+    """Return a pending call as the engine takes it."""
+    fn, args, kwargs = pending.fn, pending.args, pending.kwargs
+    return Call(fn, args, kwargs, retries=pending.retries, timeout=pending.timeout, origin=pending)
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +56,7 @@ class Item:
     buffers: tuple[BlobRef, ...]
     size: int  # bytes of the arguments, and of large buffers that were not stored before
     sink: Any = None  # what the group needs to deliver the outcome
+    needs: tuple[Any, ...] = ()  # what gives the values that it needs, see `skyward.engine.graph`
     attempts: int = 0  # runs that ended in the call's own exception
     losses: int = 0  # runs that ended with their worker
     chunk: str = ""  # key of the chunk that it was sent in last

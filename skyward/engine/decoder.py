@@ -8,7 +8,6 @@ from typing import Any
 
 from skyward import user_errors
 from skyward.engine.calls import Call
-from skyward.errors import SerializationError, TaskExitError
 from skyward.transfer import pickling
 from skyward.transfer.wire import Kind, Outcome
 from skyward.worker import raised
@@ -39,29 +38,8 @@ class Decoder:
             except BaseException as exc:  # its class needs a package that only the worker has; or its __setstate__
                 if isinstance(exc, KeyboardInterrupt) and user_errors.ends_program(exc):
                     raise
-                return False, _unreadable(f"the result of {call.label}()", exc)
-        return False, self._error(call, outcome)
-
-    def _error(self, call: Call, outcome: Outcome) -> BaseException:
-        match outcome.kind:
-            case Kind.TIMEOUT:
-                return TimeoutError(f"{call.label}() did not end within its timeout of {call.timeout:g} s")
-            case Kind.EXIT:
-                code = pickling.loads(outcome.data)
-                return TaskExitError(
-                    f"{call.label}() called sys.exit({code!r}) on {outcome.machine}. "
-                    "Return a value or raise an exception instead.",
-                    code=code,
-                )
-        try:
-            error: BaseException = pickling.loads(outcome.data, outcome.buffers)
-            raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")
-        except BaseException as exc:  # as above
-            if isinstance(exc, KeyboardInterrupt) and user_errors.ends_program(exc):
-                raise
-            error = _unreadable(f"the exception of {call.label}()", exc)
-            raised.annotate(error, outcome.traceback, f"raised on {outcome.machine}")
-        return error
+                return False, raised.unreadable(f"the result of {call.label}()", exc)
+        return False, raised.unpack(outcome, call.label, call.timeout)
 
     def _warn(self, text: str, data: bytes, filename: str, line: int) -> None:
         try:
@@ -69,12 +47,3 @@ class Decoder:
         except Exception:  # its category is one that only the worker knows: the text matters more
             warning = UserWarning(text)
         warnings.warn_explicit(warning, type(warning), filename, line, registry=self._registry)
-
-
-def _unreadable(what: str, cause: BaseException) -> SerializationError:
-    error = SerializationError(
-        f"{what} arrived, but can't be unpickled here: {raised.text(cause)}. Is a package missing on this side?",
-        where=what,
-    )
-    error.__cause__ = cause
-    return error

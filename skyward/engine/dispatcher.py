@@ -204,7 +204,7 @@ class Dispatcher:
         is_running = self._transport.client.status == "running"
         if not isinstance(result, Outcomes) and not is_running and not sent.is_dropped:
             # The scheduler is out of reach. The pool usually finds out why and fails with that: a better error.
-            await asyncio.wait([self._over], timeout=_VERDICT_S)
+            await self.wait_for_verdict()
         if isinstance(result, Outcomes) and result.is_outdated and sent.address is not None:
             self._ending.end(sent.address)
         is_free_retry = not sent.is_dropped and await self._sent.is_free_retry(sent, result)
@@ -214,6 +214,10 @@ class Dispatcher:
         del self.chunks[key]
         group.in_flight.pop(key, None)
         if isinstance(result, Outcomes):
+            if sent.is_old and sent.address is not None and result.items[0].kind is _NOT_RUN:
+                # It was behind a Dask task, which may go on for long.
+                self._roster.placement.avoid(sent.address, now() + UNREACHABLE_S)
+                self._loop.asyncio_loop.call_later(UNREACHABLE_S, self.pump)
             self._completed(group, items, result.items)
         elif is_free_retry and self.failure is None:
             self._requeue(group, items)
@@ -221,6 +225,10 @@ class Dispatcher:
         else:
             self._lost(group, items, result, now() - began)
         self.pump()
+
+    async def wait_for_verdict(self) -> None:
+        """Wait a little for the reason why the scheduler is out of reach, which becomes `failure`."""
+        await asyncio.wait([self._over], timeout=_VERDICT_S)
 
     def workers_changed(self) -> None:
         """End the wait for chunks whose workers are gone, and send others to the new ones."""

@@ -21,9 +21,11 @@ from skyward.engine.dispatcher import Dispatcher
 from skyward.engine.ending import EndingWorkers
 from skyward.engine.estimates import Estimates
 from skyward.engine.future import Callbacks, CallFuture
+from skyward.engine.graphs import Graphs
 from skyward.engine.group import FutureGroup, Group
 from skyward.engine.loop import Loop
 from skyward.engine.packer import Packer
+from skyward.engine.persisted import Persisted
 from skyward.engine.progress import Progress, Single
 from skyward.engine.roster import Roster, WaitForWorker
 from skyward.engine.sent_chunks import SentChunks
@@ -121,6 +123,9 @@ class Engine:
         self.dispatcher: Dispatcher = Dispatcher(
             self.loop, roster, transport, sent, ending, self.store, self.sources, self.progress, retries=retries
         )
+        self.graphs: Graphs = Graphs(
+            self.loop, roster, transport, ending, self.store, self.sources, self.progress, self.dispatcher
+        )
         self.estimates: Estimates = self.dispatcher.estimates
         self._callbacks = Callbacks(self.decoder)
         self._futures_group = Group(self.dispatcher, self._callbacks.put)
@@ -134,7 +139,7 @@ class Engine:
 
     def demand(self) -> int:
         """Return how many slots the calls that wait and run could use now. In the loop."""
-        return self.dispatcher.demand()
+        return self.dispatcher.demand() + sum(graph.left() for graph in self.graphs.running)
 
     def busy(self) -> set[str]:
         """Return the addresses of workers that have something to do. In the loop."""
@@ -146,11 +151,11 @@ class Engine:
 
     def idle_since(self) -> float:
         """Return the `time.monotonic` since when nothing has run; now, while something does."""
-        is_busy = self.dispatcher.is_busy or self._broadcaster.is_busy
+        is_busy = self.dispatcher.is_busy or self._broadcaster.is_busy or self.graphs.running
         return now() if is_busy else self.dispatcher.last_activity
 
     def _needs_worker(self) -> bool:
-        return bool(self.dispatcher.chunks) or self._broadcaster.is_busy
+        return bool(self.dispatcher.chunks or self.graphs.running) or self._broadcaster.is_busy
 
     # --- for callers, from any thread -----------------------------------------------------------------------
 
@@ -192,9 +197,26 @@ class Engine:
         queue = self._futures_group if group is None else group
         future = CallFuture()
         item = packer.pack(call, sink=future)
-        future.on_cancel = functools.partial(self.dispatcher.cancel_call, queue, item)
-        queue.put(item)
+        if item.needs:
+            future.on_cancel = self.graphs.send_one(item, packer, queue.deliver).cancel
+        else:
+            future.on_cancel = functools.partial(self.dispatcher.cancel_call, queue, item)
+            queue.put(item)
         return future
+
+    def persist(self, calls: Sequence[Call]) -> list[Persisted[Any]]:
+        """Start calls whose values stay on the cluster, and return the values' futures.
+
+        Raises as `submit` does, and `SpecError` for calls that can't feed one another.
+        """
+        self.dispatcher.check_open()
+        packer = Packer(self.store, self.sources, unchanged=True)
+        graph = self.graphs.graph(packer, lambda _: None)
+        try:
+            return graph.keep([packer.pack(call, i) for i, call in enumerate(calls)])
+        except BaseException:
+            graph.cancel()
+            raise
 
     def broadcast(self, call: Call, *, every_slot: bool = False) -> list[Any]:
         """Run `call` once on every node (or every slot), started together; return the values in order.
@@ -205,17 +227,26 @@ class Engine:
         """
         self.dispatcher.check_open()
         self.loop.check_thread()
-        item = Packer(self.store, self.sources).pack(call)
-        running = asyncio.run_coroutine_threadsafe(self._broadcast(item, every_slot), self.loop.asyncio_loop)
+        packer = Packer(self.store, self.sources)
+        item = packer.pack(call)
+        graph = self.graphs.graph(packer, lambda _: None) if item.needs else None
+        running = None
         try:
+            needs = [] if graph is None else graph.values(item)
+            running = asyncio.run_coroutine_threadsafe(
+                self._broadcast(item, needs, every_slot), self.loop.asyncio_loop
+            )
             outcomes = running.result()
         except concurrent.futures.CancelledError:
             raise self.dispatcher.failure or PoolError("the pool was closed during a broadcast") from None
         except BaseException:
-            running.cancel()
+            if running is not None:
+                running.cancel()
             raise
         finally:
             self.store.release(item.refs)
+            if graph is not None:
+                graph.cancel()
         values = []
         for outcome in outcomes:
             ok, value = self.decoder.decode(call, outcome)
@@ -224,7 +255,7 @@ class Engine:
             values.append(value)
         return values
 
-    async def _broadcast(self, item: Item, every_slot: bool) -> list[Outcome]:
+    async def _broadcast(self, item: Item, needs: Sequence[Any], every_slot: bool) -> list[Outcome]:
         task = asyncio.current_task()
         assert task is not None
         self.loop.tasks.add(task)  # so that the end of the engine ends it
@@ -233,7 +264,7 @@ class Engine:
         self.dispatcher.last_activity = now()
         failed = True
         try:
-            outcomes = await self._broadcaster.run(item, every_slot)
+            outcomes = await self._broadcaster.run(item, needs, every_slot)
             failed = any(outcome.kind is not Kind.VALUE for outcome in outcomes)
             return outcomes
         except asyncio.CancelledError:

@@ -68,6 +68,11 @@ class Group:
         self._bytes_put += item.size
         self._server.wake(self)
 
+    def leave_out(self) -> None:
+        """Count one call less: it runs elsewhere."""
+        if self.size is not None:
+            self.size -= 1
+
     def cancel(self) -> None:
         """Drop what has not begun and interrupt what runs; futures of this group become cancelled.
 

@@ -17,7 +17,7 @@ from skyward.engine.captured import captured
 from skyward.engine.sources import REST_S, Sources
 from skyward.engine.store import SeenBuffers, Store
 from skyward.engine.writable import WritableArrays
-from skyward.errors import SerializationError
+from skyward.errors import SerializationError, SkywardError
 from skyward.transfer import pickling
 from skyward.transfer.wire import Access, FunctionRef
 
@@ -73,16 +73,18 @@ class Packer:
             fn, owner = fn.__func__, fn.__self__
             args = (owner, *args)
         before = self._store.written_bytes
+        needs: list[Any] = []
         try:
             function = self._function(fn)
             apart = owner if owner is self._large else None
-            data, buffers = self._dumps((args, kwargs), apart)
+            data, buffers = self._dumps((args, kwargs), needs, apart)
             if len(data) >= pickling.OUT_OF_BAND and owner is not None:
                 self._large = owner
-                data, buffers = self._dumps((args, kwargs), owner)
+                needs.clear()
+                data, buffers = self._dumps((args, kwargs), needs, owner)
             self._sources.look(self._rest_s)
             self._rest_s = math.inf if self._unchanged else REST_S
-        except (SerializationError, MemoryError):
+        except (SkywardError, MemoryError):
             raise
         except Exception as exc:  # whatever an object's own __reduce__ raises
             raise pickling.explain_call(fn, args, kwargs, exc) from exc
@@ -91,12 +93,13 @@ class Packer:
             refs = (self._store.put(memoryview(data)), *refs)
             data = pickling.loader(len(buffers))
         size = len(data) + self._store.written_bytes - before
-        return Item(call, index, function, data, refs, size, sink)
+        return Item(call, index, function, data, refs, size, sink, tuple(needs))
 
-    def _dumps(self, obj: object, apart: object = None) -> tuple[bytes, Sequence[pickling.Buffer]]:
-        return pickling.dumps(
-            obj, self._sources.refer, out_of_band=self._out_of_band, apart=apart, files=self._store.has_files
-        )
+    def _dumps(
+        self, obj: object, needs: list[Any], apart: object = None
+    ) -> tuple[bytes, Sequence[pickling.Buffer]]:
+        refer, files = self._sources.refer, self._store.has_files
+        return pickling.dumps(obj, refer, out_of_band=self._out_of_band, apart=apart, files=files, needs=needs)
 
     def close(self) -> None:
         """Let go of what is kept for the group. Nothing more is packed."""
@@ -113,7 +116,15 @@ class Packer:
         ):
             return known.ref
         state = None if self._unchanged else captured(fn)
-        data, buffers = self._dumps(fn)
+        needs: list[Any] = []
+        data, buffers = self._dumps(fn, needs)
+        if needs:
+            name = getattr(fn, "__qualname__", type(fn).__name__)
+            raise SerializationError(
+                f"function {name}() refers to {needs[0]!r}, whose value is on the cluster or not there yet: pass it to "
+                f"{name}() as an argument",
+                where=f"function {name}()",
+            )
         refs = tuple(self._seen.put(b) for b in buffers)
         hasher = xxhash.xxh3_128(data)
         for ref in refs:

@@ -10,9 +10,11 @@ import queue
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
+from skyward.compute.pending import PendingBatch, PendingCompute
 from skyward.engine.calls import Call, Item
 from skyward.engine.engine import Engine
 from skyward.engine.future import ItemOutcomes
+from skyward.engine.graph import Graph
 from skyward.engine.group import Group
 from skyward.engine.packer import Packer
 from skyward.transfer.wire import Outcome
@@ -26,18 +28,26 @@ _AHEAD_BYTES = 256 << 20
 """Pickled arguments and new large buffers that may wait for a slot (bytes), beyond two calls per slot.
 
 Chosen, not measured."""
+_HELD_CALLS = 10_000
+"""Calls of a batch among which a later one may need the value of an earlier one. Chosen, not measured."""
+_MAY_NEED = frozenset({list, tuple, dict, PendingCompute, PendingBatch})
 
 
 def run_one(engine: Engine, call: Call) -> Any:
     """Run one call and return its value, or raise the user's exception."""
     engine.loop.check_thread()
     arrived: queue.SimpleQueue[ItemOutcomes] = queue.SimpleQueue()
-    group = Group(engine.dispatcher, arrived.put, size=1)
+    packer = Packer(engine.store, engine.sources, unchanged=True)
+    item = packer.pack(call)
+    running: Group | Graph = Group(engine.dispatcher, arrived.put, size=1)
     try:
-        group.put(Packer(engine.store, engine.sources, unchanged=True).pack(call))
+        if item.needs:
+            running = engine.graphs.send_one(item, packer, arrived.put)
+        else:
+            running.put(item)
         ((item, outcome),) = arrived.get()
     except BaseException:  # Ctrl-C
-        group.cancel()
+        running.cancel()
         raise
     ok, value = engine.decoder.decode(item.call, outcome)
     if not ok:
@@ -87,6 +97,10 @@ def _outcomes(
     source = enumerate(calls)
     known = len(calls) if isinstance(calls, (list, tuple)) else None
     group = Group(engine.dispatcher, arrived.put, size=known)
+    graph: Graph | None = None
+    # Not sent yet, because later calls may need their values.
+    held: list[Item] | None = [] if unchanged and any(map(_may_need, calls)) else None
+    held_bytes = 0
     early: dict[int, tuple[Item, Outcome | BaseException]] = {}
     fed = ended = turn = 0
     digest = ""  # of the last function
@@ -96,11 +110,13 @@ def _outcomes(
         group.may_grow = lambda: not exhausted
     try:
         while True:
-            while (
-                not exhausted
-                and fed - ended < (most := _window(engine, digest))
-                and len(early) < 4 * most
-                and (group.pending_bytes < _AHEAD_BYTES or fed - ended < 2 * engine.slots)
+            while not exhausted and (
+                (held is not None and fed < _HELD_CALLS and held_bytes < _AHEAD_BYTES)
+                or (
+                    fed - ended < (most := _window(engine, digest))
+                    and len(early) < 4 * most
+                    and (group.pending_bytes < _AHEAD_BYTES or fed - ended < 2 * engine.slots)
+                )
             ):
                 index, call = next(source, (-1, None))
                 if call is None:
@@ -111,7 +127,24 @@ def _outcomes(
                 group.expected = None if known is None else known - fed
                 item = packer.pack(call, index)
                 digest = item.function.digest
-                group.put(item)
+                if item.needs:
+                    graph = graph or engine.graphs.graph(packer, arrived.put)
+                    graph.put(item)
+                    group.leave_out()
+                elif held is not None:
+                    held.append(item)
+                    held_bytes += item.size
+                else:
+                    group.put(item)
+            for item in held or ():
+                if graph is not None and item in graph:
+                    graph.put(item)
+                    group.leave_out()
+                else:
+                    group.put(item)
+            held = None
+            if graph is not None:
+                graph.send(is_last=exhausted)
             if fed == ended:
                 finished = True
                 return
@@ -135,6 +168,13 @@ def _outcomes(
     finally:
         if not finished:
             group.cancel()
+        if graph is not None:
+            (graph.close if finished else graph.cancel)()
+
+
+def _may_need(call: Call) -> bool:
+    """Tell whether a call may need the values of others, by a look at its arguments that costs next to nothing."""
+    return not _MAY_NEED.isdisjoint(map(type, (*call.args, *call.kwargs.values())))
 
 
 def _window(engine: Engine, digest: str) -> int:

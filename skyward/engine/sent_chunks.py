@@ -36,6 +36,7 @@ class SentChunk:
     is_direct: bool = False
     is_sent: bool = False
     is_stolen: bool = False
+    is_old: bool = False  # it runs long, or waits behind a Dask task
     is_lost: bool = False  # its worker is gone
     is_dropped: bool = False  # nobody waits for it any more
     has_ended: bool = False  # with outcomes
@@ -53,6 +54,7 @@ class SentChunks:
         self._placement = placement
         self._was_reclaimed = was_reclaimed
         self._at: dict[str, list[SentChunk]] = defaultdict(list)  # in the order in which they were sent there
+        self._asking: set[asyncio.Task[None]] = set()
 
     def add(self, sent: SentChunk) -> None:
         """Count a chunk as one of its worker's. Whoever calls also calls `result`."""
@@ -104,7 +106,11 @@ class SentChunks:
 
     def _start_placeholder(self, sent: SentChunk) -> None:
         assert sent.address is not None
+        sent.is_old = True
         if not sent.is_dropped and self._transport.client.status == "running":
+            if self._placement.has_idle():
+                self._asking.add(task := asyncio.ensure_future(self._take_back(sent)))
+                task.add_done_callback(self._asking.discard)
             sent.placeholder = self._transport.start_placeholder(sent.key, sent.address)
 
     def lose(self, chunks: Iterable[SentChunk], alive: Collection[str]) -> None:
@@ -129,13 +135,18 @@ class SentChunks:
         return self._was_reclaimed is not None and await self._was_reclaimed(result.address)
 
     def steal(self) -> Sequence[Coroutine[Any, Any, None]]:
-        """Have chunks that wait behind others on one worker given back, if another worker has nothing to do."""
+        """Have chunks that wait behind others, or behind a Dask task, given back if another worker has nothing to do.
+
+        One that has begun is not given back.
+        """
         if not self._placement.has_idle():
             return []
-        requests = []
-        for address in self._placement.overloaded():
-            last = self._at[address][-1] if address in self._at else None
-            if last is not None and last.is_direct and not last.is_stolen:
-                last.is_stolen = True
-                requests.append(self._transport.take_back(address, [last.key]))
-        return requests
+        last = [self._at[address][-1] for address in self._placement.overloaded() if address in self._at]
+        last += [chunks[0] for chunks in self._at.values() if chunks[0].is_old]
+        return [self._take_back(sent) for sent in last if sent.is_direct and not sent.is_stolen]
+
+    async def _take_back(self, sent: SentChunk) -> None:
+        assert sent.address is not None
+        if not sent.is_stolen:
+            sent.is_stolen = True
+            await self._transport.take_back(sent.address, [sent.key])

@@ -15,13 +15,16 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import dask
 from distributed.comm import CommClosedError
 from distributed.core import send_recv
 
 from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.store import Store
+from skyward.scheduler.losses import LOSSES
 from skyward.transfer.wire import INTERRUPT, LEAVE, RUN, TAKE_BACK, Chunk, Outcomes
 from skyward.worker import handlers, interrupts, ranks, runtime
+from skyward.worker.graph import KEY
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,12 @@ class WorkerGoneError(Exception):
         super().__init__(address)
         self.address = address
         self.name = name
+
+
+def _worker_gone(error: Any) -> WorkerGoneError:
+    """Return what Dask's `KilledWorker` says."""
+    worker = getattr(error, "last_worker", None)
+    return WorkerGoneError(getattr(worker, "address", ""), getattr(worker, "name", None))
 
 
 class UnreachableError(Exception):
@@ -184,8 +193,10 @@ class Transport:
         """Tell the scheduler of a chunk that runs on a worker: by a task that lasts as long. Returns its future."""
         return self.client.submit(handlers.placeholder, key, key=key, workers=[address], pure=False)
 
-    async def run(self, key: str, arguments: Sequence[Any], **where: Any) -> Outcomes:
+    async def run(self, key: str, arguments: Sequence[Any], needs: Sequence[Any] = (), **where: Any) -> Outcomes:
         """Run a chunk as the Dask task `key`; what Dask itself raises is passed on, but for the end of a worker.
+
+        `needs` are the futures of the values that its call needs from others.
 
         Cancelling this leaves the task to `interrupt`.
 
@@ -194,7 +205,14 @@ class Transport:
         WorkerGoneError
             The worker that ran it has ended.
         """
-        future = self.client.submit(runtime.run_batch, *arguments, key=key, pure=False, **where)
+        with dask.annotate(**{LOSSES: 0}):  # what has become of the others' parts can't be undone
+            if needs:
+                where["needs"] = list(needs)
+            future = self.client.submit(runtime.run_batch, *arguments, key=key, pure=False, **where)
+        return await self.outcomes(future)
+
+    async def outcomes(self, future: Any) -> Outcomes:
+        """Return what the task of a future returns: outcomes. Raises as `run` does."""
         # Shielded, because a gather that is cut short leaves tasks that complain about it on the terminal.
         gathering = asyncio.ensure_future(self.client.gather(future, direct=self._direct, asynchronous=True))
         gathering.add_done_callback(_retrieve)
@@ -203,8 +221,20 @@ class Transport:
         except Exception as exc:
             if type(exc).__name__ != "KilledWorker":
                 raise
-            worker = getattr(exc, "last_worker", None)
-            raise WorkerGoneError(getattr(worker, "address", ""), getattr(worker, "name", None)) from exc
+            raise _worker_gone(exc) from exc
+
+    async def failure(self, future: Any) -> BaseException | None:
+        """Wait for the end of a task, and return what it has raised, if it has. Takes a future, or its state alone."""
+        state = getattr(future, "_state", future)
+        await state.wait()
+        if state.status == "finished":
+            return None
+        error: BaseException = state.exception
+        if type(error).__name__ != "KilledWorker":
+            return error
+        gone = _worker_gone(error)
+        gone.__dict__[KEY] = error.task  # type: ignore[attr-defined]
+        return gone
 
     async def interrupt(self, places: Mapping[str, str | None]) -> set[str]:
         """Take chunks off the cluster: queued ones are dropped, running ones interrupted.

@@ -83,8 +83,6 @@ class DaskProcesses:
                 "distributed.worker.multiprocessing-method": "forkserver",
                 # Tasks may start processes of their own, as torch's DataLoader does; daemons may not.
                 "distributed.worker.daemon": False,
-                # A call that kills its worker is counted and rerun by the engine, which knows calls, not tasks.
-                "distributed.scheduler.allowed-failures": 0,
                 # A call may hold the interpreter lock for hours; then its worker sends no heartbeats. The end of a
                 # worker or its machine is seen without them: by its connection, its nanny, or the machine's agent.
                 "distributed.scheduler.worker-ttl": None,
@@ -138,6 +136,7 @@ class DaskProcesses:
         from distributed import Scheduler
 
         from skyward.scheduler.barrier import barrier_plugin
+        from skyward.scheduler.losses import LossesPlugin
         from skyward.scheduler.page_data import PageDataPlugin
         from skyward.scheduler.task_stream import ReportsPlugin
 
@@ -148,7 +147,13 @@ class DaskProcesses:
             security=self._security,
             dashboard=False,  # for now: see `_add_dashboard`
             dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
-            plugins=[barrier_plugin(self._config.pool_id), ReportsPlugin(), PageDataPlugin(), reach.meeting_plugin()],
+            plugins=[
+                barrier_plugin(self._config.pool_id),
+                ReportsPlugin(),
+                LossesPlugin(),
+                PageDataPlugin(),
+                reach.meeting_plugin(),
+            ],
         )
         await stack.enter_async_context(scheduler)
         self._scheduler.set_result(scheduler.address)

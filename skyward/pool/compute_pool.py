@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from skyward.accelerators.model import Accelerator
     from skyward.cluster.base import SkyCluster
     from skyward.engine import Call, Engine
+    from skyward.engine.persisted import Persisted
     from skyward.launch.plan import Plan
     from skyward.providers import ProviderLike, Resolved
     from skyward.spec.allocation import Allocation
@@ -250,6 +251,33 @@ class ComputePool:
         return self.engine.submit(_call(pending))
 
     @overload
+    def persist(self, pending: PendingCompute[R]) -> Persisted[R]: ...
+    @overload
+    def persist(self, pending: PendingBatch[*tuple[R, ...]]) -> tuple[Persisted[R], ...]: ...
+    def persist(self, pending: Any) -> Any:
+        """Start a call whose value stays on the cluster, and return its future at once; a batch gives a tuple.
+
+        Pass the future to other calls as an argument: they get the value, from worker to worker. It is dropped when
+        nothing refers to the future, and computed again when it was lost with its machine.
+
+        Raises
+        ------
+        TypeError
+            `pending` is neither a call nor a batch.
+        SerializationError
+            A function or an argument can't be pickled.
+        SpecError
+            The calls can't feed one another; nothing runs.
+        """
+        if isinstance(pending, PendingCompute):
+            return self.engine.persist([_call(pending)])[0]
+        if not isinstance(pending, PendingBatch):
+            raise TypeError(f"persist() takes a call or a batch, such as gather(...), not a {type(pending).__name__}")
+        if pending.return_exceptions:
+            raise invalid("return_exceptions", True, "False: a call that fails has no value to keep")
+        return tuple(self.engine.persist([_call(call) for call in pending.calls]))
+
+    @overload
     def map(self, fn: ComputeFunction[..., R], *iterables: Iterable[Any]) -> Iterator[R]: ...
     @overload
     def map(self, fn: Callable[..., R], *iterables: Iterable[Any]) -> Iterator[R]: ...
@@ -391,6 +419,6 @@ def _started(part: R | None) -> R:
 
 
 def _call(pending: PendingCompute[Any]) -> Call:
-    from skyward.engine import Call
+    from skyward.engine.calls import as_call
 
-    return Call(pending.fn, pending.args, pending.kwargs, retries=pending.retries, timeout=pending.timeout)
+    return as_call(pending)

@@ -9,7 +9,7 @@ from distributed import SchedulerPlugin
 from distributed.diagnostics.task_stream import TaskStreamPlugin
 
 from skyward.transfer.wire import RAN
-from skyward.worker.preload import LOG_TOPIC
+from skyward.worker.runtime import LOG_TOPIC
 
 
 class ReportsPlugin(SchedulerPlugin):  # type: ignore[misc]

@@ -151,7 +151,7 @@ class Session:
         from skyward.cluster.joined import JoinedCluster, forget, prepare
         from skyward.engine import Engine
         from skyward.session.client import connect, disconnect
-        from skyward.worker.preload import LOG_TOPIC
+        from skyward.worker.runtime import LOG_TOPIC
 
         own = self._machines.cluster
         stack.callback(cluster.stop)

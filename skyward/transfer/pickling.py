@@ -24,6 +24,7 @@ import cloudpickle
 
 from skyward.errors import SerializationError
 from skyward.transfer import arrays
+from skyward.transfer.dependencies import STAND_INS
 
 OUT_OF_BAND = 1 << 20
 """Buffers from this size on (bytes) travel beside the pickle; joblib's memmapping starts at the same size."""
@@ -49,6 +50,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._apart: object = None
         self._files: bool | None = None
         self._refer: Refer = _by_name
+        self._needs: list[Any] | None = None
         super().__init__(SimpleNamespace(write=self._pieces.append), protocol=5, buffer_callback=self._keep_in_band)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
@@ -61,9 +63,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return False
 
     def dumps(
-        self, obj: object, refer: Refer, out_of_band: int, apart: object, files: bool | None
+        self, obj: object, refer: Refer, out_of_band: int, apart: object, files: bool | None, needs: list[Any] | None
     ) -> tuple[bytes, Sequence[Buffer]]:
         self._refer, self._out_of_band, self._apart, self._files = refer, out_of_band, apart, files
+        self._needs = needs
         try:
             self.dump(obj)
             if len(self._pieces) == 1 and not self._buffers:
@@ -76,7 +79,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             self._pieces.clear()
             self._buffers.clear()
             self._left_out.clear()
-            self._refer, self._apart = _by_name, None
+            self._refer, self._apart, self._needs = _by_name, None, None
             self.clear_memo()  # which keeps alive what was pickled
 
     def reducer_override(self, obj: Any) -> Any:
@@ -88,6 +91,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._reduce_code(obj)
         if type(obj).__module__ == "numpy":
             return self._reduce_numpy(obj)
+        if self._needs is not None and (stand_in := STAND_INS.get(type(obj))) is not None:
+            return stand_in(obj, self._needs)
         if isinstance(obj, BaseException) and _carries_traceback(type(obj)):
             return obj.__reduce_ex__(5)
         # A module, or an object that may be pickled as the name of a global.
@@ -270,12 +275,15 @@ def dumps(
     out_of_band: int = OUT_OF_BAND,
     apart: object = None,
     files: bool | None = None,
+    needs: list[Any] | None = None,
 ) -> tuple[bytes, Sequence[Buffer]]:
     """Return `obj` as (pickle, buffers of `out_of_band` bytes and more).
 
     `apart` is an instance that `obj` may refer to: its own pickle is one of the buffers if it is as large. `files`
     tells whether the other side sees the files of this machine. If so, a `numpy.memmap` is mapped there again. If not,
     it arrives as a copy that is read-only, so that a write raises instead of being lost; with None as a plain copy.
+    Objects that stand for values are replaced, and what gives these values is added to `needs`; with None they are
+    pickled as they are.
     """
     pickler = getattr(_local, "pickler", None)
     if pickler is None:
@@ -283,7 +291,7 @@ def dumps(
     try:
         # While a dump runs, the pickler is taken: an object's __reduce__ may itself call into skyward.
         _local.pickler = None
-        result: tuple[bytes, Sequence[Buffer]] = pickler.dumps(obj, refer, out_of_band, apart, files)
+        result: tuple[bytes, Sequence[Buffer]] = pickler.dumps(obj, refer, out_of_band, apart, files, needs)
     except BaseException:
         pickler = None  # its memo may hold half of what failed
         raise

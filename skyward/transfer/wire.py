@@ -125,6 +125,9 @@ class Chunk:
     facts: bytes = b""  # pickled `Facts`; bytes, as `layout`
     archives: tuple[BlobRef, ...] = ()  # of the facts
 
+    def __dask_tokenize__(self) -> str:
+        return self.key  # Dask would pickle and hash all of it
+
     def not_in_files(self) -> dict[str, None]:
         """Return the digests of the large buffers that it needs and that are not in files which the worker sees."""
         refs = (*(f.buffers for f in self.functions), *(c.buffers for c in self.calls), self.archives)

@@ -43,7 +43,8 @@ def install(worker: Any) -> None:
 
 async def _run(worker: Any, chunk: Chunk) -> Outcomes:
     """Run `chunk` in the worker's thread; if it is taken back before that, no call of it has run."""
-    _change_threads(worker, -1)  # so that tasks wait where the scheduler can move them, and not for the thread
+    if not _here:
+        _change_threads(worker, -1)  # so that tasks wait where the scheduler can move them, and not for the thread
     future = worker.executors["default"].submit(contextvars.copy_context().run, _in_thread, worker, chunk)
     _here[chunk.key] = future
     try:
@@ -55,7 +56,9 @@ async def _run(worker: Any, chunk: Chunk) -> Outcomes:
         return Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls))
     finally:
         del _here[chunk.key]
-        _change_threads(worker, +1)
+        _change_threads(worker, +1)  # which lets one task begin, after the next chunk: they take turns
+        if _here:
+            _change_threads(worker, -1)
     worker.batched_send({"op": RAN, "key": chunk.key, **report})
     return outcomes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 from skyward.errors import SpecError, VersionMismatchError, WorkerDiedError
@@ -25,7 +26,13 @@ def pass_barrier(worker: Any, pool_id: str, part: Participant, fact: Any = None)
 
 
 def run_isolated(
-    chunk: Chunk, part: Participant, blobs: tuple[Any, ...], worker: Any, me: interrupts.Running, layout: Layout
+    chunk: Chunk,
+    part: Participant,
+    blobs: tuple[Any, ...],
+    needs: Sequence[Any],
+    worker: Any,
+    me: interrupts.Running,
+    layout: Layout,
 ) -> list[Outcome]:
     """Run the one call of a chunk in a separate process, when all participants are here and have what it needs."""
     assert chunk.isolation is not None
@@ -46,7 +53,10 @@ def run_isolated(
         environment[buffer_files.VARIABLE] = buffer_files.scratch(worker)
         if cores := node_cores(part):
             environment |= thread_environment(cores)
-        found = ranks.run(chunk.key, (chunk, job), blobs, environment=environment, stop=lambda: me.why)
+        data, buffers = pickling.dumps(list(needs))
+        beside = [*blobs, *(buffer.raw() for buffer in buffers)]
+        work = (chunk, job, data, len(blobs))
+        found = ranks.run(chunk.key, work, beside, environment=environment, stop=lambda: me.why)
     except ranks.DiedError as exc:
         error = WorkerDiedError(
             f"the process of rank {part.rank} of {part.size} ended with {exc}; the others were stopped. If it was "

@@ -15,7 +15,6 @@ from typing import Any
 
 from skyward.worker import buffer_files, capture, handlers, interrupts, nanny, runtime
 
-LOG_TOPIC = "skyward-logs"
 _FLUSH_S = 0.1
 _AGAIN_S = 1.0
 """Seconds for which lines that were sent go again with outcomes.
@@ -83,7 +82,7 @@ class _Shipper:
             self._read(self._reader.read())
             if message := self._take(again=False):
                 # Under the lock: two flushes must not change the order of lines.
-                self._worker.log_event(LOG_TOPIC, message)
+                self._worker.log_event(runtime.LOG_TOPIC, message)
 
     def take(self) -> dict[str, Any] | None:
         """Return what was written until now and has not been sent, and what was sent just now."""

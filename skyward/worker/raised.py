@@ -9,9 +9,10 @@ import traceback
 from types import FunctionType
 from typing import Any
 
-from skyward.errors import RemoteTraceback, SerializationError
+from skyward import user_errors
+from skyward.errors import RemoteTraceback, SerializationError, TaskExitError
 from skyward.transfer import pickling
-from skyward.transfer.wire import Kind
+from skyward.transfer.wire import Kind, Outcome
 from skyward.worker import interrupts
 
 _set = BaseException.__setattr__
@@ -79,13 +80,53 @@ def text(exc: object) -> str:
         return f"<{type(exc).__name__}, whose text can't be made>"
 
 
+def unpack(outcome: Outcome, label: str, timeout: float | None) -> BaseException:
+    """Return the exception of a call, of this name and time limit, whose outcome is no value."""
+    match outcome.kind:
+        case Kind.TIMEOUT:
+            return TimeoutError(f"{label}() did not end within its timeout of {timeout:g} s")
+        case Kind.EXIT:
+            code = pickling.loads(outcome.data)
+            return TaskExitError(
+                f"{label}() called sys.exit({code!r}) on {outcome.machine}. "
+                "Return a value or raise an exception instead.",
+                code=code,
+            )
+    try:
+        error: BaseException = pickling.loads(outcome.data, outcome.buffers)
+        annotate(error, outcome.traceback, f"raised on {outcome.machine}")
+    except BaseException as exc:  # its class needs a package that only the worker has; or its __setstate__
+        if isinstance(exc, KeyboardInterrupt) and user_errors.ends_program(exc):
+            raise
+        error = unreadable(f"the exception of {label}()", exc)
+        annotate(error, outcome.traceback, f"raised on {outcome.machine}")
+    return error
+
+
+def unreadable(what: str, cause: BaseException) -> SerializationError:
+    """Return the error for something that arrived and can't be unpickled."""
+    error = SerializationError(
+        f"{what} arrived, but can't be unpickled here: {text(cause)}. Is a package missing on this side?",
+        where=what,
+    )
+    error.__cause__ = cause
+    return error
+
+
 def annotate(error: BaseException, trace: str, note: str) -> None:
     """Give an exception that came from a worker its traceback there, as its cause, and a note."""
     _set(error, "__traceback__", None)  # some libraries make it travel; the text says it all, once
     if trace:
         _set(error, "__cause__", RemoteTraceback(trace))
-    notes = vars(error).get("__notes__")
-    _set(error, "__notes__", [*(notes if isinstance(notes, list) else ()), note])
+    add_note(error, note)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, once, whatever its class and earlier notes are."""
+    found = vars(error).get("__notes__")
+    notes = found if isinstance(found, list) else []
+    if note not in notes:
+        _set(error, "__notes__", [*notes, note])
 
 
 class _WithoutInit:

@@ -6,23 +6,39 @@ Run as ``python -m skyward.worker.rank FD``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import pickle
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from skyward.transfer import pickling
 from skyward.transfer.wire import Outcomes
 from skyward.worker import capture, context, interrupts, runtime
 
 
+class _Values(Sequence[Any]):
+    """The values that the call needs from others: unpickled when the session has begun, as its arguments are."""
+
+    def __init__(self, data: bytes, buffers: list[bytes]) -> None:
+        self._load = functools.cache(lambda: pickling.loads(data, buffers))
+
+    def __len__(self) -> int:
+        return len(self._load())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._load()[index]
+
+
 def main() -> None:
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    (chunk, job), count = connection.recv()
-    blobs = [connection.recv_bytes() for _ in range(count)]
+    (chunk, job, needs, ours), count = connection.recv()
+    beside = [connection.recv_bytes() for _ in range(count)]
     capture.write_lines(marked=capture.VARIABLE in os.environ)
     interrupts.may_restart = True
     interrupts.wake_main_thread()
@@ -36,7 +52,8 @@ def main() -> None:
             session.enter_context(setup.session(context.world(), **chunk.isolation.options))
 
         runtime.prepare = prepare
-        outcomes = runtime.run_batch(replace(chunk, timeout_s=None), *blobs, job=job)
+        values = _Values(needs, beside[ours:])
+        outcomes = runtime.run_batch(replace(chunk, timeout_s=None), *beside[:ours], job=job, needs=values)
         capture.flush()
         _send(connection, outcomes)
         over.wait()  # others may still talk to us

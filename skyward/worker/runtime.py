@@ -11,16 +11,19 @@ import inspect
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from skyward.errors import SerializationError
-from skyward.transfer import pickling, sources
+from skyward.transfer import dependencies, pickling, sources
 from skyward.transfer.wire import Chunk, Kind, Layout, Outcome, Outcomes, WireCall
 from skyward.worker import buffer_files, call_warnings, context, interrupts, raised
 from skyward.worker.participant import pass_barrier, run_isolated
 from skyward.worker.threads import whole_node
 from skyward.worker.unpickling import Unpickler
+
+LOG_TOPIC = "skyward-logs"
+"""Topic of Dask's events under which the caller hears what calls print."""
 
 
 def _no_output() -> Any:
@@ -35,19 +38,32 @@ prepare: Callable[[], None] | None = None
 """Makes this process ready for its one call, where it has only one."""
 
 
-def run_batch(chunk: Chunk, *blobs: Any, job: context.Job | None = None) -> Outcomes:
+Pack = Callable[[Any], tuple[Any, tuple[Any, ...]]]
+
+
+def pack(value: Any) -> tuple[bytes, tuple[Any, ...]]:
+    """Return what a call has returned as (pickle, large buffers)."""
+    data, buffers = pickling.dumps(value)
+    return data, tuple(b.raw() for b in buffers)
+
+
+def run_batch(
+    chunk: Chunk, *blobs: Any, job: context.Job | None = None, needs: Sequence[Any] = (), pack: Pack = pack
+) -> Outcomes:
     """Run the calls of `chunk` one after another and return one outcome for each, in order.
 
     Never raises for what a call does. `blobs` are the large buffers that came with the task, in the order in
     which their digests appear in the chunk. `job` says that this is the separate process that a chunk may ask for.
+    `needs` are the values that its one call needs from others. `pack` makes of a value what its outcome holds.
     """
-    worker = _worker()
+    worker = current_worker()
     outcomes: list[Outcome] = []
     why = Kind.CANCELLED
     try:
         with interrupts.running(chunk.key, watched=chunk.isolation is not None and job is None) as me:
             try:
-                _run_calls(chunk, blobs, worker, me, outcomes, job)
+                with dependencies.given(needs):
+                    _run_calls(chunk, blobs, needs, worker, me, outcomes, job, pack)
             finally:
                 why = me.why or why
     except interrupts.Interrupted:  # between two calls
@@ -59,10 +75,12 @@ def run_batch(chunk: Chunk, *blobs: Any, job: context.Job | None = None) -> Outc
 def _run_calls(
     chunk: Chunk,
     blobs: tuple[Any, ...],
+    needs: Sequence[Any],
     worker: Any,
     me: interrupts.Running,
     outcomes: list[Outcome],
     job: context.Job | None,
+    pack: Pack,
 ) -> None:
     started = time.perf_counter()
     address = job.address if job else worker.address if worker else ""
@@ -72,7 +90,7 @@ def _run_calls(
     if chunk.isolation and job is None:
         assert part is not None
         with _limit(chunk):
-            outcomes += run_isolated(chunk, part, blobs, worker, me, layout)
+            outcomes += run_isolated(chunk, part, blobs, needs, worker, me, layout)
         return
     token = context.running.set(context.Task(layout, address, part, job.peers if job else ()))
     try:
@@ -95,16 +113,18 @@ def _run_calls(
                 elif outcomes and chunk.budget_s is not None and spent > chunk.budget_s:
                     outcomes.append(Outcome(Kind.NOT_RUN))
                 else:
-                    outcomes.append(_run_call(chunk, call, unpickler, me, machine))
+                    outcomes.append(_run_call(chunk, call, unpickler, me, machine, pack))
     finally:
         context.running.reset(token)
 
 
-def _run_call(chunk: Chunk, call: WireCall, unpickler: Unpickler, me: interrupts.Running, machine: str) -> Outcome:
+def _run_call(
+    chunk: Chunk, call: WireCall, unpickler: Unpickler, me: interrupts.Running, machine: str, pack: Pack
+) -> Outcome:
     started = time.perf_counter()
     collected: call_warnings.CallWarnings = {}
     try:
-        kind, data, buffers, text = _result(chunk, call, unpickler, collected)
+        kind, data, buffers, text = _result(chunk, call, unpickler, collected, pack)
         seconds = time.perf_counter() - started
         return Outcome(kind, data, buffers, seconds, text, machine, call_warnings.pack(collected))
     except interrupts.Interrupted:
@@ -118,7 +138,7 @@ def _run_call(chunk: Chunk, call: WireCall, unpickler: Unpickler, me: interrupts
 
 
 def _result(
-    chunk: Chunk, call: WireCall, unpickler: Unpickler, collected: call_warnings.CallWarnings
+    chunk: Chunk, call: WireCall, unpickler: Unpickler, collected: call_warnings.CallWarnings, pack: Pack
 ) -> tuple[Kind, bytes, tuple[Any, ...], str]:
     """Make a call and return its outcome's kind, data, large buffers and traceback."""
     fn: Any = None
@@ -144,7 +164,7 @@ def _result(
     except BaseException as exc:  # whatever the user's function raises belongs to the caller
         return raised.pack_outcome(exc, fn)
     try:
-        data, buffers = pickling.dumps(value)
+        return Kind.VALUE, *pack(value), ""
     except interrupts.Interrupted:
         raise
     except BaseException as exc:  # whatever a value's own __reduce__ raises
@@ -154,10 +174,10 @@ def _result(
             where=f"result of {raised.name_of(fn)}()",
         )
         return Kind.OPAQUE, pickling.dumps(error)[0], (), ""
-    return Kind.VALUE, data, tuple(b.raw() for b in buffers), ""
 
 
-def _worker() -> Any:
+def current_worker() -> Any:
+    """Return the Dask worker that runs in this process, or None."""
     distributed = sys.modules.get("distributed")
     if distributed is None:
         return None

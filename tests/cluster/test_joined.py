@@ -380,7 +380,7 @@ def test_a_pool_whose_timeout_passes_without_a_worker_is_an_error(empty: LocalCl
 def test_a_cluster_that_ends_while_its_first_worker_is_waited_for(empty: LocalCluster) -> None:
     pool = joined(empty)
     with (
-        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        dask.config.set({"distributed.comm.timeouts.connect": "5s"}),
         ThreadPoolExecutor(1) as thread,
         Client(empty, set_as_default=False) as client,
     ):

@@ -204,3 +204,41 @@ def test_an_exception_comes_back_with_the_machine_that_raised_it(
         fail() >> pool
 
     assert any(m.address in note or m.name in note for note in info.value.__notes__ for m in machines)
+
+
+# --- calls that feed calls ----------------------------------------------------------------------------------
+
+
+@sky.compute
+def make(mib: int) -> np.ndarray[Any, Any]:
+    return np.ones(mib * MIB // 8)
+
+
+@sky.compute
+def where_sum(array: np.ndarray[Any, Any], *others: Any) -> tuple[str, float]:
+    return socket.gethostname(), float(array.sum()) + len(others)
+
+
+def test_values_go_from_machine_to_machine(pool: sky.ComputePool, machines: list[Machine]) -> None:
+    kept = pool.persist(make(8))
+
+    assert where_sum(sky.ref(kept)) @ pool == tuple((m.name, float(MIB)) for m in machines)
+    assert {total for _, total in sky.gather(*[where_sum(sky.ref(kept), n) for n in range(6)]) >> pool} == {MIB + 1}
+
+
+def test_a_graph_takes_large_arguments_to_machines(pool: sky.ComputePool) -> None:
+    array = np.ones(MIB)  # of 8 bytes each
+
+    assert (where_sum(array, sky.ref(where_sum(array)), sky.ref(make(1))) >> pool)[1] == MIB + 2
+
+
+def test_a_kept_value_survives_the_worker_that_holds_it(pool: sky.ComputePool, machines: list[Machine]) -> None:
+    kept = pool.persist(make(8))
+    assert where_sum(sky.ref(kept)) >> pool
+    pids = pool.client.run(os.getpid, workers=next(iter(pool.client.who_has([kept]).values())))
+
+    for machine in machines:
+        for pid in pids.values():
+            machine.run(f"ps -o args= -p {pid} | grep -q forkserver && kill -KILL {pid}; true")
+
+    assert (where_sum(sky.ref(kept), 1) >> pool)[1] == MIB + 1

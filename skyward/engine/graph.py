@@ -1,0 +1,368 @@
+"""Calls that need the values of others: they become a Dask graph, and Dask brings values to where they are needed.
+
+A graph belongs to one ``>>``. Each call in it runs once, however many others need it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import dask
+from distributed import Future
+
+from skyward.compute.pending import PendingCompute
+from skyward.engine.calls import Item, as_call, make_chunk, now
+from skyward.engine.failures import died, not_run
+from skyward.engine.future import ItemOutcomes
+from skyward.engine.graph_task import GraphTask, check_cycles
+from skyward.engine.packer import Packer
+from skyward.engine.persisted import Persisted
+from skyward.engine.transport import WorkerGoneError
+from skyward.errors import PoolError, SpecError
+from skyward.scheduler.losses import LOSSES
+from skyward.transfer.wire import Kind, Outcome
+from skyward.worker import graph, raised
+
+if TYPE_CHECKING:
+    from skyward.engine.graphs import Graphs
+
+_MOST_CALLS = 100_000
+"""Calls in one graph: Dask's scheduler takes about 1 ms and some kB for each. Chosen, not measured."""
+
+_WARN_BYTES = "distributed.admin.large-graph-warning-threshold"
+
+
+class Graph:
+    """The calls of one ``>>`` of which some need the values of others. `close` it.
+
+    One thread puts calls in and sends them; outcomes are delivered in the event loop.
+    """
+
+    def __init__(self, graphs: Graphs, packer: Packer, deliver: Callable[[ItemOutcomes], None]) -> None:
+        self._graphs = graphs
+        self._client = graphs.transport.client
+        self._packer = packer
+        self._deliver = deliver
+        self._tasks: dict[int, GraphTask] = {}  # by the id of the pending call, as long as that is there
+        self._live: dict[str, GraphTask] = {}  # by key: those that others may need or that have not ended
+        self._new: list[GraphTask] = []
+        self._inner: dict[str, Future[Any]] = {}  # by key: whose values later calls may need
+        self._computed: dict[int, tuple[Any, Future[Any]]] = {}  # Dask's own delayed values, by their id
+        self._waiting: set[GraphTask] = set()  # for whose ends
+        self._is_closed = False
+        self.warnings: list[Any] = []  # of calls whose values stay on the cluster, to be delivered with the next value
+        self._count = 0
+        self.done: int = 0
+        self.failed: int = 0
+
+    def left(self) -> int:
+        """Return how many calls have not ended."""
+        return 0 if self._is_closed else self._count - self.done
+
+    def __contains__(self, item: Item) -> bool:
+        return id(item.call.origin) in self._tasks
+
+    # --- from the caller's thread ---------------------------------------------------------------------------
+
+    def put(self, item: Item) -> None:
+        """Add a call that the caller waits for, and the calls that it needs.
+
+        Raises
+        ------
+        SpecError
+            It needs its own value or another pool's, or there are too many calls. Nothing of it runs.
+        """
+        task = self._add(item)
+        task.refuse_sent("is wanted")
+        task.wanted = item
+        if task.item is not item:
+            self._graphs.store.release(item.refs)
+
+    def keep(self, items: Sequence[Item]) -> list[Persisted[Any]]:
+        """Send calls whose values stay on the cluster, with what they need. Closed when nobody has these any more."""
+        tasks = [self._add(item) for item in items]
+        futures = self._send_kept(tasks)
+        kept: list[Persisted[Any]] = [Persisted(task.key, self._client) for task in tasks]
+        futures.clear()
+        left = len(kept)
+
+        def let_go() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self.close()
+
+        for future in kept:
+            weakref.finalize(future, let_go).atexit = False
+        return kept
+
+    def values(self, item: Item) -> list[Future[Any]]:
+        """Send what a call outside of the graph needs, wait for its end, and return the values' futures.
+
+        Raises
+        ------
+        SpecError
+            The calls can't feed one another; nothing runs.
+        BaseException
+            What one of them raised.
+        """
+        outside = GraphTask(item, "")
+        self._resolve([outside])
+        tasks = [need for need in outside.needs if isinstance(need, GraphTask)]
+        futures = self._send_kept(tasks)
+        needs = [futures[need.key] if isinstance(need, GraphTask) else need for need in outside.needs]
+
+        async def failures() -> list[Outcome | BaseException | None]:
+            return [await self._outcome(outside, future) for future in needs]
+
+        ended = asyncio.run_coroutine_threadsafe(failures(), self._graphs.loop.asyncio_loop).result()
+        for failure in ended:
+            if isinstance(failure, BaseException):
+                raise failure
+        return needs
+
+    def _send_kept(self, tasks: Sequence[GraphTask]) -> dict[str, Future[Any]]:
+        for task in tasks:
+            task.is_needed = True
+        return self.send(kept=tasks)
+
+    def _add(self, item: Item) -> GraphTask:
+        task, new = self._task(item)
+        self._resolve(new)
+        return task
+
+    def _resolve(self, tasks: list[GraphTask]) -> None:
+        """Add what these calls need, and what that needs."""
+        for task in tasks:  # which grows
+            for need in task.item.needs:
+                if isinstance(need, PendingCompute):
+                    found, new = self._task(need)
+                    if not found.is_needed:
+                        found.refuse_sent(f"is needed by {task.item.call.label}()")
+                    found.is_needed = True
+                    task.needs.append(found)
+                    tasks += new
+                else:
+                    task.needs.append(self._future(need, task))
+        check_cycles(tasks)
+
+    def _task(self, call: Item | PendingCompute[Any]) -> tuple[GraphTask, list[GraphTask]]:
+        """Return the task of a call, and once more if it is new."""
+        origin: Any = call
+        if isinstance(call, Item) and call.call.origin is not None:
+            origin = call.call.origin
+        task = self._tasks.get(id(origin))
+        if task is not None:
+            return task, []
+        if len(self._tasks) >= _MOST_CALLS:
+            raise SpecError(
+                f"more than {_MOST_CALLS:,} calls feed one another: let each call do more, or send them in parts and "
+                "keep the values in between with pool.persist(...)"
+            )
+        item = call if isinstance(call, Item) else self._packer.pack(as_call(call))
+        task = self._tasks[id(origin)] = GraphTask(item, f"{item.call.label}-{uuid.uuid4().hex}")
+        self._count += 1
+        self._live[task.key] = task
+        self._graphs.by_key[task.key] = self, task
+        self._new.append(task)
+        return task, [task]
+
+    def _future(self, need: Any, task: GraphTask) -> Future[Any]:
+        """Return the future of a value that Dask has or computes."""
+        if isinstance(need, Future):
+            if need.client.status == "closed":
+                raise PoolError(f"{task.item.call.label}() can't get {need!r}: its pool is closed")
+            if need.client is not self._client:
+                raise SpecError(
+                    f"{task.item.call.label}() can't get {need!r}, which is on another cluster: fetch it with "
+                    ".result() and pass that, or run the call in the pool that has the value"
+                )
+            if need.status == "cancelled":
+                raise PoolError(f"{task.item.call.label}() can't get {need!r}: it was cancelled")
+            return need
+        if id(need) not in self._computed:
+            self._computed[id(need)] = need, self._client.compute(need)
+        return self._computed[id(need)][1]
+
+    def send(self, *, is_last: bool = True, kept: Sequence[GraphTask] = ()) -> dict[str, Future[Any]]:
+        """Send what was put in, and return the futures of the values that are `kept`, by key.
+
+        With `is_last`, the other values are dropped as soon as no call that was sent needs them.
+        """
+        new, self._new = self._new, []
+        futures: dict[str, Future[Any]] = {}
+        if new:
+            self._graphs.dispatcher.check_open()
+            self._graphs.running.add(self)
+            self._graphs.loop.call_soon(self._graphs.progress.note, self)
+            futures = self._submit(new, kept if is_last else [task for task in new if task.is_needed])
+        if is_last:
+            self._inner.clear()
+            self._computed.clear()
+        else:
+            self._inner |= futures
+            for task in new:
+                self._let_go_with_origin(task)
+        return futures
+
+    def _let_go_with_origin(self, task: GraphTask) -> None:
+        """Let go of a call that was sent when its pending call is gone: then no other call can need its value."""
+        origin = task.item.call.origin
+        place = id(origin)
+
+        def is_gone(_: object) -> None:
+            self._tasks.pop(place, None)  # here, before another pending call may have the same id
+            self._graphs.loop.call_soon(self._let_go, task)
+
+        task.origin = weakref.ref(origin, is_gone)
+        task.item.call = replace(task.item.call, args=(), kwargs={}, owner=None, origin=None)
+        task.item.needs = ()
+
+    def _submit(self, tasks: Sequence[GraphTask], kept: Iterable[GraphTask]) -> dict[str, Future[Any]]:
+        arguments = self._arguments(tasks)
+        dsk: dict[str, Any] = {}
+        watched: dict[str, GraphTask] = {}  # by the key of the task to wait for
+        for task in tasks:
+            task.is_sent = True
+            (chunk, *blobs), call = arguments[task.key], task.item.call
+            needs = [self._inner.get(n.key, n.key) if isinstance(n, GraphTask) else n for n in task.needs]
+            if task.is_needed:
+                dsk[task.key] = (graph.run_call, call.label, call.retries, chunk, needs, blobs)
+            else:
+                dsk[task.key] = (graph.run_last, call.retries, chunk, needs, blobs)
+            if task.wanted is not None:
+                watched[task.sent_key] = task
+                if task.is_needed:
+                    dsk[task.sent_key] = (graph.send_value, task.key)
+        keys = dict.fromkeys(task.key for task in kept)
+        annotations = {LOSSES: self._graphs.dispatcher.retries}
+        with dask.annotate(**annotations), dask.config.set({_WARN_BYTES: "1 TiB"}):
+            futures = dict(zip([*watched, *keys], self._client.get(dsk, [*watched, *keys], sync=False), strict=True))
+        if not watched:  # no call's value goes to the caller
+            watched = {task.key: task for task in kept}
+        for key, task in watched.items():
+            self._graphs.loop.call_soon(self._watch, task, futures[key])
+        return {key: futures[key] for key in keys}
+
+    def _arguments(self, tasks: Sequence[GraphTask]) -> dict[str, list[Any]]:
+        """Return the chunk of each task, by key, and the large buffers that are on the cluster for it."""
+        facts, layout = self._graphs.sources.facts, self._graphs.roster.pickled_layout
+        chunks = [make_chunk(task.key, [task.item], layout, facts) for task in tasks]
+
+        async def scatter() -> dict[str, list[Any]]:
+            return {chunk.key: await self._graphs.transport.arguments(chunk) for chunk in chunks}
+
+        if any(chunk.not_in_files() for chunk in chunks):
+            return asyncio.run_coroutine_threadsafe(scatter(), self._graphs.loop.asyncio_loop).result()
+        return {chunk.key: [chunk] for chunk in chunks}
+
+    def cancel(self) -> None:
+        """Drop what has not begun, interrupt what runs, and close. Does not wait."""
+        self._graphs.loop.call_soon(self._interrupt)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything. From any thread, the garbage collector's too."""
+        self._graphs.loop.call_soon(self._close)
+
+    # --- in the loop ----------------------------------------------------------------------------------------
+
+    def _interrupt(self) -> None:
+        if self._is_closed or self._graphs.dispatcher.failure is not None:
+            return
+        keys = [task.key for task in list(self._live.values()) if task.is_sent and not task.has_ended]
+        keys += (task.sent_key for task in self._waiting)
+        self._graphs.loop.start(self._graphs.ending.interrupt(dict.fromkeys(keys)))
+
+    def _close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._inner.clear()
+        self._rest()
+        for task in list(self._live.values()):
+            self._release(task)
+
+    def _let_go(self, task: GraphTask) -> None:
+        task.is_over = True
+        self._inner.pop(task.key, None)
+        if task.has_ended:
+            self._release(task)
+
+    def _release(self, task: GraphTask) -> None:
+        if self._live.pop(task.key, None) is not None:
+            self._graphs.by_key.pop(task.key, None)
+            self._graphs.store.release(task.item.refs)
+
+    def _rest(self) -> None:
+        self._graphs.running.discard(self)
+        self._graphs.dispatcher.last_activity = now()
+        self._graphs.progress.note(self)
+
+    def _watch(self, task: GraphTask, future: Future[Any]) -> None:
+        if not self._is_closed:
+            self._waiting.add(task)
+            self._graphs.loop.start(self._wait(task, future if task.wanted is not None else future._state))
+
+    async def _wait(self, task: GraphTask, future: Any) -> None:
+        """Wait for the end of a call, and deliver its outcome if the caller waits for that."""
+        outcome: Outcome | BaseException | None
+        try:
+            outcome = await self._outcome(task, future)
+        except asyncio.CancelledError:
+            outcome = self._graphs.dispatcher.failure or Outcome(Kind.CANCELLED)
+        except Exception as exc:  # Dask's own errors while the value is fetched
+            outcome = self._graphs.dispatcher.failure or not_run(exc)
+        self._waiting.discard(task)
+        if self._is_closed:
+            return
+        failed = int(outcome is not None and not (isinstance(outcome, Outcome) and outcome.kind is Kind.VALUE))
+        self.note_end(task, failed=failed)
+        if isinstance(outcome, Outcome) and self.warnings:
+            outcome = outcome._replace(warnings=(*self.warnings, *outcome.warnings))
+            self.warnings.clear()
+        if not self._waiting and not self._new:
+            self._rest()
+        if task.wanted is not None and outcome is not None:
+            self._deliver([(task.wanted, outcome)])
+
+    def note_end(self, task: GraphTask, *, failed: int = 0) -> None:
+        """Count a call as ended, and those that it needed."""
+        found = [] if task.has_ended else [task]
+        before = self.done
+        for ended in found:  # which grows
+            if not ended.has_ended:
+                ended.has_ended = True
+                self.done += 1
+                found += [need for need in ended.needs if isinstance(need, GraphTask)]
+                if ended.is_over:
+                    self._release(ended)
+        self.failed += failed
+        self._graphs.progress.note(self, ended=self.done - before, failed=failed)
+
+    async def _outcome(self, task: GraphTask, future: Any) -> Outcome | BaseException | None:
+        """Return how a call has ended; None for one whose value stays on the cluster."""
+        graphs = self._graphs
+        failure = await graphs.transport.failure(future)
+        if failure is None:
+            return (await graphs.transport.outcomes(future)).items[0] if task.wanted is not None else None
+        if self._client.status != "running":
+            await graphs.dispatcher.wait_for_verdict()
+        if graphs.dispatcher.failure is not None:
+            return graphs.dispatcher.failure
+        key = vars(failure).get(graph.KEY, "")
+        _, failed = graphs.by_key.get(key, (self, task))
+        if isinstance(failure, WorkerGoneError):
+            failed.item.losses = graphs.dispatcher.retries + 1
+            failure = died(failed.item, failure.name or failure.address)
+        elif not key:
+            return not_run(failure)
+        if failed is not task:
+            by = next((other for other in list(self._live.values()) if failed in other.needs), task)
+            raised.add_note(failure, f"{by.item.call.label}() needs the value of {failed.item.call.label}()")
+        return failure

@@ -1,0 +1,82 @@
+"""One call of a graph, and the Dask task that runs it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask.delayed import Delayed, DelayedAttr, DelayedLeaf
+from distributed import Future
+
+from skyward.compute.pending import PendingBatch, PendingCompute, PendingStream
+from skyward.engine.calls import Item
+from skyward.engine.persisted import Persisted
+from skyward.errors import SpecError
+from skyward.transfer.dependencies import STAND_INS, need_value, need_values
+
+
+def _need_batch(batch: PendingBatch[*tuple[Any, ...]], needs: list[Any]) -> Any:
+    if batch.return_exceptions:
+        raise SpecError("a batch with return_exceptions=True can't be an argument: a failed call has no value")
+    return need_values(batch.calls, needs)
+
+
+def _refuse_stream(_: Any, __: list[Any]) -> Any:
+    raise SpecError("gather(..., stream=True) can't be an argument: pass gather(...), whose values are a tuple")
+
+
+STAND_INS.update(dict.fromkeys((PendingCompute, Future, Persisted, Delayed, DelayedAttr, DelayedLeaf), need_value))
+STAND_INS[PendingBatch] = _need_batch
+STAND_INS[PendingStream] = _refuse_stream
+
+
+@dataclass(slots=True, eq=False)
+class GraphTask:
+    """A call in a graph, and the key of its Dask task. `wanted` is what the caller waits for, if it does."""
+
+    item: Item
+    key: str
+    needs: list[GraphTask | Future[Any]] = field(default_factory=list)
+    wanted: Item | None = None
+    is_needed: bool = False  # by other calls, or kept for later ones
+    is_sent: bool = False
+    has_ended: bool = False
+    is_over: bool = False  # no other call can need it any more
+    origin: weakref.ref[Any] | None = None  # tells when its pending call is gone
+
+    @property
+    def sent_key(self) -> str:
+        """The key of the Dask task that gives the caller the call's value."""
+        return f"{self.key}-sent" if self.is_needed else self.key
+
+    def refuse_sent(self, why: str) -> None:
+        """Raise if the call was sent: what others need has to stay on the cluster from then on."""
+        if self.is_sent:
+            raise SpecError(
+                f"{self.item.call.label}() {why} after it was sent: keep its value with pool.persist(...), and pass "
+                "that"
+            )
+
+
+def check_cycles(tasks: Sequence[GraphTask]) -> None:
+    """Raise if a call needs itself."""
+    checked: set[GraphTask] = set()
+    for start in tasks:
+        path: dict[GraphTask, Iterator[Any]] = {}
+        stack = [start]
+        while stack:
+            task = stack[-1]
+            if task not in path and task not in checked:
+                path[task] = iter([need for need in task.needs if isinstance(need, GraphTask)])
+            for need in path.get(task, ()):
+                if need in path:
+                    raise SpecError(f"{need.item.call.label}() needs its own value: calls can't feed one another so")
+                if need not in checked:
+                    stack.append(need)
+                    break
+            else:
+                checked.add(task)
+                path.pop(task, None)
+                stack.pop()

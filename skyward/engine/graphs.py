@@ -1,0 +1,78 @@
+"""The graphs of one engine: those that have calls in flight, and what they hear from workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from skyward.engine.calls import Item
+from skyward.engine.dispatcher import Dispatcher
+from skyward.engine.ending import EndingWorkers
+from skyward.engine.future import ItemOutcomes
+from skyward.engine.graph import Graph
+from skyward.engine.graph_task import GraphTask
+from skyward.engine.loop import Loop
+from skyward.engine.packer import Packer
+from skyward.engine.progress import Progress
+from skyward.engine.roster import Roster
+from skyward.engine.sources import Sources
+from skyward.engine.store import Store
+from skyward.engine.transport import Transport
+from skyward.worker import graph
+
+
+class Graphs:
+    """Makes graphs for one engine, and knows which have not ended."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        roster: Roster,
+        transport: Transport,
+        ending: EndingWorkers,
+        store: Store,
+        sources: Sources,
+        progress: Progress,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self.loop = loop
+        self.roster = roster
+        self.transport = transport
+        self.ending = ending
+        self.store = store
+        self.sources = sources
+        self.progress = progress
+        self.dispatcher = dispatcher
+        self.running: set[Graph] = set()  # with calls that have not ended
+        self.by_key: dict[str, tuple[Graph, GraphTask]] = {}  # the calls of graphs that are not closed
+        self._hears = False
+
+    def graph(self, packer: Packer, deliver: Callable[[ItemOutcomes], None]) -> Graph:
+        """Return a new graph. `deliver` takes the outcomes of calls, in the event loop."""
+        if not self._hears:
+            self._hears = True
+            self.transport.client.subscribe_topic(graph.TOPIC, self._hear)
+        return Graph(self, packer, deliver)
+
+    def send_one(self, item: Item, packer: Packer, deliver: Callable[[ItemOutcomes], None]) -> Graph:
+        """Send a call and what it needs; return its graph, which closes itself when it has delivered the outcome."""
+
+        def deliver_and_close(outcomes: ItemOutcomes) -> None:
+            made.close()
+            deliver(outcomes)
+
+        made = self.graph(packer, deliver_and_close)
+        try:
+            made.put(item)
+            made.send()
+        except BaseException:
+            made.cancel()
+            raise
+        return made
+
+    def _hear(self, event: tuple[float, Any]) -> None:
+        for key, warnings in event[1]["ended"]:
+            if key in self.by_key:
+                of, task = self.by_key[key]
+                of.note_end(task)
+                of.warnings += map(tuple, warnings)
