@@ -31,14 +31,14 @@ def recipe(image: Image, wheel: Wheel, *, nvidia: bool = False) -> Recipe:
     SpecError
         The image asks for another version of what has to be the same on both sides.
     """
-    asked = list(_without_skyward(image.pip))
+    local = [text for wheel in image.wheels for text in wheel.requirements if (r := parsed(text)) and _applies(r, "")]
+    asked = list(_without_skyward([*image.pip, *filter(_is_skyward, local)]))
     _check_both_sides(asked)
     requirements = [*(f"{n}=={v}" for n in _BOTH_SIDES if (v := _version(n))), *wheel.requirements]
     if nvidia:
         asked += _without_skyward(["skyward[gpu]"])
     requirements += map(_pinned, asked)
-    needed = [*wheel.requirements, *(text for local in image.wheels for text in local.requirements)]
-    names = [*filter(None, map(parsed, [*needed, *asked]))]
+    names = [*filter(None, map(parsed, [*wheel.requirements, *local, *asked]))]
     pins = sorted({f"{name}=={version}" for name, version in _closure(names)})
     constraints = [*_without_conflicts(pins, [*asked, *image.constraints]), *image.constraints]
     return Recipe(
@@ -48,7 +48,7 @@ def recipe(image: Image, wheel: Wheel, *, nvidia: bool = False) -> Recipe:
         wheel=wheel.name,
         extra_index_url=" ".join(image.indexes) or None,
         apt=tuple(image.apt),
-        local=tuple(path_of(local) for local in image.wheels),
+        local=tuple(map(path_of, image.wheels)),
     )
 
 
@@ -65,12 +65,16 @@ def path_of(local: Wheel) -> str:
 def _without_skyward(asked: Sequence[str]) -> Iterator[str]:
     """Put what the extras of skyward need in the place of skyward itself, which travels as a wheel."""
     for text in asked:
-        requirement = parsed(text)
-        if requirement is None or canonicalize_name(requirement.name) != "skyward":
+        if not _is_skyward(text):
             yield text
             continue
-        for extra in requirement.extras:
+        for extra in Requirement(text).extras:
             yield from _without_skyward([*requirements_of(importlib.metadata.requires("skyward") or (), extra)])
+
+
+def _is_skyward(text: str) -> bool:
+    requirement = parsed(text)
+    return requirement is not None and canonicalize_name(requirement.name) == "skyward"
 
 
 def _check_both_sides(asked: Sequence[str]) -> None:

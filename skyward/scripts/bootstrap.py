@@ -146,6 +146,7 @@ fi
 def _environment(recipe: Recipe) -> str:
     names = " ".join(dict.fromkeys([f"python{recipe.python}", f"python{_minor(recipe.python)}", "python3"]))
     local = "".join(f' "$home/wheels/{path}"' for path in recipe.local)
+    overrides = ' --override "$environment/overrides.txt"' if recipe.wheel or recipe.local else ""
     extra = f"export UV_INDEX={shlex.quote(recipe.extra_index_url)}" if recipe.extra_index_url else ""
     return f"""
 environment="$home/envs/{recipe.key}"
@@ -216,8 +217,9 @@ make_environment() {{
 install_packages() {{
     {_file("requirements.txt", recipe.requirements)} &&
     {_file("constraints.txt", recipe.constraints)} &&
+    {_overrides(recipe)} &&
     "$uv" pip install --python "$environment/bin/python" --requirement "$environment/requirements.txt" \\
-        --constraint "$environment/constraints.txt"{local} &&
+        --constraint "$environment/constraints.txt"{overrides}{local} &&
     touch "$environment/complete"
 }}
 
@@ -243,6 +245,22 @@ def _file(name: str, lines: tuple[str, ...]) -> str:
     # Not a here-document: a requirement could be spelt like the word that ends it.
     words = " ".join(shlex.quote(line) for line in lines)
     return f"printf '%s\\n' {words or chr(39) * 2} > \"$environment/{name}\""
+
+
+def _overrides(recipe: Recipe) -> str:
+    """Return the command that writes what holds whatever packages ask for.
+
+    skyward is not installed a second time where a package needs it, and a local package is not fetched from the address
+    that another one names.
+    """
+    skyward = ["\"skyward ; sys_platform == 'never'\""] if recipe.wheel else []
+    files = [(path.rpartition("/")[2].partition("-")[0], path) for path in recipe.local]
+    words = " ".join([*skyward, *(f'"{name} @ file://$folder/{path}"' for name, path in files)])
+    if not words:
+        return ":"
+    quoted = "sed 's/%/%25/g; s/ /%20/g; s/#/%23/g; s/?/%3F/g'"
+    folder = f'folder=$(cd "$home" && pwd | {quoted})/wheels'
+    return f"{folder} && printf '%s\\n' {words} > \"$environment/overrides.txt\""
 
 
 def _skyward(wheel: str) -> str:

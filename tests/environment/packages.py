@@ -45,7 +45,7 @@ import os, zipfile
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     files = {
         "NAME.py": open("NAME.py").read(),
-        "NAME-VERSION.dist-info/METADATA": "Metadata-Version: 2.1\\nName: NAME\\nVersion: VERSION\\n",
+        "NAME-VERSION.dist-info/METADATA": "Metadata-Version: 2.1\\nName: NAME\\nVersion: VERSION\\nNEEDS",
         "NAME-VERSION.dist-info/WHEEL": "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
     }
     record = "NAME-VERSION.dist-info/RECORD"
@@ -63,10 +63,10 @@ def build_quickly(folder: Path) -> Wheel:
     return pack(name, {}, ("numpy", "rich; extra == 'fancy'"))
 
 
-def project(folder: Path, name: str, version: str) -> Path:
+def project(folder: Path, name: str, version: str, needs: str = "") -> Path:
     """Write a project that builds itself, so that its build needs no network."""
     folder.mkdir(parents=True)
-    backend = BACKEND.replace("NAME", name).replace("VERSION", version)
+    backend = BACKEND.replace("NAME", name).replace("VERSION", version).replace("NEEDS", needs)
     (folder / "backend.py").write_text(backend)
     (folder / f"{name}.py").write_text(f"VERSION = {version!r}\n")
     build = 'requires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'

@@ -88,6 +88,13 @@ def version_of(package: str) -> str:
 
 
 @sky.compute
+def copies_of_skyward() -> list[str]:
+    import importlib.metadata
+
+    return [str(one.locate_file("")) for one in importlib.metadata.distributions(name="skyward")]
+
+
+@sky.compute
 def who() -> tuple[str, str]:
     import getpass
     import sys
@@ -129,7 +136,8 @@ def test_local_packages_of_here_are_installed_in_their_versions(
 ) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    project(tmp_path / "work" / "editable", "mine", "0.4")
+    needs = "Requires-Dist: skyward[digitalocean]\\nRequires-Dist: private @ git+ssh://git@host.invalid/private\\n"
+    project(tmp_path / "work" / "editable", "mine", "0.4", needs)
     wheel = pack("tiny-1.5-py3-none-any.whl", {
         "tiny.py": b"", "tiny-1.5.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n",
         "tiny-1.5.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -143,11 +151,13 @@ def test_local_packages_of_here_are_installed_in_their_versions(
     image = sky.Image.from_here()
     with open_pool(site, warm, image=image) as pool:
         versions = [version_of(name) >> pool for name in ("mine", "tiny", "private")]
+        skywards = copies_of_skyward() >> pool
     steps = Steps()
     with open_pool(site, warm, image=image, steps=steps):
         pass
 
     assert versions == ["0.4", "1.5", "2.1"]
+    assert len(skywards) == 1
     assert steps.installed == []
     assert list(image.not_reproduced) == ["pywin32"]
 

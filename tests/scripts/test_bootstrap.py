@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,22 @@ def test_local_packages_are_installed_by_their_content(tmp_path: Path) -> None:
     assert made.key != other.key
     assert f"scipy=={here('scipy')}" in made.constraints
     assert described(made)[-1] == wheel.name
+
+
+def test_a_local_package_that_needs_skyward_gets_it_once(tmp_path: Path) -> None:
+    wheel = pack("mine-1-py3-none-any.whl", {}, ("skyward[sklearn]>=0.1", "skyward[aws]; python_version < '3'"))
+    made = recipe(Image(wheels=[wheel]), own_wheel())
+
+    done = run_function(script(replace(made, local=("ab/mine-1-py3-none-any.whl",))), "install_packages", tmp_path)
+
+    environment = tmp_path / "home" / "envs"
+    (written,) = environment.glob("*/overrides.txt")
+    assert done.returncode == 0, done.stderr
+    assert written.read_text().splitlines() == [
+        "skyward ; sys_platform == 'never'", f"mine @ file://{tmp_path}/home/wheels/ab/mine-1-py3-none-any.whl"
+    ]  # fmt: skip
+    assert not [text for text in made.requirements if text.startswith(("skyward", "boto3"))]
+    assert any(text.startswith("scikit-learn") for text in made.requirements)
 
 
 def test_constraints_of_an_image_win_over_versions_here() -> None:
