@@ -22,22 +22,19 @@ _CONDA = re.compile(r"(conda|mamba|libmambapy|menuinst|navigator-updater|(anacon
 def read_installed(found: Found) -> None:
     """Add what is installed in this environment, each package in its version here."""
     elsewhere = _only_here()
-    seen: set[str] = set()
+    distributions: dict[str, importlib.metadata.Distribution] = {}
     # One package may be there twice: a project's folder on the path beside its editable install, which says more.
-    distributions = sorted(importlib.metadata.distributions(), key=lambda d: d.read_text("RECORD") is None)
-    for one in distributions:
-        name = canonicalize_name(one.metadata["Name"] or "")
-        if not name or name in seen:
-            continue
-        seen.add(name)
-        if not found.takes(name):
+    for one in sorted(importlib.metadata.distributions(), key=lambda d: d.read_text("RECORD") is None):
+        distributions.setdefault(canonicalize_name(one.metadata["Name"] or ""), one)
+    for name, one in sorted(distributions.items()):
+        if not name or not found.takes(name):
             continue
         if name in elsewhere:
             found.not_reproduced[name] = f"nothing needs it on Linux, but on {sys.platform}"
         else:
             _add(found, name, one)
     for package in _conda_packages():
-        if package not in seen and package not in found.replaced:
+        if package not in distributions and package not in found.replaced:
             found.not_reproduced.setdefault(package, "a conda package that is not a Python package")
 
 
