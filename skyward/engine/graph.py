@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dask
-from distributed import Future
+from distributed import CancelledError, Future
 
 from skyward.compute.pending import PendingCompute
 from skyward.engine.calls import Item, as_call, make_chunk, now
@@ -25,7 +25,7 @@ from skyward.engine.persisted import Persisted
 from skyward.engine.transport import WorkerGoneError
 from skyward.errors import PoolError, SpecError
 from skyward.scheduler.losses import LOSSES
-from skyward.transfer.wire import Kind, Outcome
+from skyward.transfer.wire import Chunk, Kind, Outcome
 from skyward.worker import graph, raised
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Graph:
         self._computed: dict[int, tuple[Any, Future[Any]]] = {}  # Dask's own delayed values, by their id
         self._waiting: set[GraphTask] = set()  # for whose ends
         self._is_closed = False
+        self._losses = 0  # of large arguments
+        self._sending_again = asyncio.Lock()
         self.warnings: list[Any] = []  # of calls whose values stay on the cluster, to be delivered with the next value
         self._count = 0
         self.done: int = 0
@@ -118,7 +120,8 @@ class Graph:
         needs = [futures[need.key] if isinstance(need, GraphTask) else need for need in outside.needs]
 
         async def failures() -> list[Outcome | BaseException | None]:
-            return [await self._outcome(outside, future) for future in needs]
+            wait = self._graphs.transport.failure
+            return [await self._outcome(outside, future, await wait(future)) for future in needs]
 
         ended = asyncio.run_coroutine_threadsafe(failures(), self._graphs.loop.asyncio_loop).result()
         for failure in ended:
@@ -167,10 +170,13 @@ class Graph:
         item = call if isinstance(call, Item) else self._packer.pack(as_call(call))
         task = self._tasks[id(origin)] = GraphTask(item, f"{item.call.label}-{uuid.uuid4().hex}")
         self._count += 1
-        self._live[task.key] = task
-        self._graphs.by_key[task.key] = self, task
+        self._register(task)
         self._new.append(task)
         return task, [task]
+
+    def _register(self, task: GraphTask) -> None:
+        self._live[task.key] = task
+        self._graphs.by_key[task.key] = self, task
 
     def _future(self, need: Any, task: GraphTask) -> Future[Any]:
         """Return the future of a value that Dask has or computes."""
@@ -200,7 +206,8 @@ class Graph:
             self._graphs.dispatcher.check_open()
             self._graphs.running.add(self)
             self._graphs.loop.call_soon(self._graphs.progress.note, self)
-            futures = self._submit(new, kept if is_last else [task for task in new if task.is_needed])
+            inner = kept if is_last else [task for task in new if task.is_needed]
+            futures = self._submit(new, inner, self._arguments(new))
         if is_last:
             self._inner.clear()
             self._computed.clear()
@@ -223,12 +230,13 @@ class Graph:
         task.item.call = replace(task.item.call, args=(), kwargs={}, owner=None, origin=None)
         task.item.needs = ()
 
-    def _submit(self, tasks: Sequence[GraphTask], kept: Iterable[GraphTask]) -> dict[str, Future[Any]]:
-        arguments = self._arguments(tasks)
+    def _submit(
+        self, tasks: Sequence[GraphTask], kept: Iterable[GraphTask], arguments: dict[str, list[Any]]
+    ) -> dict[str, Future[Any]]:
         dsk: dict[str, Any] = {}
         watched: dict[str, GraphTask] = {}  # by the key of the task to wait for
         for task in tasks:
-            task.is_sent = True
+            task.is_sent, task.losses = True, self._losses
             (chunk, *blobs), call = arguments[task.key], task.item.call
             needs = [self._inner.get(n.key, n.key) if isinstance(n, GraphTask) else n for n in task.needs]
             if task.is_needed:
@@ -251,15 +259,14 @@ class Graph:
 
     def _arguments(self, tasks: Sequence[GraphTask]) -> dict[str, list[Any]]:
         """Return the chunk of each task, by key, and the large buffers that are on the cluster for it."""
-        facts, layout = self._graphs.sources.facts, self._graphs.roster.pickled_layout
-        chunks = [make_chunk(task.key, [task.item], layout, facts) for task in tasks]
-
-        async def scatter() -> dict[str, list[Any]]:
-            return {chunk.key: await self._graphs.transport.arguments(chunk) for chunk in chunks}
-
+        chunks = self._chunks(tasks)
         if any(chunk.not_in_files() for chunk in chunks):
-            return asyncio.run_coroutine_threadsafe(scatter(), self._graphs.loop.asyncio_loop).result()
+            return asyncio.run_coroutine_threadsafe(self._scatter(chunks), self._graphs.loop.asyncio_loop).result()
         return {chunk.key: [chunk] for chunk in chunks}
+
+    def _chunks(self, tasks: Sequence[GraphTask]) -> list[Chunk]:
+        facts, layout = self._graphs.sources.facts, self._graphs.roster.pickled_layout
+        return [make_chunk(task.key, [task.item], layout, facts) for task in tasks]
 
     def cancel(self) -> None:
         """Drop what has not begun, interrupt what runs, and close. Does not wait."""
@@ -271,6 +278,35 @@ class Graph:
         self._graphs.loop.call_soon(self._close)
 
     # --- in the loop ----------------------------------------------------------------------------------------
+
+    async def _scatter(self, chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
+        return {chunk.key: await self._graphs.transport.arguments(chunk) for chunk in chunks}
+
+    async def _send_again(self, task: GraphTask) -> bool:
+        """Send a call and what it needs again if a large argument was lost with the worker that held it.
+
+        Returns whether it was sent; then another `_wait` waits for it.
+        """
+        tasks = dict.fromkeys([task])
+        for other in (left := [task]):  # which grows
+            left += [need for need in other.needs if isinstance(need, GraphTask) and need not in tasks]
+            tasks.update(dict.fromkeys(left))
+        large = {ref.digest for other in tasks for ref in other.item.refs}
+        large.update(ref.digest for ref in self._graphs.sources.facts[1])
+        async with self._sending_again:
+            if task.losses == self._losses:  # otherwise the loss is known, by another call
+                if not self._graphs.transport.lose(large):
+                    return False
+                self._losses += 1
+            if self._is_closed or self._losses > self._graphs.dispatcher.retries:
+                return False
+            for other in tasks:
+                del self._live[other.key], self._graphs.by_key[other.key]
+                self._inner.pop(other.key, None)
+                other.key = f"{other.item.call.label}-{uuid.uuid4().hex}"
+                self._register(other)
+            self._submit(list(tasks), [], await self._scatter(self._chunks(list(tasks))))
+        return True
 
     def _interrupt(self) -> None:
         if self._is_closed or self._graphs.dispatcher.failure is not None:
@@ -313,7 +349,11 @@ class Graph:
         """Wait for the end of a call, and deliver its outcome if the caller waits for that."""
         outcome: Outcome | BaseException | None
         try:
-            outcome = await self._outcome(task, future)
+            failure = await self._graphs.transport.failure(future)
+            is_lost = isinstance(failure, CancelledError) and task.wanted is not None
+            if is_lost and await self._send_again(task):
+                return
+            outcome = await self._outcome(task, future, failure)
         except asyncio.CancelledError:
             outcome = self._graphs.dispatcher.failure or Outcome(Kind.CANCELLED)
         except Exception as exc:  # Dask's own errors while the value is fetched
@@ -345,10 +385,11 @@ class Graph:
         self.failed += failed
         self._graphs.progress.note(self, ended=self.done - before, failed=failed)
 
-    async def _outcome(self, task: GraphTask, future: Any) -> Outcome | BaseException | None:
+    async def _outcome(
+        self, task: GraphTask, future: Any, failure: BaseException | None
+    ) -> Outcome | BaseException | None:
         """Return how a call has ended; None for one whose value stays on the cluster."""
         graphs = self._graphs
-        failure = await graphs.transport.failure(future)
         if failure is None:
             return (await graphs.transport.outcomes(future)).items[0] if task.wanted is not None else None
         if self._client.status != "running":

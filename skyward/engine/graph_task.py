@@ -42,6 +42,7 @@ class GraphTask:
     wanted: Item | None = None
     is_needed: bool = False  # by other calls, or kept for later ones
     is_sent: bool = False
+    losses: int = 0  # of large arguments of the graph, before it was sent
     has_ended: bool = False
     is_over: bool = False  # no other call can need it any more
     origin: weakref.ref[Any] | None = None  # tells when its pending call is gone

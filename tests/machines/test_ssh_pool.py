@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -242,3 +243,20 @@ def test_a_kept_value_survives_the_worker_that_holds_it(pool: sky.ComputePool, m
             machine.run(f"ps -o args= -p {pid} | grep -q forkserver && kill -KILL {pid}; true")
 
     assert (where_sum(sky.ref(kept), 1) >> pool)[1] == MIB + 1
+
+
+def test_a_large_argument_of_a_graph_survives_the_workers_that_have_it(pool: sky.ComputePool, tmp_path: Path) -> None:
+    array = np.full(MIB, 3.0)
+    total = sky.compute(lambda a, *_: float(a.sum()))
+
+    @sky.compute
+    def end_workers(_: Any) -> None:
+        """End the process that runs this call, which has the array, the first time on each machine."""
+        seen = Path("/tmp/ended-in-graph")
+        if not seen.exists():
+            seen.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    first = end_workers(array)
+
+    assert sky.gather(total(array, first), total(array, sky.ref(first), 1)) >> pool == (3.0 * MIB, 3.0 * MIB)
