@@ -165,7 +165,7 @@ class MachineLostError(SkywardError):
 
 
 class WorkerDiedError(MachineLostError):
-    """The worker process died while it ran the call, and again on every retry."""
+    """The worker process died while it ran the call: again on every retry, or after a generator's first value."""
 
 
 class TaskExitError(SkywardError):

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
 from skyward import forks
-from skyward.compute import ComputeFunction, compute
+from skyward.compute import ComputeFunction, compute, one_value
 from skyward.pool import ComputePool, PoolOptions, bring_up
 from skyward.providers import ProviderLike
 
@@ -76,9 +76,10 @@ class Executor(concurrent.futures.Executor):
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]: ...
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run ``fn(*args, **kwargs)`` on a worker and return its future."""
-        self._start()
         function: ComputeFunction[..., Any] = fn if isinstance(fn, ComputeFunction) else compute(fn)
-        future: Future[Any] = self.pool.submit(function(*args, **kwargs))
+        call = one_value(function(*args, **kwargs))
+        self._start()
+        future: Future[Any] = self.pool.submit(call)
         with self._lock:
             self._pending.add(future)
         future.add_done_callback(self._pending.discard)  # atomic; and no reference that keeps the executor alive

@@ -7,7 +7,7 @@ import functools
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextvars import Context, copy_context
 from typing import Any
 
@@ -147,16 +147,49 @@ def test_timeout_must_be_seconds(value: Any) -> None:
         sky.compute(timeout=value)
 
 
-def test_generators_are_refused_with_a_way_out() -> None:
-    def numbers() -> Iterator[int]:
-        yield 1
+def counting(n: int) -> Iterator[int]:
+    yield from range(n)
 
-    async def async_numbers() -> Any:
-        yield 1
 
-    for fn in (numbers, async_numbers):
-        with pytest.raises(TypeError, match=r"generator can't travel.*stream=True"):
-            sky.compute(fn)
+async def counting_async(n: int) -> AsyncIterator[int]:
+    for i in range(n):
+        yield i
+
+
+class Counting:
+    def __call__(self, n: int) -> Iterator[int]:
+        yield from range(n)
+
+
+GENERATORS = [sky.compute(fn) for fn in (counting, counting_async, Counting(), functools.partial(counting, 1))]
+
+
+@pytest.mark.parametrize("function", GENERATORS, ids=["sync", "async", "object", "partial"])
+def test_a_call_of_a_generator_function_runs_by_itself(pool: sky.ComputePool, function: Any) -> None:
+    call = function(3)
+
+    for use in (
+        lambda: sky.gather(call),
+        lambda: sky.gather(double(1), call),
+        lambda: call & double(1),
+        lambda: double(1) & call,
+        lambda: sky.gather([double(1)]) & call,
+        lambda: list(sky.gather([call], stream=True) >> pool),
+        lambda: call @ pool,
+        lambda: call @ pool.slots,
+        lambda: pool.broadcast(call),
+        lambda: pool.submit(call),
+        lambda: list(pool.map(function, [1])),
+        lambda: sky.Executor().submit(function, 1),
+        lambda: sky.Executor().map(function, [1]),
+    ):
+        with pytest.raises(TypeError, match=r"`\w+\(...\)` is a call of a generator .*`for value in \w+\(...\) >>"):
+            use()
+
+
+def test_retries_of_a_generator_function_are_refused() -> None:
+    with pytest.raises(sky.SpecError, match=r"retries=2 is invalid: expected 0 for a generator function"):
+        sky.compute(retries=2)(counting)
 
 
 def test_what_is_not_callable_is_refused() -> None:

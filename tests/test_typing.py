@@ -13,9 +13,29 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 SNIPPET = """
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import reveal_type
 
 import skyward as sky
+
+@sky.compute
+def generator(n: int) -> Generator[int, str, float]: yield 1; return 0.5
+@sky.compute
+def iterator(n: int) -> Iterator[int]: yield 1
+@sky.compute(timeout=60)
+async def async_iterator(n: int) -> AsyncIterator[int]: yield 1
+@sky.compute
+async def async_generator(n: int) -> AsyncGenerator[int, str]: yield 1
+@sky.compute(timeout=60)
+def generator_with_option(n: int) -> Generator[int]: yield 1
+
+def stream(pool: sky.ComputePool) -> None:
+    reveal_type(generator(1) >> pool)  # typing.Iterator[int]
+    reveal_type(iterator(1) >> pool)  # typing.Iterator[int]
+    reveal_type(async_iterator(1) >> sky)  # typing.Iterator[int]
+    reveal_type(async_generator(1) >> pool)  # typing.Iterator[int]
+    reveal_type(generator_with_option(1) >> pool)  # typing.Iterator[int]
+    reveal_type(async_generator.local(1))  # typing.Iterator[int]
 
 @sky.compute
 def train(rate: float) -> float: return rate

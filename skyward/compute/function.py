@@ -7,12 +7,12 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextvars import copy_context
 from types import FrameType, MethodType
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
-from skyward.compute.pending import NotCalled, PendingCompute
+from skyward.compute.pending import NotCalled, PendingCompute, PendingGenerator
 from skyward.errors import invalid
 
 P = ParamSpec("P")
@@ -34,10 +34,18 @@ class ComputeFunction(NotCalled, Generic[P, R_co]):
     __name__: str
     __qualname__: str
 
-    def __init__(self, fn: Callable[P, Any], *, retries: int = 0, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        fn: Callable[P, Any],
+        *,
+        retries: int = 0,
+        timeout: float | None = None,
+        makes: type[PendingCompute[Any]] = PendingCompute,
+    ) -> None:
         self.fn = fn
         self.retries = retries
         self.timeout = timeout
+        self.makes = makes
         functools.update_wrapper(self, fn)
         if not hasattr(self, "__name__"):  # a partial, or an object with __call__
             self.__name__ = getattr(getattr(fn, "func", None), "__name__", type(fn).__name__)
@@ -48,20 +56,26 @@ class ComputeFunction(NotCalled, Generic[P, R_co]):
             if runs:
                 return self.local(*args, **kwargs)  # type: ignore[return-value]
             frame = frame.f_back
-        return PendingCompute(self.fn, args, kwargs, self.retries, self.timeout)
+        return self.makes(self.fn, args, kwargs, self.retries, self.timeout)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        """Run the function here and now, as a worker would: an async function is awaited."""
+        """Run the function here and now, as a worker would: an async function is awaited.
+
+        Of a generator function, return an iterator, also if it is async.
+        """
         value: Any = self.fn(*args, **kwargs)
         if inspect.iscoroutine(value):
             value = run_coroutine(value)
+        elif inspect.isasyncgen(value):
+            value = _iterate(value)
         result: R_co = value
         return result
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        return ComputeFunction(MethodType(self.fn, instance), retries=self.retries, timeout=self.timeout)
+        fn = MethodType(self.fn, instance)
+        return ComputeFunction(fn, retries=self.retries, timeout=self.timeout, makes=self.makes)
 
     def __repr__(self) -> str:
         return f"<ComputeFunction {self.__name__}{_signature(self.fn)}>"
@@ -109,9 +123,29 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return outcome[0]
 
 
+def _iterate(values: AsyncGenerator[R, Any]) -> Iterator[R]:
+    """Yield the values of an async generator, from a thread that runs its event loop: one may run here."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from skyward.worker.value_stream import iterate
+
+    end = object()
+    context, iterator = copy_context(), iterate(values)
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            while (value := thread.submit(lambda: context.run(next, iterator, end)).result()) is not end:
+                yield cast("R", value)
+        finally:
+            thread.submit(context.run, iterator.close).result()
+
+
 class _Decorator(Protocol):
     @overload
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> ComputeFunction[P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, Generator[R, Any, Any]], /) -> ComputeFunction[P, Iterator[R]]: ...
+    @overload
+    def __call__(self, fn: Callable[P, AsyncIterator[R]], /) -> ComputeFunction[P, Iterator[R]]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> ComputeFunction[P, R]: ...
 
@@ -119,30 +153,38 @@ class _Decorator(Protocol):
 @overload
 def compute(fn: Callable[P, Coroutine[Any, Any, R]], /) -> ComputeFunction[P, R]: ...
 @overload
+def compute(fn: Callable[P, Generator[R, Any, Any]], /) -> ComputeFunction[P, Iterator[R]]: ...
+@overload
+def compute(fn: Callable[P, AsyncIterator[R]], /) -> ComputeFunction[P, Iterator[R]]: ...
+@overload
 def compute(fn: Callable[P, R], /) -> ComputeFunction[P, R]: ...
 @overload
 def compute(*, retries: int = 0, timeout: float | None = None) -> _Decorator: ...
 def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None) -> Any:
     """Make a function whose calls are values: ``train(0.1)`` makes a call, ``train(0.1) >> pool`` runs it on the pool.
 
-    Works with async functions too; they are awaited on the worker.
+    Works with async functions too; they are awaited on the worker. A call of a generator function, which may be async,
+    gives an iterator: the values arrive while the function runs, at most 8 values or 64 MiB ahead. Closing the iterator
+    raises `GeneratorExit` in the function.
 
     Parameters
     ----------
     retries
-        How often a call is run again after it raised an exception.
+        How often a call is run again after it raised an exception. Not for generator functions.
     timeout
-        Seconds of run time after which a call is interrupted and `TimeoutError` is raised; None: no limit.
+        Seconds of run time after which a call is interrupted and `TimeoutError` is raised; None: no limit. The time in
+        which a generator waits for its consumer does not count.
 
     Raises
     ------
     TypeError
-        `fn` is a generator function, whose values can't be sent one by one, or is not callable.
+        `fn` is not callable.
     SpecError
         An option can't work.
 
     Examples
     --------
+    >>> from collections.abc import Iterator
     >>> import skyward as sky
     >>> @sky.compute
     ... def double(x: int) -> int:
@@ -151,6 +193,11 @@ def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None
     <PendingCompute double(...)>
     >>> double.local(21)
     42
+    >>> @sky.compute
+    ... def count(n: int) -> Iterator[int]:
+    ...     yield from range(n)
+    >>> list(count.local(3))
+    [0, 1, 2]
     """
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise invalid("retries", retries, "an integer >= 0")
@@ -164,18 +211,15 @@ def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None
         fn = fn.fn
     if not callable(fn):
         raise TypeError(f"@sky.compute wraps a function, not a {type(fn).__name__}")
-    refuse_generator(fn)
-    return ComputeFunction(fn, retries=retries, timeout=timeout)
+    makes: type[PendingCompute[Any]] = PendingGenerator if is_generator_function(fn) else PendingCompute
+    if retries and makes is PendingGenerator:
+        raise invalid("retries", retries, "0 for a generator function, whose values are used before it fails")
+    return ComputeFunction(fn, retries=retries, timeout=timeout, makes=makes)
 
 
-def refuse_generator(fn: Callable[..., Any]) -> None:
-    """Raise `TypeError` for a generator function: its values can't travel one by one."""
-    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
-        name = getattr(fn, "__name__", "fn")
-        raise TypeError(
-            f"{name}() is a generator function, and a generator can't travel from a worker: return a list, or make "
-            "one call per value and stream those: `sky.gather(calls, stream=True) >> pool`"
-        )
+def is_generator_function(fn: Callable[..., Any]) -> bool:
+    """Tell whether calls of `fn` give a generator or an async generator."""
+    return any(inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f) for f in (fn, type(fn).__call__))
 
 
 lazy = compute

@@ -96,6 +96,30 @@ class PendingCompute(Generic[R_co]):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PendingGenerator(PendingCompute[Iterator[R]]):
+    """A call of a generator function: ``>> target`` gives an iterator of its values, and is all that it can do."""
+
+    def __matmul__(self, target: Any) -> NoReturn:
+        one_value(self)
+        raise AssertionError
+
+    def __and__(self, other: Any) -> NoReturn:
+        one_value(self)
+        raise AssertionError
+
+
+def one_value(call: PendingCompute[R]) -> PendingCompute[R]:
+    """Return the call, or raise `TypeError` if it is of a generator function."""
+    if type(call) is PendingGenerator:
+        what = _shown(call)
+        raise TypeError(
+            f"`{what}` is a call of a generator function, whose values arrive one by one: it runs on one worker, by "
+            f"itself. Iterate over them: `for value in {what} >> pool`"
+        )
+    return call
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PendingBatch(Generic[*Ts]):
     """Calls to be run in parallel: ``>> target`` gives a tuple of their values, in order."""
 
@@ -112,7 +136,7 @@ class PendingBatch(Generic[*Ts]):
     def __and__(self, other: PendingBatch[*tuple[Any, ...]]) -> PendingBatch[*tuple[Any, ...]]: ...
     def __and__(self, other: Any) -> Any:
         if isinstance(other, PendingCompute):
-            return replace(self, calls=(*self.calls, other))
+            return replace(self, calls=(*self.calls, one_value(other)))
         if isinstance(other, PendingBatch):
             return replace(self, calls=self.calls + other.calls)
         if isinstance(other, NotCalled):
@@ -309,4 +333,4 @@ def _checked(calls: Iterable[Any]) -> Iterator[PendingCompute[Any]]:
             raise TypeError(
                 f"gather(): item {index} is a {type(call).__name__}, not a call of a @sky.compute function"
             )
-        yield call
+        yield one_value(call)

@@ -5,11 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from skyward.compute.pending import PendingCompute
 from skyward.engine.estimates import Estimates
 from skyward.transfer.wire import Access, BlobRef, Chunk, FunctionRef, Isolation, Participant, WireCall
+
+
+class Stream(Protocol):
+    """What hears, in the event loop, where a call of a generator function is."""
+
+    received: int  # values that have arrived
+
+    def sent(self, address: str | None) -> None:
+        """The call goes to this worker. None: the scheduler chooses one."""
+
+    def left(self) -> None:
+        """The call is on no worker any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +32,7 @@ class Call:
     out of chunks with others; `name` is what the Dask dashboard shows; `tasks` is how many it counts for. `owner` is
     an object among the arguments whose method is called: a large one goes to each node once, as large buffers do.
     `origin` is the pending call that it was, by which other calls refer to its value.
+    `stream` is where the values of a generator go.
     """
 
     fn: Callable[..., Any]
@@ -32,6 +45,7 @@ class Call:
     tasks: int = 1
     owner: Any = None
     origin: Any = None
+    stream: Stream | None = None
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from skyward.engine.calls import Item, batch_label, make_chunk, now
 from skyward.engine.ending import EndingWorkers
 from skyward.engine.estimates import Estimates
-from skyward.engine.failures import died, not_run
+from skyward.engine.failures import died, lost_midway, not_run
 from skyward.engine.future import CallFuture, ItemOutcomes
 from skyward.engine.group import Group
 from skyward.engine.loop import Loop
@@ -194,6 +194,8 @@ class Dispatcher:
             if isinstance(item.sink, CallFuture):
                 item.sink.sent = True
         self._sent.add(sent)
+        if items[0].call.stream is not None:
+            items[0].call.stream.sent(address)
         self._loop.start(self._run_chunk(sent))
 
     async def _run_chunk(self, sent: SentChunk) -> None:
@@ -201,6 +203,9 @@ class Dispatcher:
         began = now()
         chunk = make_chunk(key, items, self._roster.pickled_layout, self._sources.facts, access=group.access)
         result = await self._sent.result(sent, chunk)
+        if (stream := items[0].call.stream) is not None:
+            await self._sent.wait_left(sent)
+            stream.left()
         is_running = self._transport.client.status == "running"
         if not isinstance(result, Outcomes) and not is_running and not sent.is_dropped:
             # The scheduler is out of reach. The pool usually finds out why and fails with that: a better error.
@@ -219,6 +224,8 @@ class Dispatcher:
                 self._roster.placement.avoid(sent.address, now() + UNREACHABLE_S)
                 self._loop.asyncio_loop.call_later(UNREACHABLE_S, self.pump)
             self._completed(group, items, result.items)
+        elif stream is not None and stream.received and self.failure is None:
+            self._lost_midway(group, items[0], stream.received, result)
         elif is_free_retry and self.failure is None:
             self._requeue(group, items)
             self._loop.asyncio_loop.call_later(UNREACHABLE_S, self.pump)
@@ -313,6 +320,14 @@ class Dispatcher:
         logger.warning("a worker died with %d calls of %s; %d run again", len(items), batch_label(items), len(again))
         self._requeue(group, again)
         self._deliver(group, done)
+
+    def _lost_midway(self, group: Group, item: Item, received: int, cause: BaseException) -> None:
+        """Fail a generator that was lost with its worker: some of its values have been used."""
+        self._reruns -= item.losses > 0
+        error: BaseException = not_run(cause)
+        if isinstance(cause, WorkerGoneError):
+            error = lost_midway(item.call, received, cause.name or self._roster.placement.name(cause.address))
+        self._deliver(group, [(item, error)])
 
     def _deliver(self, group: Group, delivery: ItemOutcomes) -> None:
         if not delivery:

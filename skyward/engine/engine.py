@@ -32,6 +32,7 @@ from skyward.engine.sent_chunks import SentChunks
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 from skyward.engine.transport import CLOSE_S, Transport
+from skyward.engine.value_stream import ValueStream
 from skyward.errors import PoolError
 from skyward.transfer.wire import Access, Kind, Outcome, Slot
 
@@ -203,6 +204,23 @@ class Engine:
             future.on_cancel = functools.partial(self.dispatcher.cancel_call, queue, item)
             queue.put(item)
         return future
+
+    def stream(self, call: Call) -> ValueStream:
+        """Start a call of a generator function, and return the stream of its values."""
+        self.loop.check_thread()
+        stream = ValueStream(call, self.dispatcher, self.loop, self._transport, self._roster)
+        packer = Packer(self.store, self.sources, unchanged=True)
+        item = packer.pack(stream.call)
+        if item.needs:
+            stream.graph = self.graphs.graph(packer, lambda _: None)
+            try:
+                item.needs = tuple(stream.graph.values(item))
+            except BaseException:
+                stream.graph.cancel()
+                self.store.release(item.refs)
+                raise
+        stream.group.put(item)
+        return stream
 
     def persist(self, calls: Sequence[Call]) -> list[Persisted[Any]]:
         """Start calls whose values stay on the cluster, and return the values' futures.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 
-from skyward.engine.calls import Item
+from skyward.engine.calls import Call, Item
 from skyward.errors import PoolError, SerializationError, WorkerDiedError
 
 WHY_DIED = (
@@ -21,6 +21,16 @@ def died(item: Item, worker: str) -> WorkerDiedError:
         f"{worker}; it is not run again. {WHY_DIED}",
         machine=worker,
         losses=item.losses,
+    )
+
+
+def lost_midway(call: Call, count: int, worker: str) -> WorkerDiedError:
+    """Return the error for a generator that was lost with its worker, which has this name."""
+    return WorkerDiedError(
+        f"{call.label}() was lost with its worker process, on worker {worker}, after its first {count} values; it is "
+        f"not run again, because these have been used. {WHY_DIED}",
+        machine=worker,
+        losses=1,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dask.delayed import Delayed, DelayedAttr, DelayedLeaf
 from distributed import Future
 
-from skyward.compute.pending import PendingBatch, PendingCompute, PendingStream
+from skyward.compute.pending import PendingBatch, PendingCompute, PendingGenerator, PendingStream, one_value
 from skyward.engine.calls import Item
 from skyward.engine.persisted import Persisted
 from skyward.errors import SpecError
@@ -27,9 +27,17 @@ def _refuse_stream(_: Any, __: list[Any]) -> Any:
     raise SpecError("gather(..., stream=True) can't be an argument: pass gather(...), whose values are a tuple")
 
 
+def _refuse_generator(call: PendingGenerator[Any], _: list[Any]) -> Any:
+    try:
+        one_value(call)
+    except TypeError as exc:
+        raise SpecError(f"an argument has no single value: {exc}") from None
+
+
 STAND_INS.update(dict.fromkeys((PendingCompute, Future, Persisted, Delayed, DelayedAttr, DelayedLeaf), need_value))
 STAND_INS[PendingBatch] = _need_batch
 STAND_INS[PendingStream] = _refuse_stream
+STAND_INS[PendingGenerator] = _refuse_generator
 
 
 @dataclass(slots=True, eq=False)

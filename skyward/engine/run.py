@@ -17,6 +17,7 @@ from skyward.engine.future import ItemOutcomes
 from skyward.engine.graph import Graph
 from skyward.engine.group import Group
 from skyward.engine.packer import Packer
+from skyward.engine.value_stream import ValueStream
 from skyward.transfer.wire import Outcome
 
 _CHUNKS_AHEAD = 4
@@ -53,6 +54,32 @@ def run_one(engine: Engine, call: Call) -> Any:
     if not ok:
         raise value
     return value
+
+
+def run_generator(engine: Engine, call: Call) -> Iterator[Any]:
+    """Start a call of a generator function, and return an iterator over its values. Closing that ends the call."""
+    values = _values(engine, engine.stream(call))
+    next(values)  # to where closing it, or letting go of it, ends the call
+    return values
+
+
+def _values(engine: Engine, stream: ValueStream) -> Generator[Any, None, None]:
+    is_over = False
+    try:
+        yield None
+        while True:
+            engine.dispatcher.check_open()
+            is_over, outcome = stream.get()
+            ok, value = engine.decoder.decode(stream.call, outcome)
+            if not ok:
+                raise value
+            if is_over:
+                return
+            yield value
+    finally:
+        if not is_over and engine.dispatcher.failure is None:
+            stream.close()
+        stream.release()
 
 
 def run_all(engine: Engine, calls: Sequence[Call], *, return_exceptions: bool = False) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
@@ -15,6 +16,7 @@ from skyward.engine.group import Group
 from skyward.engine.placement import Placement
 from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
 from skyward.transfer.wire import Chunk, Outcomes
+from skyward.worker import interrupts
 
 UNREACHABLE_S = 1.0
 """Seconds for which a worker that could not be reached gets nothing more.
@@ -83,14 +85,21 @@ class SentChunks:
         return outcomes
 
     async def _outcomes(self, sent: SentChunk, chunk: Chunk) -> Outcomes:
+        needs = sent.items[0].needs  # of a generator: other calls that need values are tasks of a graph
         if sent.address is None:
             arguments = await self._transport.arguments(chunk)
             if sent.is_dropped:
                 raise asyncio.CancelledError
-            return await self._transport.run(sent.key, arguments)
+            return await self._transport.run(sent.key, arguments, needs)
         await self._transport.prepare(chunk, self._placement.node(sent.address), sent.address)
         if sent.is_dropped:
             raise asyncio.CancelledError
+        if needs:
+            sent.waiting = asyncio.current_task()
+            try:
+                return await self._transport.run(sent.key, [chunk], needs, workers=[sent.address])
+            finally:
+                sent.waiting = None
         sent.is_direct = True
 
         def when_sent() -> None:
@@ -103,6 +112,13 @@ class SentChunks:
         finally:
             sent.waiting = None
             timer.cancel()
+
+    async def wait_left(self, sent: SentChunk) -> None:
+        """Wait until a chunk that was dropped has ended, if it is a task: Dask ends the wait for it before."""
+        if sent.is_dropped and not sent.is_direct:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interrupts.GRACE_S):
+                    await self._transport.wait_ended([sent.key], tuple)
 
     def _start_placeholder(self, sent: SentChunk) -> None:
         assert sent.address is not None

@@ -22,7 +22,7 @@ from distributed.core import send_recv
 from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.store import Store
 from skyward.scheduler.losses import LOSSES
-from skyward.transfer.wire import INTERRUPT, LEAVE, RUN, TAKE_BACK, Chunk, Outcomes
+from skyward.transfer.wire import INTERRUPT, LEAVE, RUN, TAKE_BACK, VALUES, Chunk, Outcome, Outcomes
 from skyward.worker import handlers, interrupts, ranks, runtime
 from skyward.worker.graph import KEY
 
@@ -73,6 +73,8 @@ class Transport:
         self._has_slots = has_slots
         self._direct = direct
         self._scattered: dict[str, asyncio.Task[Any]] = {}
+        self.streams_topic: str = f"skyward-streams-{client.id}"  # of Dask's events, where generators begin
+        self._streams: dict[str, Callable[[str], None]] = {}
         self._connecting: set[asyncio.Future[Any]] = set()
         self.delivery: Delivery = Delivery(store, self._send)
 
@@ -135,7 +137,25 @@ class Transport:
             raise WorkerGoneError(address) from exc
         except OSError as exc:
             raise UnreachableError(address) from exc
-        return self._heard(pickle.loads(answer) if isinstance(answer, bytes) else answer)
+        return self._heard(_unpacked(answer))
+
+    async def values(self, address: str, key: str, received: int, consumed: int) -> list[Outcome]:
+        """Return values of a generator that runs on a worker; none if there is none within some seconds."""
+        answer = await self._send(address, VALUES, key=key, received=received, consumed=consumed)
+        return [] if answer is None else _unpacked(answer).items
+
+    def when_begun(self, key: str, tell: Callable[[str], None] | None) -> None:
+        """Call `tell` with the address of the worker where the generator `key` begins, as a Dask task. None: do not."""
+        if tell is None:
+            self._streams.pop(key, None)
+            return
+        self._streams[key] = tell
+        if self.streams_topic not in self.client._event_handlers:
+            self.client.subscribe_topic(self.streams_topic, self._begun)
+
+    def _begun(self, event: tuple[float, dict[str, str]]) -> None:
+        if (tell := self._streams.get(event[1]["key"])) is not None:
+            tell(event[1]["address"])
 
     def _heard(self, outcomes: Outcomes) -> Outcomes:
         if outcomes.output is not None:
@@ -289,6 +309,11 @@ class Transport:
         """Let go of what was scattered, and of what is on its way."""
         self._scattered.clear()
         self.delivery.close()
+
+
+def _unpacked(answer: Any) -> Outcomes:
+    outcomes: Outcomes = pickle.loads(answer) if isinstance(answer, bytes) else answer
+    return outcomes
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from skyward.compute import ComputeFunction, refuse_generator, run_coroutine
+from skyward.compute import ComputeFunction, is_generator_function, run_coroutine
 from skyward.errors import invalid
 from skyward.spec.validation import check_choice
 from skyward.transfer.wire import Isolation
@@ -38,7 +38,11 @@ class Distributed:
     """A function with what it needs around it. Travels like any function."""
 
     def __init__(self, fn: Callable[..., Any], isolation: Isolation) -> None:
-        refuse_generator(fn)
+        if is_generator_function(fn):
+            name = getattr(fn, "__name__", "fn")
+            raise TypeError(
+                f"{name}() is a generator function, and each part of a distributed job gives one value: return a list"
+            )
         functools.update_wrapper(self, fn)
         self.skyward_isolation = isolation
 

@@ -6,7 +6,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, TypeVarTuple, overload
 
-from skyward.compute import ComputeFunction, PendingBatch, PendingCompute, PendingStream, compute
+from skyward.compute import (
+    ComputeFunction,
+    PendingBatch,
+    PendingCompute,
+    PendingGenerator,
+    PendingStream,
+    compute,
+    one_value,
+)
 from skyward.current import enter, leave
 from skyward.errors import NoActivePoolError, VolumeError, invalid
 from skyward.pool.lifecycle import Lifecycle
@@ -218,10 +226,14 @@ class ComputePool:
     # --- running calls --------------------------------------------------------------------------------------
 
     def run(self, pending: PendingCompute[R]) -> R:
-        """Run one call on one worker and return its value; the same as ``pending >> pool``."""
-        from skyward.engine.run import run_one
+        """Run one call on one worker and return its value; the same as ``pending >> pool``.
 
-        value: R = run_one(self.engine, _call(pending))
+        If the call is of a generator function, return an iterator over its values, which arrive while it runs.
+        """
+        from skyward.engine.run import run_generator, run_one
+
+        run: Any = run_generator if type(pending) is PendingGenerator else run_one
+        value: R = run(self.engine, _call(pending))
         return value
 
     def run_batch(self, batch: PendingBatch[*Ts]) -> tuple[*Ts]:
@@ -244,11 +256,13 @@ class ComputePool:
         return self._broadcast(pending, every_slot=False)
 
     def _broadcast(self, pending: PendingCompute[R], *, every_slot: bool) -> tuple[R, ...]:
-        return tuple(self.engine.broadcast(_call(pending), every_slot=every_slot))
+        call = _call(one_value(pending))
+        return tuple(self.engine.broadcast(call, every_slot=every_slot))
 
     def submit(self, pending: PendingCompute[R]) -> Future[R]:
         """Start a call and return its future at once. Cancelling the future interrupts the call if it is running."""
-        return self.engine.submit(_call(pending))
+        call = _call(one_value(pending))
+        return self.engine.submit(call)
 
     @overload
     def persist(self, pending: PendingCompute[R]) -> Persisted[R]: ...
@@ -270,7 +284,8 @@ class ComputePool:
             The calls can't feed one another; nothing runs.
         """
         if isinstance(pending, PendingCompute):
-            return self.engine.persist([_call(pending)])[0]
+            call = _call(one_value(pending))
+            return self.engine.persist([call])[0]
         if not isinstance(pending, PendingBatch):
             raise TypeError(f"persist() takes a call or a batch, such as gather(...), not a {type(pending).__name__}")
         if pending.return_exceptions:
@@ -287,7 +302,7 @@ class ComputePool:
         The iterables are read only a little ahead of what has been yielded.
         """
         function: ComputeFunction[..., Any] = fn if isinstance(fn, ComputeFunction) else compute(fn)
-        calls = (function(*args) for args in zip(*iterables, strict=False))
+        calls = (one_value(function(*args)) for args in zip(*iterables, strict=False))
         return self.run_stream(PendingStream(calls))
 
     @property

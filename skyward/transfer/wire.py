@@ -98,6 +98,11 @@ RUN, TAKE_BACK, INTERRUPT, RAN = "skyward_run", "skyward_take_back", "skyward_in
 """What a worker is asked to do with a chunk, and what it tells the scheduler afterwards."""
 LEAVE = "skyward_leave"
 """What a worker is asked to do when its own modules are outdated: end its process."""
+VALUES = "skyward_values"
+"""What a worker is asked for the values of a generator."""
+AHEAD_VALUES = 8
+AHEAD_BYTES = 64 << 20
+"""Values, and bytes of them, that a generator may be ahead of its consumer. Chosen, not measured."""
 KEEP, READ, FETCH, DROP = "skyward_keep", "skyward_read", "skyward_fetch", "skyward_drop"
 """What a worker is asked to do with a large buffer."""
 PIECE = 32 << 20
@@ -185,6 +190,10 @@ class Outcome(NamedTuple):
     traceback: str = ""
     machine: str = ""
     warnings: tuple[tuple[str, bytes, str, int], ...] = ()  # (category and text, pickled warning, filename, line)
+
+    @property
+    def size(self) -> int:
+        return len(self.data) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
 
 
 @dataclass(slots=True)

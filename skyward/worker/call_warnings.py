@@ -40,6 +40,14 @@ def _install_show() -> None:
     warnings.showwarning = keep
 
 
+def take() -> tuple[tuple[str, bytes, str, int], ...]:
+    """Return, packed, what has been collected in this thread and not been taken."""
+    into: CallWarnings = _collector.into
+    found = pack(into)
+    into.clear()
+    return found
+
+
 def pack(collected: CallWarnings) -> tuple[tuple[str, bytes, str, int], ...]:
     return tuple(
         (f"{raised.kind_of(warning)}: {text}", _pack_warning(warning), file, line)

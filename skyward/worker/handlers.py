@@ -17,7 +17,7 @@ from typing import Any
 
 from skyward.transfer import sources
 from skyward.transfer.wire import INTERRUPT, LEAVE, RAN, RUN, TAKE_BACK, Chunk, Kind, Outcome, Outcomes
-from skyward.worker import interrupts, runtime
+from skyward.worker import interrupts, runtime, value_stream
 
 _here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
 _ANSWER_S = 0.02
@@ -27,18 +27,14 @@ _NO_FAILURE = frozenset({Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN})
 
 def install(worker: Any) -> None:
     """Let `worker`, a Dask worker in this process, take chunks."""
-    from distributed.protocol import to_serialize
-
     async def run(chunk: bytes) -> Any:
-        outcomes = await _run(worker, pickle.loads(chunk))
-        if any(outcome.buffers for outcome in outcomes.items):
-            return to_serialize(outcomes)  # which keeps large buffers out of the pickle
-        return pickle.dumps(outcomes, 5)
+        return value_stream.packed(await _run(worker, pickle.loads(chunk)))
 
     worker.handlers[RUN] = run
     worker.handlers[TAKE_BACK] = take_back
     worker.handlers[INTERRUPT] = interrupt
     worker.handlers[LEAVE] = leave
+    value_stream.install(worker)
 
 
 async def _run(worker: Any, chunk: Chunk) -> Outcomes:

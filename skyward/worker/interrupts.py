@@ -26,6 +26,10 @@ class Interrupted(BaseException):
     """Raised inside a task by `interrupt`. Not an Exception, so that user code does not swallow it."""
 
 
+class Closed(Interrupted, GeneratorExit):
+    """The same in a generator that computes: its code hears of its end as it does at a ``yield``."""
+
+
 @dataclass(slots=True)
 class Running:
     """A chunk that runs here. `why` is set once it is to stop; nothing is raised in one that is `watched` for that."""
@@ -33,6 +37,12 @@ class Running:
     thread: int
     why: Kind | None = None
     watched: bool = False
+    raises: type[Interrupted] = Interrupted
+
+    def check(self) -> None:
+        """Raise if it is to stop: user code may have caught what was raised in it."""
+        if self.why is not None:
+            raise self.raises
 
 
 _running: dict[str, Running] = {}
@@ -101,6 +111,12 @@ def interrupt(keys: list[str], why: int = Kind.CANCELLED) -> int:
     return hit
 
 
+def current() -> Running:
+    """Return the chunk that runs in this thread."""
+    with _lock:
+        return next(running for running in _running.values() if running.thread == threading.get_ident())
+
+
 def runs_one_of(keys: list[str]) -> bool:
     """Tell whether one of the chunks `keys` runs here."""
     return any(key in _running for key in keys)
@@ -122,7 +138,7 @@ def _raise_in(key: str, found: Running) -> bool:
             return True
         if _is_importing(found.thread):
             return False
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(found.thread), ctypes.py_object(Interrupted))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(found.thread), ctypes.py_object(found.raises))
         if _wakes and found.thread == threading.main_thread().ident:
             signal.pthread_kill(found.thread, _WAKE)
         return True

@@ -62,6 +62,22 @@ def pack_outcome(exc: BaseException, fn: Any) -> tuple[Kind, bytes, tuple[Any, .
         return Kind.OPAQUE, pickling.dumps(error)[0], (), trace
 
 
+def not_sendable(fn: Any, did: str, value: object, cause: BaseException) -> SerializationError:
+    """Return the error for what a call has returned or yielded, if that can't be pickled."""
+    where = f"result of {name_of(fn)}()"
+    if "generator' object" in text(cause):
+        return SerializationError(
+            f"{name_of(fn)}() {did} a {kind_of(value)}, which can't be sent back: {text(cause)}. "
+            "Decorate the generator function itself with @sky.compute, and iterate over `fn(...) >> pool`.",
+            where=where,
+        )
+    return SerializationError(
+        f"{name_of(fn)}() {did} a {kind_of(value)}, which can't be sent back: {text(cause)}. "
+        "Send plain data, or data from which it can be created again.",
+        where=where,
+    )
+
+
 def name_of(fn: Any) -> str:
     return getattr(fn, "__qualname__", None) or type(fn).__name__
 

@@ -6,18 +6,16 @@ Imported by every worker process; imports only facts, and dask where a worker ha
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from skyward.errors import SerializationError
 from skyward.transfer import dependencies, pickling, sources
 from skyward.transfer.wire import Chunk, Kind, Layout, Outcome, Outcomes, WireCall
-from skyward.worker import buffer_files, call_warnings, context, interrupts, raised
+from skyward.worker import buffer_files, call_warnings, context, interrupts, raised, time_limit
 from skyward.worker.participant import pass_barrier, run_isolated
 from skyward.worker.threads import whole_node
 from skyward.worker.unpickling import Unpickler
@@ -89,7 +87,7 @@ def _run_calls(
     part = chunk.participant
     if chunk.isolation and job is None:
         assert part is not None
-        with _limit(chunk):
+        with time_limit.limited(chunk.key, chunk.timeout_s):
             outcomes += run_isolated(chunk, part, blobs, needs, worker, me, layout)
         return
     token = context.running.set(context.Task(layout, address, part, job.peers if job else ()))
@@ -105,7 +103,7 @@ def _run_calls(
             return
         if part and part.barrier and job is None:
             pass_barrier(worker, layout.pool_id, part)
-        with _limit(chunk), whole_node(part):
+        with time_limit.limited(chunk.key, chunk.timeout_s), whole_node(part):
             for call in chunk.calls:
                 spent = time.perf_counter() - started
                 if me.why is not None:
@@ -168,12 +166,7 @@ def _result(
     except interrupts.Interrupted:
         raise
     except BaseException as exc:  # whatever a value's own __reduce__ raises
-        error = SerializationError(
-            f"{raised.name_of(fn)}() returned a {raised.kind_of(value)}, which can't be sent back: {raised.text(exc)}. "
-            "Return plain data, or data from which it can be created again.",
-            where=f"result of {raised.name_of(fn)}()",
-        )
-        return Kind.OPAQUE, pickling.dumps(error)[0], (), ""
+        return Kind.OPAQUE, pickling.dumps(raised.not_sendable(fn, "returned", value, exc))[0], (), ""
 
 
 def current_worker() -> Any:
@@ -196,18 +189,3 @@ def _load_layout(data: bytes) -> Layout:
         _layouts.clear()  # the layout changes when nodes come and go: the last one is enough
         layout = _layouts[data] = pickling.loads(data)
     return layout
-
-
-@contextlib.contextmanager
-def _limit(chunk: Chunk) -> Iterator[None]:
-    """Interrupt the chunk when its time is up."""
-    if chunk.timeout_s is None:
-        yield
-        return
-    timer = threading.Timer(chunk.timeout_s, interrupts.interrupt, [[chunk.key], Kind.TIMEOUT])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

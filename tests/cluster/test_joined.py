@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
 import skyward as sky
 from skyward.cluster import joined as joining
+from skyward.transfer.wire import AHEAD_VALUES
 from tests.waiting import wait_until
 
 
@@ -101,6 +104,80 @@ def test_exceptions_and_warnings_come_back_here_too(cluster: LocalCluster) -> No
         sky.compute(fail)() >> pool
 
     assert isinstance(info.value.__cause__, sky.RemoteTraceback)
+
+
+@sky.compute
+def ticks(trace: Path) -> Iterator[int]:
+    try:
+        for i in range(1000):
+            with trace.open("a") as file:
+                file.write(".")
+            yield i
+    finally:
+        trace.with_suffix(".closed").touch()
+
+
+def test_values_of_a_generator_arrive_while_it_runs(cluster: LocalCluster, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    with joined(cluster) as pool:
+        streams = [ticks(tmp_path / name) >> pool for name in ("trace", "other")]
+
+        for _, first, second in zip(range(50), *streams, strict=False):
+            assert first == second
+            assert trace.stat().st_size <= first + 1 + AHEAD_VALUES
+        del streams
+
+        assert trace.with_suffix(".closed").exists()
+        assert sky.gather(*(double(i) for i in range(4))) >> pool == (0, 2, 4, 6)
+        array = next(sky.compute(large_values)() >> pool)
+        assert array.nbytes == 8 << 20
+        assert array[-1] == 1
+
+
+def large_values() -> Iterator[Any]:
+    yield np.ones(1 << 20)
+
+
+def test_a_generator_that_computes_is_closed(cluster: LocalCluster, tmp_path: Path) -> None:
+    @sky.compute
+    def slow() -> Iterator[int]:
+        yield 1
+        try:
+            while True:
+                (tmp_path / "computes").touch()
+                time.sleep(0.01)
+        except GeneratorExit:
+            (tmp_path / "closed").touch()
+            raise
+
+    with joined(cluster) as pool:
+        values: Any = slow() >> pool
+        next(values)
+        wait_until((tmp_path / "computes").exists)
+
+        values.close()
+
+        assert (tmp_path / "closed").exists()
+
+
+def test_a_lost_worker_ends_a_stream_and_runs_nothing_twice(tmp_path: Path) -> None:
+    @sky.compute
+    def identity() -> Iterator[int]:
+        (tmp_path / str(os.getpid())).touch()
+        yield os.getpid()
+        time.sleep(1000)
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        joined(cluster) as pool,
+    ):
+        values = identity() >> pool
+        os.kill(next(values), signal.SIGKILL)
+
+        with pytest.raises(sky.WorkerDiedError, match="after its first 1 values; it is not run again"):
+            next(values)
+        assert double(1) >> pool == 2
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_large_arrays_reach_the_workers(cluster: LocalCluster) -> None:

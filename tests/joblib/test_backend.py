@@ -241,6 +241,16 @@ def test_an_argument_that_cannot_be_pickled_is_an_error_wherever_it_comes() -> N
     assert Parallel()(tasks) == [i * i for i in range(50)]
 
 
+def squares(n: int) -> Iterator[int]:
+    yield from (i * i for i in range(n))
+
+
+@pytest.mark.parametrize("function", [squares, sky.compute(squares)], ids=["plain", "compute"])
+def test_a_task_that_returns_a_generator_is_told_what_to_do(function: Any) -> None:
+    with pytest.raises(sky.SerializationError, match=r"'generator' object.* Decorate the generator function"):
+        Parallel()([delayed(function)(3)])
+
+
 def test_an_error_in_the_iterator_of_tasks_is_raised_here() -> None:
     def tasks(n: int) -> Iterator[Any]:
         for i in range(n):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +193,43 @@ def test_a_call_sees_nothing_that_earlier_calls_left(pool: sky.ComputePool) -> N
 
     assert sky.gather(*(sky.compute(generator.random)() for _ in range(12))) >> pool == (first,) * 12
     assert sky.gather(*(call(i) for i in range(12))) >> pool == (first,) * 12
+
+
+@sky.compute
+def ticks() -> Iterator[tuple[int, str, int, Any]]:
+    try:
+        for i in range(1000):
+            yield i, socket.gethostname(), os.getpid(), np.full(300_000, i)
+    finally:
+        Path("/tmp/ticks-closed").touch()
+
+
+def test_values_of_a_generator_arrive_while_it_runs(pool: sky.ComputePool, machines: list[Machine]) -> None:
+    closed = sky.compute(os.path.exists)("/tmp/ticks-closed")
+
+    for i, host, _, array in ticks() >> pool:
+        assert host in {m.name for m in machines}
+        assert array[-1] == i
+        if i == 40:
+            break
+
+    assert any(closed @ pool)
+
+
+def test_a_lost_worker_ends_a_stream(pool: sky.ComputePool) -> None:
+    @sky.compute
+    def dying() -> Iterator[int]:
+        yield 1
+        while not Path("/tmp/go").exists():
+            time.sleep(0.01)
+        os._exit(1)
+
+    values = dying() >> pool
+
+    assert next(values) == 1
+    sky.compute(Path.touch)(Path("/tmp/go")) @ pool
+    with pytest.raises(sky.WorkerDiedError, match="after its first 1 values; it is not run again"):
+        next(values)
 
 
 def test_an_exception_comes_back_with_the_machine_that_raised_it(
