@@ -100,22 +100,24 @@ class PendingGenerator(PendingCompute[Iterator[R]]):
     """A call of a generator function: ``>> target`` gives an iterator of its values, and is all that it can do."""
 
     def __matmul__(self, target: Any) -> NoReturn:
-        one_value(self)
-        raise AssertionError
+        self.refuse()
 
     def __and__(self, other: Any) -> NoReturn:
-        one_value(self)
-        raise AssertionError
+        self.refuse()
 
-
-def one_value(call: PendingCompute[R]) -> PendingCompute[R]:
-    """Return the call, or raise `TypeError` if it is of a generator function."""
-    if type(call) is PendingGenerator:
-        what = _shown(call)
+    def refuse(self) -> NoReturn:
+        """Raise `TypeError`: a single value is wanted."""
+        what = _shown(self)
         raise TypeError(
             f"`{what}` is a call of a generator function, whose values arrive one by one: it runs on one worker, by "
             f"itself. Iterate over them: `for value in {what} >> pool`"
         )
+
+
+def one_value(call: PendingCompute[R]) -> PendingCompute[R]:
+    """Return the call, or raise `TypeError` if it is of a generator function."""
+    if isinstance(call, PendingGenerator):
+        call.refuse()
     return call
 
 

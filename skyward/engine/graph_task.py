@@ -10,7 +10,7 @@ from typing import Any
 from dask.delayed import Delayed, DelayedAttr, DelayedLeaf
 from distributed import Future
 
-from skyward.compute.pending import PendingBatch, PendingCompute, PendingGenerator, PendingStream, one_value
+from skyward.compute.pending import PendingBatch, PendingCompute, PendingGenerator, PendingStream
 from skyward.engine.calls import Item
 from skyward.engine.persisted import Persisted
 from skyward.errors import SpecError
@@ -29,7 +29,7 @@ def _refuse_stream(_: Any, __: list[Any]) -> Any:
 
 def _refuse_generator(call: PendingGenerator[Any], _: list[Any]) -> Any:
     try:
-        one_value(call)
+        call.refuse()
     except TypeError as exc:
         raise SpecError(f"an argument has no single value: {exc}") from None
 

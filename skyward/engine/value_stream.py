@@ -33,10 +33,10 @@ _CLOSE_S = interrupts.GRACE_S + 3.0
 
 
 class ValueStream:
-    """The values of one call of a generator function: `sink` of its item, and the only one in its group."""
+    """The values of one call of a generator function, which is alone in its group."""
 
     def __init__(self, call: Call, server: Server, loop: Loop, transport: Transport, roster: Roster) -> None:
-        self.received = 0  # values that have arrived from the worker
+        self.received: int = 0  # values that have arrived from the worker
         self._received_bytes = 0
         self._consumed = self._consumed_bytes = 0  # written by the consumer's thread
         self._arrived: queue.SimpleQueue[tuple[bool, Outcome | BaseException]] = queue.SimpleQueue()
@@ -140,17 +140,16 @@ class ValueStream:
         tries = 0
         try:
             while (address := self._address) is not None and self._has_room():
+                if self._roster.is_joined and self.received and address not in self._roster.workers():
+                    return self._fail(lost_midway(self.call, self.received, address))
                 try:
                     outcomes = await self._transport.values(address, self._key, self.received, self._consumed)
                 except Exception as exc:  # mostly lost connections: if the worker is gone, the engine is told
                     logger.debug("no values from %s: %s", address, exc)
                     tries += not isinstance(exc, OSError)
-                    if self._roster.is_joined and self.received and address not in self._roster.workers():
-                        self._fail(lost_midway(self.call, self.received, address))
-                    elif tries == _TRIES:
-                        self._fail(not_run(exc))
-                    else:
-                        await asyncio.sleep(_AGAIN_S)
+                    if tries == _TRIES:
+                        return self._fail(not_run(exc))
+                    await asyncio.sleep(_AGAIN_S)
                     continue
                 tries = 0
                 if address == self._address:  # otherwise the call is not there any more, and runs again elsewhere

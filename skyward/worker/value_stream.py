@@ -35,9 +35,9 @@ class Generating:
     """
 
     def __init__(self, fn: Callable[..., Any], key: str, topic: str | None) -> None:
-        self.__wrapped__ = fn
-        self.__name__ = getattr(fn, "__name__", type(fn).__name__)
-        self.__qualname__ = getattr(fn, "__qualname__", self.__name__)
+        self.__wrapped__: Callable[..., Any] = fn
+        self.__name__: str = getattr(fn, "__name__", type(fn).__name__)
+        self.__qualname__: str = getattr(fn, "__qualname__", self.__name__)
         self._key = key
         self._topic = topic
 

@@ -129,9 +129,15 @@ def test_values_of_a_generator_arrive_while_it_runs(cluster: LocalCluster, tmp_p
 
         assert trace.with_suffix(".closed").exists()
         assert sky.gather(*(double(i) for i in range(4))) >> pool == (0, 2, 4, 6)
+        assert list(count(sky.ref(double(2))) >> pool) == [0, 1, 2, 3]
         array = next(sky.compute(large_values)() >> pool)
         assert array.nbytes == 8 << 20
         assert array[-1] == 1
+
+
+@sky.compute
+def count(n: int) -> Iterator[int]:
+    yield from range(n)
 
 
 def large_values() -> Iterator[Any]:
@@ -178,6 +184,12 @@ def test_a_lost_worker_ends_a_stream_and_runs_nothing_twice(tmp_path: Path) -> N
             next(values)
         assert double(1) >> pool == 2
         assert len(list(tmp_path.iterdir())) == 1
+
+        values = identity() >> pool
+        next(values)
+        cluster.scale(0)  # now there is no worker that Dask could run it on again
+        with pytest.raises(sky.WorkerDiedError, match="after its first 1 values; it is not run again"):
+            next(values)
 
 
 def test_large_arrays_reach_the_workers(cluster: LocalCluster) -> None:

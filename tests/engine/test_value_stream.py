@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributed.comm import CommClosedError
 
 import skyward as sky
+from skyward.engine import value_stream
 from skyward.transfer import wire
 from tests.waiting import wait_until
 
@@ -161,6 +163,25 @@ def test_several_streams_run_beside_each_other(pool: sky.ComputePool) -> None:
     streams = [numbers(30) >> pool for _ in range(3)]
 
     assert list(zip(*streams, strict=True)) == [(i, i, i) for i in range(30)]
+
+
+def test_lost_answers_are_asked_for_again(pool: sky.ComputePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = 0
+
+    async def lossy(*args: Any) -> list[wire.Outcome]:
+        nonlocal requests
+        requests += 1
+        outcomes = await fetch(*args)
+        if requests % 2:
+            raise CommClosedError("lost on the way")
+        return outcomes
+
+    fetch = pool.engine._transport.values
+    monkeypatch.setattr(pool.engine._transport, "values", lossy)
+    monkeypatch.setattr(value_stream, "_AGAIN_S", 0.0)
+
+    assert list(numbers(100) >> pool) == list(range(100))
+    assert requests > 10
 
 
 def test_local_iterates_here() -> None:
