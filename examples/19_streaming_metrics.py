@@ -39,17 +39,17 @@ def plot() -> Any:
         return None
     try:
         from IPython.display import clear_output, display
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot
     except ImportError:
         return None
 
     def draw(losses: list[float]) -> None:
-        figure = Figure(figsize=(6, 3))
-        axes = figure.subplots()
+        figure, axes = pyplot.subplots(figsize=(6, 3))
         axes.semilogy(losses)
         axes.set(xlabel="epoch", ylabel="loss")
         clear_output(wait=True)
         display(figure)
+        pyplot.close(figure)
 
     return draw
 

@@ -178,6 +178,16 @@ def test_a_package_that_is_not_there_is_named_with_what_to_do(pool: sky.ComputeP
         missing() @ pool
 
 
+def test_a_generator_function_is_no_part_of_a_job() -> None:
+    def losses() -> Iterator[float]:
+        yield 1.0
+
+    for decorate in (sky.integrations.torch, sky.integrations.keras(backend="jax")):
+        for fn in (losses, sky.compute(losses)):
+            with pytest.raises(TypeError, match=r"is a generator function, and each part .* gives one value"):
+                decorate(fn)
+
+
 def test_a_single_call_runs_in_its_worker_as_a_world_of_one(pool: sky.ComputePool) -> None:
     @job
     def alone() -> tuple[str, str, int]:
