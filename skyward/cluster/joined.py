@@ -22,7 +22,7 @@ from skyward.cluster.requirements import parsed
 from skyward.errors import PoolError, PoolTimeoutError, VersionMismatchError
 from skyward.providers.dask import Dask
 from skyward.scheduler.barrier import barrier_plugin, remove_barrier
-from skyward.transfer.wire import Slot
+from skyward.transfer.wire import Slot, barrier_handler
 from skyward.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -64,12 +64,10 @@ class JoinedCluster(SkyCluster):
         self.changed.set()
         self.listener.workers_changed()
 
-    async def heard(self, event: tuple[float, Any]) -> None:
-        """Take an entry of the scheduler's event log."""
+    async def heard(self, _: tuple[float, Any]) -> None:
+        """Take note that a worker has come or gone."""
         self.hears.set()
-        message = event[1]
-        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
-            await self.refresh()
+        await self.refresh()
 
     def slots(self) -> list[Slot]:
         workers = self.scheduler_info["workers"]
@@ -98,6 +96,8 @@ class JoinedCluster(SkyCluster):
         try:
             while not is_over() and not probe.cancelled():  # it is when the cluster has ended
                 await asyncio.sleep(0.05)
+                with contextlib.suppress(OSError):
+                    await self.refresh()
         finally:
             tell.cancel()
         return probe
@@ -136,10 +136,6 @@ def prepare(
     VersionMismatchError
         A worker lacks skyward or a requirement, or has another Python; the message is a table.
     """
-    client.subscribe_topic("all", cluster.heard)  # Dask tells there which workers come and go
-    while not cluster.hears.wait(0.01):  # the subscription is sent by another way than requests, which may be faster
-        client.log_event("all", {"action": "skyward-join"})
-    cluster.sync(cluster.refresh)  # what changed before the subscription
     kept = None if cluster.slots() else _wait_for_worker(client, cluster, timeout, is_abandoned)
     token = secrets.token_hex(8)
     tokens = [folder / token for folder in share]
@@ -172,6 +168,11 @@ def prepare(
             table=tuple(dict.fromkeys(rows)),
         )
     client.register_plugin(barrier_plugin(cluster.name))
+    topic = barrier_handler(cluster.name)
+    client.subscribe_topic(topic, cluster.heard)
+    while not cluster.hears.wait(0.01):  # the subscription is sent by another way than requests, which may be faster
+        client.log_event(topic, {})
+    cluster.sync(cluster.refresh)  # what changed before the subscription
     del kept  # until here, so that the worker stays
     return all(there["share"] for there in answers.values())
 

@@ -1,4 +1,4 @@
-"""A plugin for the scheduler that lets the tasks of a broadcast begin together."""
+"""A plugin for the scheduler: the tasks of a broadcast begin together, and pools hear which workers come and go."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from skyward.transfer.wire import barrier_handler
 
 def barrier_plugin(pool_id: str) -> Any:
     """Return a plugin that adds two calls to the scheduler: wait at a named barrier, send everyone at it away.
+
+    Workers that come and go are logged under the name of the first. Not every entry of Dask's own log can be sent.
 
     The class is made in here so that it travels by value: a scheduler that we only join need not have skyward.
     """
@@ -27,6 +29,12 @@ def barrier_plugin(pool_id: str) -> Any:
         async def start(self, scheduler: Any) -> None:
             scheduler.handlers[wait_name] = self.wait
             scheduler.handlers[abort_name] = self.abort
+
+        def add_worker(self, scheduler: Any, worker: str) -> None:
+            scheduler.log_event(wait_name, {"worker": worker})
+
+        def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
+            scheduler.log_event(wait_name, {"worker": worker})
 
         async def wait(self, name: str, count: int, rank: str, fact: Any) -> dict[str, Any]:
             facts, go = self.arrived.setdefault(name, ({}, asyncio.Event()))
