@@ -20,6 +20,7 @@ from skyward.transfer.wire import INTERRUPT, LEAVE, RAN, RUN, TAKE_BACK, Chunk, 
 from skyward.worker import interrupts, runtime, value_stream
 
 _here: dict[str, Future[Any]] = {}  # chunks that wait or run in this process
+_seceded: set[str] = set()  # those of them that have given their thread back
 _ANSWER_S = 0.02
 """Seconds that an answer has to be sent before the process ends; the one who asked takes its end for an answer too."""
 _NO_FAILURE = frozenset({Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN})
@@ -27,9 +28,18 @@ _NO_FAILURE = frozenset({Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN})
 
 def install(worker: Any) -> None:
     """Let `worker`, a Dask worker in this process, take chunks."""
+    from distributed.worker_state_machine import SecedeEvent
+
     async def run(chunk: bytes) -> Any:
         return value_stream.packed(await _run(worker, pickle.loads(chunk)))
 
+    handle = worker.handle_stimulus
+
+    def handle_stimulus(*events: Any) -> None:
+        # `secede` and `worker_client` tell the worker's state, which does not know chunks, or only their placeholders.
+        handle(*(e for e in events if not (isinstance(e, SecedeEvent) and _secede(worker, e.key))))
+
+    worker.handle_stimulus = handle_stimulus
     worker.handlers[RUN] = run
     worker.handlers[TAKE_BACK] = take_back
     worker.handlers[INTERRUPT] = interrupt
@@ -39,7 +49,7 @@ def install(worker: Any) -> None:
 
 async def _run(worker: Any, chunk: Chunk) -> Outcomes:
     """Run `chunk` in the worker's thread; if it is taken back before that, no call of it has run."""
-    if not _here:
+    if len(_here) == len(_seceded):
         _change_threads(worker, -1)  # so that tasks wait where the scheduler can move them, and not for the thread
     future = worker.executors["default"].submit(contextvars.copy_context().run, _in_thread, worker, chunk)
     _here[chunk.key] = future
@@ -51,12 +61,23 @@ async def _run(worker: Any, chunk: Chunk) -> Outcomes:
             raise
         return Outcomes([Outcome(Kind.NOT_RUN)] * len(chunk.calls))
     finally:
+        _secede(worker, chunk.key)
         del _here[chunk.key]
-        _change_threads(worker, +1)  # which lets one task begin, after the next chunk: they take turns
-        if _here:
-            _change_threads(worker, -1)
+        _seceded.remove(chunk.key)
     worker.batched_send({"op": RAN, "key": chunk.key, **report})
     return outcomes
+
+
+def _secede(worker: Any, key: str) -> bool:
+    """Take the thread from the chunk `key`, which has seceded or ended, and tell whether there is such a chunk."""
+    if key not in _here:
+        return False
+    if key not in _seceded:
+        _seceded.add(key)
+        _change_threads(worker, +1)  # which lets one task begin, after the next chunk: they take turns
+        if len(_here) > len(_seceded):
+            _change_threads(worker, -1)
+    return True
 
 
 def _change_threads(worker: Any, by: int) -> None:

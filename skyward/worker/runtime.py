@@ -17,6 +17,7 @@ from skyward.transfer import dependencies, pickling, sources
 from skyward.transfer.wire import Chunk, Kind, Layout, Outcome, Outcomes, WireCall
 from skyward.worker import buffer_files, call_warnings, context, interrupts, raised, time_limit
 from skyward.worker.participant import pass_barrier, run_isolated
+from skyward.worker.secede import has_seceded
 from skyward.worker.threads import whole_node
 from skyward.worker.unpickling import Unpickler
 
@@ -66,6 +67,7 @@ def run_batch(
                 why = me.why or why
     except interrupts.Interrupted:  # between two calls
         pass
+    has_seceded()
     outcomes += [Outcome(why)] * (len(chunk.calls) - len(outcomes))
     return Outcomes(outcomes, take_output(), sources.is_outdated)
 
@@ -108,7 +110,7 @@ def _run_calls(
                 spent = time.perf_counter() - started
                 if me.why is not None:
                     outcomes.append(Outcome(Kind.CANCELLED))
-                elif outcomes and chunk.budget_s is not None and spent > chunk.budget_s:
+                elif outcomes and (has_seceded() or (chunk.budget_s is not None and spent > chunk.budget_s)):
                     outcomes.append(Outcome(Kind.NOT_RUN))
                 else:
                     outcomes.append(_run_call(chunk, call, unpickler, me, machine, pack))
