@@ -149,7 +149,7 @@ class ComputePool:
     # --- life -----------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Start the machines and make this the current pool for ``>> sky``, as entering the block does.
+        """Start the machines and make this the current pool for ``>> sky`` and Dask, as entering the block does.
 
         Use this in notebooks, or where a block does not fit. The pool ends with `close`, or with the program.
         Raises the same errors as entering.
@@ -172,11 +172,13 @@ class ComputePool:
         self._life.end()
 
     def _use(self) -> None:
-        """Make this the current pool, in the caller's context."""
+        """Make this the current pool, and its client Dask's default, in the caller's context."""
+        self._life.make_default()
         enter(self)
 
     def _unuse(self) -> None:
         leave(self)
+        self._life.restore_default()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -319,7 +321,7 @@ class ComputePool:
 
     @property
     def client(self) -> Client:
-        """A `distributed.Client` of the pool's Dask cluster."""
+        """A `distributed.Client` of the pool's Dask cluster; inside the block it is Dask's default client."""
         return _started(self._life.session.client)
 
     @property

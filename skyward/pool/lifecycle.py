@@ -11,6 +11,8 @@ from skyward import forks
 from skyward.errors import NoActivePoolError, PoolError, SkywardError, VolumeError
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from skyward import events
     from skyward.cluster.base import SkyCluster
     from skyward.console.output import Output
@@ -31,6 +33,7 @@ class Lifecycle:
         self._ended: BaseException | None = None
         self._last_cost = 0.0
         self._loss: VolumeError | None = None  # of which the user has not been told by an exception
+        self._default: Client | None = None  # the client that is Dask's default
         self.output: Output | None = None  # of the last session
 
     def start(self) -> None:
@@ -106,6 +109,22 @@ class Lifecycle:
                 "start this process with multiprocessing's method 'spawn' and open a pool in it."
             )
             session.forked(self._ended)
+
+    def make_default(self) -> None:
+        """Make the session's client Dask's default client here."""
+        from skyward.session.client import make_default
+
+        self._default = self.session.client
+        if self._default is not None:
+            make_default(self._default)
+
+    def restore_default(self) -> None:
+        """End `make_default`."""
+        from skyward.session.client import restore_default
+
+        default, self._default = self._default, None
+        if default is not None:
+            restore_default(default)
 
     def listen(self, callback: events.Callback) -> None:
         """Let `callback` hear of every event from now on."""

@@ -7,8 +7,10 @@ import contextlib
 import logging
 import threading
 import warnings
+from weakref import WeakKeyDictionary
 
 from distributed import Client
+from distributed.client import _current_client, ensure_default_client
 from distributed.versions import VersionMismatchWarning
 
 from skyward.cluster.base import SkyCluster
@@ -16,6 +18,8 @@ from skyward.cluster.joined import JoinedCluster
 
 _MOST_CHUNKS = 16_384
 """Chunks that may be in flight at once, each with its own connection: two for each of many thousand slots."""
+_around: WeakKeyDictionary[Client, Client | None] = WeakKeyDictionary()
+"""The default client of the context in which a client has become it."""
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
 
 
@@ -27,7 +31,7 @@ def connect(cluster: SkyCluster, *, direct: bool) -> Client:
             warnings.simplefilter("ignore", VersionMismatchWarning)
         client = Client.__new__(Client)
         try:
-            # Not the default client: that is for the caller to choose.
+            # Not the default client: pools that are not the current one have clients too.
             client.__init__(
                 cluster, set_as_default=False, direct_to_workers=direct, connection_limit=_MOST_CHUNKS
             )
@@ -38,6 +42,22 @@ def connect(cluster: SkyCluster, *, direct: bool) -> Client:
             client.status = "closed"
             raise
         return client
+
+
+def make_default(client: Client) -> None:
+    """Make a client Dask's default, as entering it would do: in this context, and in threads that have none."""
+    ensure_default_client(client)  # until it is closed
+    _around[client] = _current_client.get()
+    _current_client.set(client)
+
+
+def restore_default(client: Client) -> None:
+    """End `make_default` in this context: the innermost open client around this one is the default again."""
+    if _current_client.get() is client:
+        around = _around[client]
+        while around is not None and around.status == "closed":
+            around = _around.get(around)
+        _current_client.set(around)
 
 
 def disconnect(client: Client) -> None:
