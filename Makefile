@@ -48,7 +48,7 @@ test-fast: $(VENV)/.test ## Run the fast part of the tests
 	@$(BIN)/python --version
 	@tools/run-tests $(VENV) -m "not slow and $(EVERYDAY)" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PLAIN)
 
-test-frameworks: ## Test distributed training with torch, JAX, Keras, TensorFlow, Transformers, where they can be installed
+test-frameworks: ## Test distributed training with torch, JAX, Keras, TensorFlow, Transformers, XGBoost, where they can be installed
 	@$(MAKE) --no-print-directory $(FRAMEWORKS)/.frameworks VENV=$(FRAMEWORKS)
 	@$(FRAMEWORKS)/bin/python --version
 	@cat $(FRAMEWORKS)/.frameworks
