@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import distributed
 import pytest
 from joblib import Parallel, delayed, parallel_config
 
@@ -73,6 +74,12 @@ USES: dict[str, Callable[[sky.ComputePool], Any]] = {
     "total_slots": lambda pool: pool.total_slots,
     "joblib": _joblib,
 }
+
+
+def test_a_forked_child_does_not_have_the_pools_default_client(pool: sky.ComputePool) -> None:
+    assert distributed.default_client() is not None
+
+    assert in_child(distributed.default_client).startswith("ValueError: No clients found")
 
 
 @pytest.mark.parametrize("use", USES)

@@ -109,6 +109,7 @@ class Lifecycle:
                 "start this process with multiprocessing's method 'spawn' and open a pool in it."
             )
             session.forked(self._ended)
+        self.restore_default()
 
     def make_default(self) -> None:
         """Make the session's client Dask's default client here."""
