@@ -1,8 +1,9 @@
 """What skyward is compared with, each started with as many workers as skyward has slots, and used as its manual says.
 
 All peers offer what cases need: `call` runs one call and waits for it, `map` runs one call per item, `broadcast` one
-per worker, and inside `joblib` joblib's `Parallel` runs there. `shared` arguments are the same for all calls of a
-`map`: each peer hands them over in the way that it has for that.
+per worker, and inside `joblib` joblib's `Parallel` runs there. `delayed` makes a function whose calls take other calls
+as arguments, and `compute` runs such calls. `shared` arguments are the same for all calls of a `map`: each peer hands
+them over in the way that it has for that.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ class Skyward:
     def broadcast(self, fn: Function, value: Any) -> Sequence[Any]:
         return self._compute(fn)(value) @ self.pool
 
+    def delayed(self, fn: Function) -> Function:
+        return self._compute(fn)
+
+    def compute(self, calls: Sequence[Any]) -> Sequence[Any]:
+        return sky.gather(*calls) >> self.pool
+
     def joblib(self) -> Context:
         return joblib_backend(self.pool)
 
@@ -63,6 +70,14 @@ class Dask:
         there = self.client.scatter(value, broadcast=True, hash=False)
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
         return self.client.gather([self.client.submit(fn, there, workers=[w], pure=False) for w in workers])
+
+    def delayed(self, fn: Function) -> Function:
+        import dask
+
+        return dask.delayed(fn, pure=False)
+
+    def compute(self, calls: Sequence[Any]) -> Sequence[Any]:
+        return self.client.gather(self.client.compute(list(calls)))
 
     def joblib(self) -> Context:
         return joblib.parallel_config("dask", client=self.client)
@@ -105,6 +120,12 @@ class Ray:
     def broadcast(self, fn: Function, value: Any) -> Sequence[Any]:
         there = self.ray.put(value)  # on one machine there is one store
         return self.ray.get([self._remote(fn).remote(there) for _ in range(self.workers)])
+
+    def delayed(self, fn: Function) -> Function:
+        return self._remote(fn).remote  # which begins to run at once
+
+    def compute(self, calls: Sequence[Any]) -> Sequence[Any]:
+        return self.ray.get(list(calls))
 
     def joblib(self) -> Context:
         return joblib.parallel_config("ray", n_jobs=self.workers)

@@ -7,6 +7,7 @@ from benchmarks.cases import (
     durations,
     estimators,
     gather,
+    graph,
     latency,
     layouts,
     memory,
@@ -19,7 +20,7 @@ from benchmarks.cases import (
 )
 
 _MODULES = (
-    latency, gather, durations, noops, array, layouts, memory, method, model, results, broadcast, stream, estimators,
-    start,
+    latency, gather, graph, durations, noops, array, layouts, memory, method, model, results, broadcast, stream,
+    estimators, start,
 )  # fmt: skip
 CASES: dict[str, Case] = {module.CASE.name: module.CASE for module in _MODULES}
