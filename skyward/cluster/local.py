@@ -19,6 +19,7 @@ from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.tls import make_credentials
 from skyward.providers.local import Local
 from skyward.spec.pool import PoolSpec
+from skyward.worker import buffer_files
 from skyward.worker.threads import thread_environment
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def local_cluster(
         environment={
             **thread_environment(max(1, cores // slots)),
             "SKYWARD_NODE_CORES": str(cores),
+            buffer_files.VARIABLE: str(share[0]),
             **environment,
         },
         remove=tuple(map(str, share)),

@@ -222,7 +222,9 @@ class DaskProcesses:
             protocol="tls",
             env={
                 **node.environments[slot],
-                buffer_files.VARIABLE: f"{self._config.folder}/buffer-files",
+                buffer_files.VARIABLE: self._config.environment.get(
+                    buffer_files.VARIABLE, f"{self._config.folder}/buffer-files"
+                ),
                 **environment,
                 "SKYWARD_NODE": str(node.node),
                 "SKYWARD_SLOT": str(slot),

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from skyward.worker import buffer_files, capture, handlers, interrupts, nanny, runtime
+from skyward.worker import buffer_files, capture, handlers, interrupts, nanny, runtime, shared_values
 
 _FLUSH_S = 0.1
 _AGAIN_S = 1.0
@@ -33,6 +33,7 @@ async def dask_setup(worker: Any) -> None:
     nanny.run_in_main_thread(worker)
     handlers.install(worker)
     buffer_files.install(worker)
+    shared_values.install(worker)
     _die_with_parent()
     runtime.take_output = _Shipper(worker, capture.take_over(os.environ.get(capture.VARIABLE))).take
 
