@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from skyward import user_errors
@@ -25,13 +26,8 @@ class Decoder:
         """Return (True, value) or (False, exception)."""
         if isinstance(outcome, BaseException):
             return False, outcome
-        for text, data, filename, line in outcome.warnings:
-            try:
-                self._warn(text, data, filename, line)
-            except Warning as warning:  # the caller's filters make an error of it, so it is the call's
-                return False, warning
-            except Exception:  # whatever the warning's __str__, or the caller's `warnings.showwarning`, raises
-                user_errors.log(logger, "a warning of %s() can't be shown: %s", call.label, text)
+        if outcome.warnings and (error := self.issue(outcome.warnings)) is not None:
+            return False, error
         if outcome.kind is Kind.VALUE:
             try:
                 return True, pickling.loads(outcome.data, outcome.buffers)
@@ -40,6 +36,17 @@ class Decoder:
                     raise
                 return False, raised.unreadable(f"the result of {call.label}()", exc)
         return False, raised.unpack(outcome, call.label, call.timeout)
+
+    def issue(self, found: Iterable[tuple[str, bytes, str, int]]) -> Warning | None:
+        """Issue warnings of calls again. Return the first that the caller's filters make an error of, if any."""
+        for text, data, filename, line in found:
+            try:
+                self._warn(text, data, filename, line)
+            except Warning as warning:
+                return warning
+            except Exception:  # whatever the warning's __str__, or the caller's `warnings.showwarning`, raises
+                user_errors.log(logger, "a call's warning can't be shown: %s", text)
+        return None
 
     def _warn(self, text: str, data: bytes, filename: str, line: int) -> None:
         try:

@@ -21,6 +21,7 @@ from skyward.engine.dispatcher import Dispatcher
 from skyward.engine.ending import EndingWorkers
 from skyward.engine.estimates import Estimates
 from skyward.engine.future import Callbacks, CallFuture
+from skyward.engine.graph import Graph
 from skyward.engine.graphs import Graphs
 from skyward.engine.group import FutureGroup, Group
 from skyward.engine.loop import Loop
@@ -231,10 +232,19 @@ class Engine:
         packer = Packer(self.store, self.sources, unchanged=True)
         graph = self.graphs.graph(packer, lambda _: None)
         try:
-            return graph.keep([packer.pack(call, i) for i, call in enumerate(calls)])
+            kept = graph.keep([packer.pack(call, i) for i, call in enumerate(calls)])
         except BaseException:
             graph.cancel()
             raise
+        for future in kept:
+            future.before_result = functools.partial(self._issue_warnings, graph)
+        return kept
+
+    def _issue_warnings(self, graph: Graph) -> None:
+        """Issue the warnings of calls whose values stayed on the cluster."""
+        found, graph.warnings = graph.warnings, []
+        if (error := self.decoder.issue(found)) is not None:
+            raise error
 
     def broadcast(self, call: Call, *, every_slot: bool = False) -> list[Any]:
         """Run `call` once on every node (or every slot), started together; return the values in order.
@@ -250,7 +260,10 @@ class Engine:
         graph = self.graphs.graph(packer, lambda _: None) if item.needs else None
         running = None
         try:
-            needs = [] if graph is None else graph.values(item)
+            needs = []
+            if graph is not None:
+                needs = graph.values(item)
+                self._issue_warnings(graph)
             running = asyncio.run_coroutine_threadsafe(
                 self._broadcast(item, needs, every_slot), self.loop.asyncio_loop
             )

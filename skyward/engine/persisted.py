@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from distributed import CancelledError, Future
@@ -29,6 +30,9 @@ class Persisted(_Future[R]):
     `distributed.wait`, `distributed.as_completed`, `client.gather` and Dask's collections take it too. The value is
     dropped when nothing refers to it, and computed again when it was lost with its machine.
     """
+
+    before_result: Callable[[], None] | None = None
+    """Issues the warnings of the call; set by the engine."""
 
     def result(self, timeout: float | None = None) -> R:
         """Wait for the value, fetch it and return it.
@@ -63,6 +67,8 @@ class Persisted(_Future[R]):
             if self.client.status == "running":
                 raise
             raise PoolError("the value is gone: its pool is closed") from exc
+        if self.before_result is not None:
+            self.before_result()
         return value
 
     def __repr__(self) -> str:

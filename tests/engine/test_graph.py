@@ -226,10 +226,13 @@ def test_warnings_of_dependencies_are_issued_in_the_caller(any_pool: sky.Compute
         warnings.warn(text, FutureWarning, stacklevel=1)
         return 1
 
-    with pytest.warns(FutureWarning) as shown:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
         assert add(warn("first"), warn("second")) >> any_pool == 2  # type: ignore[arg-type]
+        assert value(warn("third")) @ any_pool
+        assert any_pool.persist(warn("fourth")).result() == 1
 
-    assert {str(w.message) for w in shown} >= {"first", "second"}
+    assert {str(w.message) for w in shown} >= {"first", "second", "third", "fourth"}
 
 
 def test_prints_of_dependencies_arrive(pool: sky.ComputePool) -> None:

@@ -24,6 +24,7 @@ from skyward.cluster import cluster, remote, ssh
 from skyward.spec.image import Image
 
 _LARGE_EVERY = 60
+_SHARED_EVERY = 12
 _LARGE_BYTES = 3 << 20
 
 
@@ -33,18 +34,29 @@ def square(i: int, pause_s: float, data: Any = None) -> tuple[int, int, int]:
     return i, i * i, 0 if data is None else int(data.sum())
 
 
+@sky.compute
+def full(number: int) -> Any:
+    return np.full(_LARGE_BYTES // 8, number, dtype=np.int64)
+
+
 def calls(count: int, rng: random.Random) -> Iterator[Any]:
+    shared: Any = None
     for i in range(count):
         pause_s = rng.choice([0.002, 0.01, 0.03, 0.1])
+        if i % _LARGE_EVERY == 0:
+            shared = full(i)  # a call, which runs where the first of the others needs it
         if i % _LARGE_EVERY == 7:
-            yield square(i, pause_s, np.full(_LARGE_BYTES // 8, i, dtype=np.int64))
+            yield square(i, pause_s, full.local(i))
+        elif i % _SHARED_EVERY == 5:
+            yield square(i, pause_s, shared)
         else:
             yield square(i, pause_s)
 
 
 def expected(i: int) -> tuple[int, int, int]:
     """Return what call `i` has to give."""
-    return i, i * i, i * (_LARGE_BYTES // 8) if i % _LARGE_EVERY == 7 else 0
+    number = i if i % _LARGE_EVERY == 7 else i - i % _LARGE_EVERY if i % _SHARED_EVERY == 5 else 0
+    return i, i * i, number * (_LARGE_BYTES // 8)
 
 
 def main(config: dict[str, Any]) -> None:
