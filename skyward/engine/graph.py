@@ -19,11 +19,11 @@ from skyward.compute.pending import PendingCompute
 from skyward.engine.calls import Item, as_call, make_chunk, now
 from skyward.engine.failures import died, not_run
 from skyward.engine.future import ItemOutcomes
-from skyward.engine.graph_task import GraphTask, check_cycles
+from skyward.engine.graph_task import GraphTask, check_cycles, check_future
 from skyward.engine.packer import Packer
 from skyward.engine.persisted import Persisted
 from skyward.engine.transport import WorkerGoneError
-from skyward.errors import PoolError, SpecError
+from skyward.errors import SpecError
 from skyward.scheduler.losses import LOSSES
 from skyward.transfer.wire import Chunk, Kind, Outcome
 from skyward.worker import graph, raised
@@ -150,8 +150,13 @@ class Graph:
                     found.is_needed = True
                     task.needs.append(found)
                     tasks += new
+                elif isinstance(need, Future):
+                    check_future(need, self._client, task.item.call.label)
+                    task.needs.append(need)
                 else:
-                    task.needs.append(self._future(need, task))
+                    if id(need) not in self._computed:
+                        self._computed[id(need)] = need, self._client.compute(need)
+                    task.needs.append(self._computed[id(need)][1])
         check_cycles(tasks)
 
     def _task(self, call: Item | PendingCompute[Any]) -> tuple[GraphTask, list[GraphTask]]:
@@ -177,23 +182,6 @@ class Graph:
     def _register(self, task: GraphTask) -> None:
         self._live[task.key] = task
         self._graphs.by_key[task.key] = self, task
-
-    def _future(self, need: Any, task: GraphTask) -> Future[Any]:
-        """Return the future of a value that Dask has or computes."""
-        if isinstance(need, Future):
-            if need.client.status == "closed":
-                raise PoolError(f"{task.item.call.label}() can't get {need!r}: its pool is closed")
-            if need.client is not self._client:
-                raise SpecError(
-                    f"{task.item.call.label}() can't get {need!r}, which is on another cluster: fetch it with "
-                    ".result() and pass that, or run the call in the pool that has the value"
-                )
-            if need.status == "cancelled":
-                raise PoolError(f"{task.item.call.label}() can't get {need!r}: it was cancelled")
-            return need
-        if id(need) not in self._computed:
-            self._computed[id(need)] = need, self._client.compute(need)
-        return self._computed[id(need)][1]
 
     def send(self, *, is_last: bool = True, kept: Sequence[GraphTask] = ()) -> dict[str, Future[Any]]:
         """Send what was put in, and return the futures of the values that are `kept`, by key.

@@ -13,7 +13,7 @@ from distributed import Future
 from skyward.compute.pending import PendingBatch, PendingCompute, PendingGenerator, PendingStream
 from skyward.engine.calls import Item
 from skyward.engine.persisted import Persisted
-from skyward.errors import SpecError
+from skyward.errors import PoolError, SpecError
 from skyward.transfer.dependencies import STAND_INS, need_value, need_values
 
 
@@ -89,3 +89,16 @@ def check_cycles(tasks: Sequence[GraphTask]) -> None:
                 checked.add(task)
                 path.pop(task, None)
                 stack.pop()
+
+
+def check_future(future: Future[Any], client: Any, label: str) -> None:
+    """Raise if a call of this name that runs through `client` can't get the value of `future`."""
+    if future.client.status == "closed":
+        raise PoolError(f"{label}() can't get {future!r}: its pool is closed")
+    if future.client is not client:
+        raise SpecError(
+            f"{label}() can't get {future!r}, which is on another cluster: fetch it with .result() and pass that, or "
+            "run the call in the pool that has the value"
+        )
+    if future.status == "cancelled":
+        raise PoolError(f"{label}() can't get {future!r}: it was cancelled")
