@@ -201,7 +201,10 @@ def _outcomes(
 
 def _may_need(call: Call) -> bool:
     """Tell whether a call may need the values of others, by a look at its arguments that costs next to nothing."""
-    return not _MAY_NEED.isdisjoint(map(type, (*call.args, *call.kwargs.values())))
+    kwargs = call.kwargs
+    return not _MAY_NEED.isdisjoint(map(type, call.args)) or (
+        bool(kwargs) and not _MAY_NEED.isdisjoint(map(type, kwargs.values()))
+    )
 
 
 def _window(engine: Engine, digest: str) -> int:

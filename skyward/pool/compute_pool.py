@@ -240,17 +240,19 @@ class ComputePool:
 
     def run_batch(self, batch: PendingBatch[*Ts]) -> tuple[*Ts]:
         """Run calls in parallel and return their values in order; the same as ``batch >> pool``."""
+        from skyward.engine.calls import as_call
         from skyward.engine.run import run_all
 
-        calls = [_call(p) for p in batch.calls]
+        calls = [as_call(p) for p in batch.calls]
         values: Any = run_all(self.engine, calls, return_exceptions=batch.return_exceptions)
         return values  # type: ignore[no-any-return]
 
     def run_stream(self, stream: PendingStream[R]) -> Iterator[R]:
         """Yield values; calls are taken from the iterable only as slots become free."""
+        from skyward.engine.calls import as_call
         from skyward.engine.run import stream as run_stream
 
-        calls = map(_call, stream.calls)
+        calls = map(as_call, stream.calls)
         return run_stream(self.engine, calls, ordered=stream.ordered, return_exceptions=stream.return_exceptions)
 
     def broadcast(self, pending: PendingCompute[R]) -> tuple[R, ...]:
