@@ -83,7 +83,7 @@ class ComputeFunction(NotCalled, Generic[P, R_co]):
 
 @functools.cache
 def _runs(module: str | None) -> bool | None:
-    """Tell whether the code of `module` calls a function in order to run it; None: on behalf of its own caller."""
+    """Tell whether `module` runs the functions that it calls. None: it calls them for the code that called it."""
     library = (module or "").partition(".")[0]
     return None if library in _BETWEEN else library in _RUNNERS or module in _RUNNERS
 

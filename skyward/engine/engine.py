@@ -213,7 +213,7 @@ class Engine:
         packer = Packer(self.store, self.sources, unchanged=True)
         item = packer.pack(stream.call)
         if item.needs:
-            stream.graph = self.graphs.graph(packer, lambda _: None)
+            stream.graph = self.graphs.graph(packer)
             try:
                 item.needs = tuple(stream.graph.values(item))
             except BaseException:
@@ -230,7 +230,7 @@ class Engine:
         """
         self.dispatcher.check_open()
         packer = Packer(self.store, self.sources, unchanged=True)
-        graph = self.graphs.graph(packer, lambda _: None)
+        graph = self.graphs.graph(packer)
         try:
             kept = graph.keep([packer.pack(call, i) for i, call in enumerate(calls)])
         except BaseException:
@@ -257,7 +257,7 @@ class Engine:
         self.loop.check_thread()
         packer = Packer(self.store, self.sources)
         item = packer.pack(call)
-        graph = self.graphs.graph(packer, lambda _: None) if item.needs else None
+        graph = self.graphs.graph(packer) if item.needs else None
         running = None
         try:
             needs = []

@@ -86,7 +86,10 @@ class Graph:
             self._graphs.store.release(item.refs)
 
     def keep(self, items: Sequence[Item]) -> list[Persisted[Any]]:
-        """Send calls whose values stay on the cluster, with what they need. Closed when nobody has these any more."""
+        """Send calls and what they need, and return the futures of their values, which stay on the cluster.
+
+        The graph closes when all these futures are gone.
+        """
         tasks = [self._add(item) for item in items]
         futures = self._send_kept(tasks)
         kept: list[Persisted[Any]] = [Persisted(task.key, self._client) for task in tasks]

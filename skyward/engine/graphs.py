@@ -47,8 +47,8 @@ class Graphs:
         self.by_key: dict[str, tuple[Graph, GraphTask]] = {}  # the calls of graphs that are not closed
         self._hears = False
 
-    def graph(self, packer: Packer, deliver: Callable[[ItemOutcomes], None]) -> Graph:
-        """Return a new graph. `deliver` takes the outcomes of calls, in the event loop."""
+    def graph(self, packer: Packer, deliver: Callable[[ItemOutcomes], None] = lambda _: None) -> Graph:
+        """Return a new graph. `deliver` takes the outcomes of calls that were put in, in the event loop."""
         if not self._hears:
             self._hears = True
             self.transport.client.subscribe_topic(graph.TOPIC, self._hear)

@@ -1,4 +1,4 @@
-"""A site that is all that is installed, in a folder of its own."""
+"""A site-packages folder that has only what the test puts there."""
 
 from __future__ import annotations
 
