@@ -215,7 +215,7 @@ class Engine:
         if item.needs:
             stream.graph = self.graphs.graph(packer)
             try:
-                item.needs = tuple(stream.graph.values(item))
+                item.needs = tuple(self._values(stream.graph, item))
             except BaseException:
                 stream.graph.cancel()
                 self.store.release(item.refs)
@@ -240,6 +240,12 @@ class Engine:
             future.before_result = functools.partial(self._issue_warnings, graph)
         return kept
 
+    def _values(self, graph: Graph, item: Item) -> list[Any]:
+        """Return the futures of the values that a call outside of its graph needs, when they are there."""
+        needs = graph.values(item)
+        self._issue_warnings(graph)
+        return needs
+
     def _issue_warnings(self, graph: Graph) -> None:
         """Issue the warnings of calls whose values stayed on the cluster."""
         found, graph.warnings = graph.warnings, []
@@ -260,10 +266,7 @@ class Engine:
         graph = self.graphs.graph(packer) if item.needs else None
         running = None
         try:
-            needs = []
-            if graph is not None:
-                needs = graph.values(item)
-                self._issue_warnings(graph)
+            needs = [] if graph is None else self._values(graph, item)
             running = asyncio.run_coroutine_threadsafe(
                 self._broadcast(item, needs, every_slot), self.loop.asyncio_loop
             )

@@ -70,6 +70,11 @@ def value(x: Any) -> Any:
     return x
 
 
+@sky.compute
+def count_to(x: int) -> Iterator[int]:
+    yield from range(x)
+
+
 # --- dependencies -------------------------------------------------------------------------------------------
 
 
@@ -231,8 +236,9 @@ def test_warnings_of_dependencies_are_issued_in_the_caller(any_pool: sky.Compute
         assert add(warn("first"), warn("second")) >> any_pool == 2  # type: ignore[arg-type]
         assert value(warn("third")) @ any_pool
         assert any_pool.persist(warn("fourth")).result() == 1
+        assert list(count_to(sky.ref(warn("fifth"))) >> any_pool) == [0]
 
-    assert {str(w.message) for w in shown} >= {"first", "second", "third", "fourth"}
+    assert {str(w.message) for w in shown} >= {"first", "second", "third", "fourth", "fifth"}
 
 
 def test_prints_of_dependencies_arrive(pool: sky.ComputePool) -> None:
