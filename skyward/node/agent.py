@@ -23,10 +23,11 @@ from typing import Any
 
 from skyward.node import descendants, metrics, reach, spot_notice
 from skyward.node.config import AgentConfig, NodeSpec
-from skyward.node.dask_processes import KEPT_LINES, DaskProcesses, start_forkserver
+from skyward.node.dask_processes import DaskProcesses, start_forkserver
 from skyward.node.relay import INTERPRETER, RelayServer
 from skyward.node.teardown import end, end_after
 from skyward.node.watch import Watch
+from skyward.node.worker_slot import KEPT_LINES
 
 HEADROOM_S = 60.0
 """Seconds beyond the pool's time-out after which an agent ends by itself, whatever its caller does."""
@@ -67,6 +68,7 @@ def main() -> None:
 
 async def _run(config: AgentConfig, events: int | None) -> None:
     await _Agent(config, events).run()
+    end(config)  # now: asyncio would first wait for all that still runs to be cancelled
 
 
 def _environment(config: AgentConfig) -> dict[str, str]:
@@ -128,11 +130,11 @@ class _Agent:
         for writer in self._writers:
             writer.write(line.encode())
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: str, **facts: Any) -> None:
         lines = []
         with contextlib.suppress(OSError):
             lines = (Path(self._config.folder) / LOG).read_text(errors="replace").splitlines()
-        self.tell("failed", error=error, last_lines=lines[-KEPT_LINES:])
+        self.tell("failed", error=error, last_lines=lines[-KEPT_LINES:], **facts)
 
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -147,10 +149,10 @@ class _Agent:
             else:
                 self.spawn(self._read_standard_input())
             try:
-                await self._start(stack)
+                self._start()
             except reach.UnreachableError as exc:
                 self.fail(str(exc))
-            except Exception as exc:  # whatever keeps a scheduler from starting; the caller is told, and says stop
+            except Exception as exc:  # whatever keeps it from starting; the caller is told, and says stop
                 logging.getLogger(__name__).exception("agent failed")
                 self.fail(reach.reason(exc))
             await self._stopped.wait()
@@ -196,8 +198,10 @@ class _Agent:
         match command["do"]:
             case "beat":
                 pass
+            case "scheduler":
+                self._processes.start_scheduler()
             case "join":
-                self.spawn(self._processes.join(command["address"]))
+                self._processes.join(command["address"])
             case "add":
                 for raw in command["nodes"]:
                     self._processes.add(NodeSpec.from_dict(raw))
@@ -211,14 +215,14 @@ class _Agent:
 
     # --- what it runs and watches ---------------------------------------------------------------------------
 
-    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+    def _start(self) -> None:
         self._processes.configure()
         self.tell("ready")
         if self._config.metrics:
             self.spawn(self._tell_metrics())
         if self._config.notice:
             self.spawn(self._watch_notice(self._config.notice))
-        await self._processes.start(stack)
+        self._processes.start()
 
     async def _tell_metrics(self) -> None:
         with contextlib.closing(metrics.Sampler()) as sampler:

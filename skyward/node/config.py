@@ -31,7 +31,8 @@ class AgentConfig:
     ttl_s
         Seconds of the pool's own time-out; a little later the agent ends by itself.
     scheduler
-        Address to join. None: run the scheduler here. Empty: wait for the command ``join``.
+        Address to join. None: run the scheduler here. Empty: wait for a command, ``join`` or
+        ``scheduler``.
     host
         Own address, as the other nodes reach it.
     networks

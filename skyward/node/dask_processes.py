@@ -1,47 +1,27 @@
-"""A node's part of a Dask cluster: the scheduler, where the node has it, and a nanny with a worker for each slot."""
+"""A node's part of a Dask cluster: the scheduler, while the node has it, and a worker for each slot."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
-import os
-import signal
-import time
-import uuid
-from collections.abc import Callable, Coroutine, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from skyward.node import reach
 from skyward.node.config import AgentConfig, NodeSpec
-from skyward.worker import buffer_files, capture
+from skyward.node.scheduler_process import SchedulerProcess
+from skyward.node.worker_slot import Caller, WorkerSlot
 
-KEPT_LINES = 500
-"""Lines of its log that an agent sends with a failure: its folder may be gone when they are asked for."""
-_ATTEMPTS = 3
-"""How often a worker process may fail to come up at first. Chosen, not measured: more than one is a rare race, not a
-fault."""
-_AGAIN_S = 1.0
+logger = logging.getLogger(__name__)
+
 _SHORT = 80
 """Length of a folder's path from which on a socket in it would have too long a name: unix(7) allows 108, macOS 104."""
 
 
-class Caller(Protocol):
-    """The agent, as what it runs sees it."""
-
-    def tell(self, event: str, *, keep: bool = True, **facts: Any) -> None:
-        """Tell the pool of an event."""
-
-    def fail(self, error: str) -> None:
-        """Tell the pool that the node can't take part."""
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine beside all others."""
-
-
 def start_forkserver(config: AgentConfig) -> None:
-    """Start the warm parent of all workers now, so that its imports run beside ours."""
+    """Start the warm parent of scheduler and workers now, so that its imports run beside ours."""
     import multiprocessing
     from multiprocessing import forkserver
 
@@ -49,21 +29,29 @@ def start_forkserver(config: AgentConfig) -> None:
         # Its socket would lie in a separate folder, which nobody removes when we are killed.
         multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["skyward.node.adoption", "distributed.worker", "skyward.worker.preload"])
+    preload = ["skyward.node.adoption", "distributed.worker", "skyward.worker.preload", "skyward.node.agent"]
+    context.set_forkserver_preload(preload)  # the last is the main module of all, which each child imports
     forkserver.ensure_running()
 
 
 class DaskProcesses:
-    """The Dask processes of an agent's nodes. For one event loop."""
+    """The Dask processes of an agent's nodes. For one event loop.
+
+    Of `start_scheduler` and `join` the latest counts: it ends what an earlier one has started, or still starts.
+    """
 
     def __init__(self, config: AgentConfig, caller: Caller) -> None:
         self._config = config
         self._caller = caller
-        self._scheduler: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._nannies: dict[tuple[int, int], Any] = {}
+        self._nodes: dict[int, NodeSpec] = {}
+        self._slots: dict[tuple[int, int], WorkerSlot] = {}
+        self._proven: set[tuple[int, int]] = set()  # slots in which a worker has come up
+        self._wanted: str | None = ""  # address of the scheduler to join; None: it is to start here
+        self._address = ""  # of the scheduler that the workers join now
+        self._change: asyncio.Task[None] | None = None  # from the earlier scheduler to the one that is wanted
+        self._scheduler: SchedulerProcess | None = None
         self._security: Any = None
         self._door: asyncio.Server | None = None  # for other nodes, which try whether they reach this one
-        self._show_dashboard: Callable[[], Coroutine[Any, Any, None]] | None = None
 
     def configure(self) -> None:
         """Find the node's own address and set Dask's options.
@@ -104,166 +92,117 @@ class DaskProcesses:
             }
         )
 
-    async def start(self, stack: contextlib.AsyncExitStack) -> None:
-        """Start them; what ends them is pushed on `stack`."""
+    def start(self) -> None:
+        """Start scheduler and workers, as far as the configuration says where the scheduler is."""
         from skyward.node.tls import Credentials
 
         config = self._config
         self._security = Credentials(config.ca, config.certificate, config.key).security()
+        self._nodes = {node.node: node for node in config.nodes}
         if config.scheduler is None:
-            await self._start_scheduler(stack)
+            self.start_scheduler()
         elif config.scheduler:
-            self._scheduler.set_result(config.scheduler)
-        stack.push_async_callback(self._kill_workers)
-        for node in config.nodes:
-            self.add(node)
-
-    async def remove(self, nodes: Sequence[int]) -> None:
-        gone = [self._nannies.pop(k) for k in list(self._nannies) if k[0] in nodes]
-        await asyncio.gather(*(n.close(timeout=2) for n in gone), return_exceptions=True)
-
-    async def join(self, scheduler: str) -> None:
-        if self._scheduler.done():
-            return
-        try:
-            self._door = await reach.meet(scheduler, self._config.nodes[0].node, self._config.host, self._security)
-        except reach.UnreachableError as exc:
-            self._caller.fail(str(exc))
-        else:
-            self._scheduler.set_result(scheduler)
-
-    async def _start_scheduler(self, stack: contextlib.AsyncExitStack) -> None:
-        from distributed import Scheduler
-
-        from skyward.scheduler.barrier import barrier_plugin
-        from skyward.scheduler.losses import LossesPlugin
-        from skyward.scheduler.page_data import PageDataPlugin
-        from skyward.scheduler.task_stream import ReportsPlugin
-
-        scheduler = Scheduler(
-            host=_dask_host(self._config.host),
-            port=0,
-            protocol="tls",
-            security=self._security,
-            dashboard=False,  # for now: see `_add_dashboard`
-            dashboard_address="127.0.0.1:0",  # reached through the caller's tunnel only
-            plugins=[
-                barrier_plugin(self._config.pool_id),
-                ReportsPlugin(),
-                LossesPlugin(),
-                PageDataPlugin(),
-                reach.meeting_plugin(),
-            ],
-        )
-        await stack.enter_async_context(scheduler)
-        self._scheduler.set_result(scheduler.address)
-        self._show_dashboard = lambda: self._add_dashboard(scheduler)
-        self._caller.tell("scheduler", address=scheduler.address, dashboard=_http_port(scheduler))
-
-    async def _add_dashboard(self, scheduler: Any) -> None:
-        """Add the dashboard to the scheduler's server, late: what it imports would keep the pool waiting."""
-        dashboard = await asyncio.to_thread(importlib.import_module, "distributed.dashboard.scheduler")
-        if self._config.metrics:
-            page = await asyncio.to_thread(importlib.import_module, "skyward.scheduler.page")
-            page.add_page(scheduler)
-        dashboard.connect(scheduler.http_application, scheduler.http_server, scheduler)
-        self._caller.tell("dashboard")
+            self._wanted = config.scheduler
+            self._start_workers(config.scheduler)
 
     def add(self, node: NodeSpec) -> None:
-        for slot in range(len(node.environments)):
-            self._nannies[node.node, slot] = None
-            self._caller.spawn(self._keep_worker(node, slot))
+        self._nodes[node.node] = node
+        if self._address:
+            self._start_slots(node)
 
-    async def _keep_worker(self, node: NodeSpec, slot: int) -> None:
-        """Have a worker in this slot until it is removed: its nanny restarts it, this restarts the nanny."""
-        path = f"{self._config.folder}/output-{uuid.uuid4().hex}"
-        with capture.pipes(path) as output:
+    async def remove(self, nodes: Sequence[int]) -> None:
+        for node in nodes:
+            self._nodes.pop(node, None)
+        gone = {place: slot for place, slot in self._slots.items() if place[0] in nodes}
+        await asyncio.gather(*(slot.end() for slot in gone.values()))
+        for place in gone:
+            self._slots.pop(place, None)
+            self._proven.discard(place)
 
-            def exited(address: str | None) -> None:
-                self._caller.tell("exited", address=address, output=_last_lines(node.node, output))
+    def start_scheduler(self) -> None:
+        """Start a scheduler here, in place of the present one, wherever that is, and have the workers join it."""
+        self._want(None)
 
-            await self._keep_worker_with(node, slot, {capture.VARIABLE: path}, exited)
+    def join(self, scheduler: str) -> None:
+        """Have the workers join the scheduler at this address, unless it is the present one. Empty: have none."""
+        if scheduler != self._wanted:
+            self._want(scheduler)
 
-    async def _keep_worker_with(
-        self, node: NodeSpec, slot: int, environment: dict[str, str], exited: Callable[[str | None], None]
-    ) -> None:
-        place, name = (node.node, slot), f"{node.node}-{slot}"
-        failures, came_up = 0, False
-        while place in self._nannies:
-            nanny = self._nannies[place] = await self._nanny(node, slot, name, environment, exited)
-            try:
-                await nanny
-            except Exception as exc:  # whatever keeps a process from starting, its own death at once included
-                failures += 1
-                if failures >= _ATTEMPTS and not came_up:
-                    self._caller.fail(f"worker {name} did not start: {reach.reason(exc)}")
-                    return
-                await asyncio.sleep(0 if failures < _ATTEMPTS else _AGAIN_S)
-                continue
-            failures, came_up = 0, True
-            if self._show_dashboard is not None:
-                self._caller.spawn(self._show_dashboard())
-                self._show_dashboard = None
-            self._caller.tell("worker", node=node.node, slot=slot, address=nanny.worker_address, pid=nanny.pid)
-            await nanny.finished()
+    def _want(self, scheduler: str | None) -> None:
+        self._wanted = scheduler
+        if self._change is not None:
+            self._change.cancel()
+        self._change = asyncio.get_running_loop().create_task(self._turn_to(scheduler))
 
-    async def _nanny(
-        self, node: NodeSpec, slot: int, name: str, environment: dict[str, str], exited: Callable[[str | None], None]
-    ) -> Any:
-        from skyward.worker.nanny import SlotNanny
+    async def _turn_to(self, scheduler: str | None) -> None:
+        """Leave the present scheduler for another: see `_wanted`. A later change cancels this."""
+        try:
+            await self._leave()
+            if scheduler is None:
+                scheduler = await self._start_scheduler()
+            elif scheduler:
+                node = self._config.nodes[0].node
+                self._door = await reach.meet(scheduler, node, self._config.host, self._security)
+            if scheduler:
+                self._start_workers(scheduler)
+        except (reach.UnreachableError, ChildProcessError) as exc:
+            self._fail(str(exc), scheduler)
+        except Exception as exc:  # whatever keeps a scheduler from starting; the caller is told
+            logger.exception("no scheduler")
+            self._fail(reach.reason(exc), scheduler)
 
-        return SlotNanny(
-            await self._scheduler,
-            on_exit=exited,
-            nthreads=1,
-            name=name,
-            host=_dask_host(self._config.host),
-            security=self._security,
-            protocol="tls",
-            env={
-                **node.environments[slot],
-                buffer_files.VARIABLE: self._config.environment.get(
-                    buffer_files.VARIABLE, f"{self._config.folder}/buffer-files"
-                ),
-                **environment,
-                "SKYWARD_NODE": str(node.node),
-                "SKYWARD_SLOT": str(slot),
-            },
-            resources=node.resources[slot],
-            memory_limit=0,
-            local_directory=self._config.folder,
-            preload=["skyward.worker.preload"],
-            dashboard=False,
-            dashboard_address="127.0.0.1:0",  # its HTTP server has no TLS
+    def _fail(self, error: str, scheduler: str | None) -> None:
+        self._wanted = ""
+        self._caller.fail(error, address=scheduler)
+
+    async def _leave(self) -> None:
+        """End the workers, the scheduler that is here, and what other nodes have met."""
+        self._address = ""
+        if self._scheduler is not None:
+            self._scheduler.kill()
+            self._scheduler = None
+        if self._door is not None:
+            self._door.close()
+            self._door = None
+        await asyncio.gather(*(slot.end(kill=True) for slot in self._slots.values()))
+        self._slots.clear()
+
+    async def _start_scheduler(self) -> str:
+        def has_dashboard() -> None:
+            self._caller.tell("dashboard")
+
+        process = self._scheduler = SchedulerProcess(
+            self._config, ended=self._scheduler_ended, has_dashboard=has_dashboard
         )
+        address, port = await process.started()
+        self._wanted = address
+        self._caller.tell("scheduler", address=address, dashboard=port)
+        return address
 
-    async def _kill_workers(self) -> None:
-        # What still runs was cancelled by the caller before it said stop: there is nothing to wait for.
-        for nanny in self._nannies.values():
-            if nanny is not None and nanny.process is not None and nanny.process.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    nanny.auto_restart = False
-                    os.kill(nanny.process.pid, signal.SIGKILL)
+    def _scheduler_ended(self, why: str) -> None:
+        self._want("")
+        self._caller.tell("scheduler-ended", why=why)
 
+    def _start_workers(self, scheduler: str) -> None:
+        self._address = scheduler
+        for node in self._nodes.values():
+            self._start_slots(node)
 
-def _last_lines(node: int, output: capture.Reader) -> dict[str, Any]:
-    """Return what a worker process that has ended has printed and not sent, in the form in which workers send it."""
-    now = time.time()
-    lines = [(now, *line) for line in (*output.read(), *output.rest())][-KEPT_LINES:]
-    return {"node": node, "process": uuid.uuid4().hex, "first": 0, "lines": lines}
+    def _start_slots(self, node: NodeSpec) -> None:
+        for number in range(len(node.environments)):
+            place = node.node, number
+            self._slots[place] = WorkerSlot(
+                node,
+                number,
+                self._address,
+                config=self._config,
+                security=self._security,
+                caller=self._caller,
+                is_new=place not in self._proven,
+                came_up=partial(self._came_up, place),
+            )
 
-
-def _dask_host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _http_port(scheduler: Any) -> int | None:
-    port: int
-    dashboard: Any = getattr(scheduler.services.get("dashboard"), "server", None)
-    if getattr(dashboard, "port", None):
-        port = dashboard.port
-        return port
-    for socket in getattr(getattr(scheduler, "http_server", None), "_sockets", {}).values():
-        port = socket.getsockname()[1]
-        return port
-    return None
+    def _came_up(self, place: tuple[int, int]) -> None:
+        self._proven.add(place)
+        if self._scheduler is not None:
+            self._scheduler.show_dashboard()

@@ -60,6 +60,11 @@ def own_address(networks: Sequence[str], usual: str) -> str:
     )
 
 
+def dask_host(host: str) -> str:
+    """Return an address as Dask takes it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 async def meet(scheduler: str, node: int, host: str, security: Any) -> asyncio.Server:
     """Find out whether this node and the others reach each other; return what they reach, to be kept open for them.
 
@@ -89,12 +94,11 @@ async def meet(scheduler: str, node: int, host: str, security: Any) -> asyncio.S
                 answer = await getattr(there, MEET)(node=node, host=host, port=port)
         except OSError as exc:
             raise UnreachableError(
-                f"node {node} at {host} can't reach node 0, which has the scheduler, at {scheduler}: {reason(exc)}. "
-                f"{_ADVICE}"
+                f"node {node} at {host} can't reach the scheduler's node, at {scheduler}: {reason(exc)}. {_ADVICE}"
             ) from exc
         if answer["why"]:
             raise UnreachableError(
-                f"node 0, which has the scheduler, at {scheduler} can't reach node {node} at {host}, port {port}: "
+                f"the scheduler's node, at {scheduler}, can't reach node {node} at {host}, port {port}: "
                 f"{answer['why']}. {_ADVICE}"
             )
         found = await asyncio.gather(*(_why_not(*place) for _, *place in answer["others"]))
@@ -107,6 +111,19 @@ async def meet(scheduler: str, node: int, host: str, security: Any) -> asyncio.S
         door.close()
         raise
     return door
+
+
+async def answers(scheduler: str, security: Any) -> bool:
+    """Tell whether a scheduler answers at this address."""
+    from distributed.core import rpc
+
+    arguments = security.get_connection_args("worker")
+    try:
+        async with asyncio.timeout(PATIENCE_S), rpc(scheduler, connection_args=arguments) as there:
+            await there.identity(n_workers=0)
+    except OSError:  # a time-out is one
+        return False
+    return True
 
 
 async def _why_not(host: str, port: int) -> str:

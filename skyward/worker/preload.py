@@ -34,12 +34,12 @@ async def dask_setup(worker: Any) -> None:
     handlers.install(worker)
     buffer_files.install(worker)
     shared_values.install(worker)
-    _die_with_parent()
+    die_with_parent()
     runtime.take_output = _Shipper(worker, capture.take_over(os.environ.get(capture.VARIABLE))).take
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process with the one that forked it: covers a nanny that was killed outright."""
+def die_with_parent() -> None:
+    """Ask Linux to end this process with the one that forked it: covers an agent that was killed outright."""
     if sys.platform == "linux":
         import ctypes
         import signal
