@@ -152,7 +152,7 @@ def test_a_host_that_has_no_such_address_is_told_with_those_it_has(site: Site, m
 
 
 def test_hosts_are_reached_at_ipv6_addresses(site: Site, machines: list[Machine]) -> None:
-    prefix = f"fd77:{site.network.subnet.network_address.packed[2]:x}::"
+    prefix = f"fd77:{site.network.subnet.network_address.packed[2] + 1:x}::"  # fd77:0:: would not be the usual form
     run("ip", "address", "add", f"{prefix}1/64", "dev", site.network.name, "nodad")
     addresses = [f"{prefix}{number}" for number in (2, 3)]
     for machine, address in zip(machines, addresses, strict=False):
