@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from skyward.events import PoolStopping as PoolStopping
     from skyward.events import ProvisioningCompleted as ProvisioningCompleted
     from skyward.events import RegionAutoSelected as RegionAutoSelected
+    from skyward.events import SchedulerMoved as SchedulerMoved
     from skyward.events import SkywardEvent as SkywardEvent
     from skyward.events import TaskPoolInitCompleted as TaskPoolInitCompleted
     from skyward.events import TaskProgress as TaskProgress

@@ -159,6 +159,15 @@ class InstanceReplaced:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerMoved:
+    """The Dask scheduler was lost, and node `node` has another one. `reason`: why the last one was lost."""
+
+    instance_id: str
+    node: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStopping:
     """The pool is shutting down."""
 
@@ -226,6 +235,7 @@ SkywardEvent: TypeAlias = (
     | InstanceStopping
     | InstanceLost
     | InstanceReplaced
+    | SchedulerMoved
     | PoolStopping
     | CostUpdate
     | CostFinal

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed.core import Status
 
 from skyward.cluster.agents import Heard
 from skyward.cluster.replacement import MachineCluster
-from skyward.errors import BootstrapError
+from skyward.errors import BootstrapError, CapacityError
 from skyward.node.config import NodeSpec
 from skyward.providers.base import Login, Machine
 
@@ -29,14 +29,19 @@ class FakeAgent:
     has_unsent = False
 
     def __init__(
-        self, node: int, name: str, *, fails_at: str | None = None, ready: threading.Event | None = None
-    ) -> None:
+        self, node: int, name: str, *, fails_at: str | None = None, ready: threading.Event | None = None,
+        spot: bool = False,
+    ) -> None:  # fmt: skip
         self.nodes = {node}
         self.machine = name
-        self.facts = Machine(id=name, provider="fake", login=Login(host=name))
+        self.facts = Machine(id=name, provider="fake", login=Login(host=name), spot=spot)
+        self.scheduler = f"tls://{name}:1"  # its address, if it has it
         self.started, self.stopped = threading.Event(), threading.Event()
         self.commands: list[dict[str, Any]] = []
         self.heard: Heard
+        self.starts_scheduler = 0 in self.nodes  # without being told to
+        self.starts_schedulers = True  # when it is told to
+        self.has_answers = True
         self._fails_at = fails_at
         self._ready = ready
 
@@ -50,17 +55,26 @@ class FakeAgent:
             await asyncio.sleep(0.01)
         if self._fails_at is not None:
             raise failure(self._fails_at, self.machine)
-        if 0 in self.nodes:
-            heard({"event": "scheduler", "address": "tls://fake:1", "dashboard": None})
+        if self.starts_scheduler:
+            self._tell_scheduler()
+
+    def _tell_scheduler(self) -> None:
+        self.heard({"event": "scheduler", "address": self.scheduler, "dashboard": None})
+
+    def tell_soon(self, cluster: FakeCluster) -> None:
+        """Have it tell of its scheduler, which it did not do when it was told to start one."""
+        cluster.loop.add_callback(self._tell_scheduler)
 
     async def keep_log(self, step: str, error: str) -> None:
         return None
 
     async def answers(self) -> bool:
-        return True
+        return self.has_answers
 
     def send(self, command: dict[str, Any]) -> None:
         self.commands.append(command)
+        if command["do"] == "scheduler" and self.starts_schedulers:
+            self._tell_scheduler()
 
     async def reach(self, port: int) -> tuple[str, int]:
         return "fake", port
@@ -78,6 +92,23 @@ class Notes:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.when_lost: Callable[[], None] = lambda: None
+        self._may_move = threading.Event()
+        self._may_move.set()
+
+    def hold_moves(self) -> Callable[[], None]:
+        """Let no scheduler become known until the returned function is called."""
+        self._may_move.clear()
+        return self._may_move.set
+
+    def scheduler_lost(self, why: str) -> None:
+        self.calls.append(("scheduler_lost", (why,)))
+        self.when_lost()
+
+    async def scheduler_moved(self) -> None:
+        while not self._may_move.is_set():
+            await asyncio.sleep(0.01)
+        self.calls.append(("scheduler_moved", ()))
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: self.calls.append((name, arguments))
@@ -89,6 +120,8 @@ class Notes:
 
 class FakeScheduler:
     """What a cluster asks of a scheduler: notes the workers that are retired, and those that are unregistered."""
+
+    comms = _created = ()
 
     def __init__(self) -> None:
         self.retired: list[str] = []
@@ -123,9 +156,14 @@ class FakeCluster(MachineCluster):
             **{"timeout_s": 60.0, **options},
         )
         self.listener = Notes()
+        self.scheduler_count = 0
+        self.unreachable: set[str] = set()
 
     async def _connect(self, address: str) -> None:
-        assert address == "tls://fake:1"
+        if address in self.unreachable:
+            raise OSError("no such place")
+        self.scheduler_count += 1
+        self.scheduler = address
         self.scheduler_comm = FakeScheduler()
         self.status = Status.running
 
@@ -140,9 +178,56 @@ class FakeCluster(MachineCluster):
         return address
 
     def _is_complete(self) -> bool:
-        return True
+        return self._has_scheduler
+
+    @property
+    def has_scheduler(self) -> bool:
+        return self._has_scheduler
+
+    @property
+    def ready(self) -> list[Any]:
+        return self._failover._ready
 
     @property
     def machines(self) -> dict[int, str]:
         """The names of the machines, by node."""
         return {node: agent.instance_id(node) for agent in self._agents for node in agent.nodes}
+
+
+Start = Callable[..., FakeCluster]
+
+
+class Cloud:
+    """Has further machines: those that are given, one after another; then it has none."""
+
+    def __init__(self, *spares: Callable[[int], FakeAgent], error: Exception | None = None) -> None:
+        self._spares = list(spares)
+        self._error = error or CapacityError("sold out")
+        self.asked: list[tuple[list[int], list[str]]] = []
+        self.discarded: list[str] = []
+
+    def more(self, nodes: Sequence[int], used: Sequence[str]) -> list[FakeAgent]:
+        self.asked.append((list(nodes), list(used)))
+        if not self._spares:
+            raise self._error
+        (node,) = nodes
+        return [self._spares.pop(0)(node)]
+
+    def discard(self, machine: Any) -> None:
+        self.discarded.append(machine.id)
+
+
+def spare(name: str, **options: Any) -> Callable[[int], FakeAgent]:
+    return lambda node: FakeAgent(node, name, **options)
+
+
+def machines(*fails_at: str | None) -> list[FakeAgent]:
+    return [FakeAgent(node, f"m{node}", fails_at=step) for node, step in enumerate(fails_at)]
+
+
+def tell(cluster: FakeCluster, agent: FakeAgent, event: str, **facts: Any) -> None:
+    cluster.loop.add_callback(agent.heard, {"event": event, **facts})
+
+
+def sold_out(node: int) -> FakeAgent:
+    raise CapacityError("sold out")

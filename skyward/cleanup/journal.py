@@ -73,7 +73,9 @@ class Entry:
     nodes
         Which node a machine is, by its id; machines that are lost are left out.
     dashboard_port
-        Where the Dask dashboard listens, on node 0's loopback; None: not known, or not yet.
+        Where the Dask dashboard listens, on the loopback of the scheduler's node; None: not known, or not yet.
+    scheduler_node
+        The node that has the scheduler.
     folder
         Of a local pool: what ends with it.
     volumes
@@ -94,6 +96,7 @@ class Entry:
     launching_until: float = 0.0
     nodes: Mapping[str, int] = field(default_factory=dict, hash=False)
     dashboard_port: int | None = None
+    scheduler_node: int = 0
     folder: str = ""
     volumes: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -151,6 +154,7 @@ def update(
     launching_until: float | None = None,
     nodes: Mapping[str, int] | None = None,
     dashboard_port: int | None = None,
+    scheduler_node: int | None = None,
 ) -> Entry:
     """Write `entry` with what has changed, and return it so. Only the pool's owner does.
 
@@ -167,6 +171,7 @@ def update(
         launching_until=entry.launching_until if launching_until is None else launching_until,
         nodes=entry.nodes if nodes is None else dict(nodes),
         dashboard_port=entry.dashboard_port if dashboard_port is None else dashboard_port,
+        scheduler_node=entry.scheduler_node if scheduler_node is None else scheduler_node,
     )
     return _put(entry, must_exist=True)
 

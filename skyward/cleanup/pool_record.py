@@ -97,10 +97,10 @@ class PoolRecord:
                 kept = {other: node for other, node in self._entry.nodes.items() if other != machine_id}
                 self._write(nodes=kept)
 
-    def running(self, dashboard_port: int | None = None) -> None:
+    def running(self, dashboard_port: int | None = None, scheduler_node: int = 0) -> None:
         """Note that the pool takes calls, and where its dashboard is."""
         with self._lock:
-            self._write(state="running", dashboard_port=dashboard_port)
+            self._write(state="running", dashboard_port=dashboard_port, scheduler_node=scheduler_node)
 
     def _write(self, **facts: Any) -> None:
         if self._closed:
@@ -127,6 +127,9 @@ class PoolRecord:
 def note_local(pool_id: str, *, expires: float, folder: str, dashboard_port: int | None) -> None:
     """Note a pool on this computer, so that `skyward ps` shows it. It needs no guardian: its agent ends with it."""
     try:
+        if (entry := journal.read(pool_id)) is not None:
+            journal.update(entry, dashboard_port=dashboard_port)
+            return
         journal.open_entry(
             pool_id, provider="local", expires=expires, state="running", folder=folder, dashboard_port=dashboard_port
         )

@@ -65,7 +65,7 @@ async def _keep_open(entry: Entry, show: Callable[[int], Awaitable[None]]) -> No
     from skyward.cluster.tunnel import Tunnel
     from skyward.node.agent import SOCKET
 
-    link = Link(machine_of(entry, "0").login)
+    link = Link(machine_of(entry, str(entry.scheduler_node)).login)
     tunnel = Tunnel(link, f"{pool_folder(entry.pool_id)}/{SOCKET}")
     try:
         await link.connect()

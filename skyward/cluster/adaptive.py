@@ -17,10 +17,13 @@ class NodeAdaptive(Adaptive):  # type: ignore[misc]
         return math.ceil(wanted / per_node)
 
     async def workers_to_close(self, target: int) -> list[int]:
-        busy_workers = await self.cluster.scheduler_comm.processing()
+        try:
+            busy_workers = await self.cluster.scheduler_comm.processing()
+        except OSError:  # the scheduler is lost, and another one comes
+            return []
         ours = self.cluster.busy()
         busy = {s.node for s in self.cluster.slots() if busy_workers.get(s.address) or s.address in ours}
-        idle = sorted(self.cluster.observed - busy - {0}, reverse=True)
+        idle = sorted(self.cluster.observed - busy - {self.cluster.kept_node}, reverse=True)
         return idle[: max(0, len(self.cluster.plan) - target)]
 
     async def scale_down(self, workers: Any) -> None:

@@ -13,6 +13,8 @@ from distributed.deploy import Cluster
 from skyward.providers.base import Machine
 from skyward.transfer.wire import Slot
 
+TOLD_BY_EVENT = {"told_by_event": True}
+"""Marks what is logged and of which an event tells too: consoles show it once."""
 CLOSE_S = 30.0
 """Seconds that a cluster may take to close, not counting the data that its machines still send."""
 
@@ -25,6 +27,18 @@ class Listener(Protocol):
 
     def workers_changed(self) -> None:
         """Take note that a worker has come or gone."""
+
+    def scheduler_lost(self, why: str) -> None:
+        """Take note that the scheduler and all its workers are lost; another one comes."""
+
+    async def scheduler_moved(self) -> None:
+        """Use the scheduler that there is now. Its workers are slots when this has returned.
+
+        Raises
+        ------
+        OSError
+            It is not there any more.
+        """
 
     def cluster_lost(self, error: BaseException) -> None:
         """Take note that the cluster has failed after its start. Called in a thread of its own; may block."""
@@ -66,6 +80,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
         super().__init__(asynchronous=False, quiet=True, name=name)
         self.security = security
         self.changed: asyncio.Event = asyncio.Event()
+        self.is_connected: asyncio.Event = asyncio.Event()  # to a scheduler
         self.has_dashboard: threading.Event = threading.Event()  # set when `dashboard_link` leads to something
         self._loop_runner.start()
 

@@ -1,4 +1,7 @@
-"""A Dask cluster that agents run: its start, its slots and its end. `MachineCluster` adds what needs other machines."""
+"""A Dask cluster that agents run: its start, its scheduler, its slots and its end.
+
+`MachineCluster` adds what needs other machines.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ from dataclasses import asdict
 from typing import Any
 
 from distributed.core import Status
+from distributed.objects import SchedulerInfo
 
 from skyward.cluster.adaptive import NodeAdaptive
 from skyward.cluster.agents import Agent
-from skyward.cluster.base import CLOSE_S, SkyCluster
-from skyward.cluster.failures import WORKERS, StartFailures, scheduler_lost, workers_error
+from skyward.cluster.base import CLOSE_S, TOLD_BY_EVENT, SkyCluster
+from skyward.cluster.failover import Failover
+from skyward.cluster.failures import WORKERS, StartFailures, agent_lost, schedulers_lost, workers_error
 from skyward.cluster.tasks import end_tasks
 from skyward.errors import BootstrapError, PoolTimeoutError, VolumeError
 from skyward.node.config import NodeSpec
@@ -28,21 +33,25 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 """Seconds that workers have to come up once their machines are ready. Chosen: far more than a loaded laptop needs."""
+_SCHEDULER_S = 60.0
+"""Seconds that a node has to start a scheduler, before another one does. Chosen, not measured: it takes one or two."""
 _EXIT_S = 1.0
 """Seconds to wait for the agent to tell of a worker that has ended. Chosen: it tells at once, if it is there."""
 
 
 class AgentCluster(SkyCluster):
-    """A cluster that agents run, the first of which has the scheduler.
+    """A cluster that agents run. The first has the scheduler; if that is lost, another one starts the next.
 
     Parameters
     ----------
     agents
-        Not yet started. They are started side by side, and stopped with the cluster.
+        Not yet started. They are started side by side, and stopped with the cluster. The first starts the scheduler.
     node_spec
         Makes the specification of a further node, for `scale`: the first agent runs it.
     timeout_s
         Seconds that the machines may take to become ready: those of the pool itself.
+    retries
+        How often in a row the scheduler may be lost without a call that has ended in between.
     """
 
     _close_within_s = None  # each part has its own limits, and data is sent for as long as that takes
@@ -56,16 +65,19 @@ class AgentCluster(SkyCluster):
         slots_per_node: int,
         node_spec: Callable[[int], NodeSpec],
         timeout_s: float,
+        retries: int = 3,
     ) -> None:
         super().__init__(name, security)
         self._agents = list(agents)
+        self._failover = Failover(self._agents[0], most=retries)
+        self._reaching: asyncio.Task[None] | None = None  # while there is no scheduler that all know
+        self._has_scheduler = False  # and all know it
         self._node_spec = node_spec
         self._per_node = slots_per_node
         self._timeout_s = timeout_s
         self._nodes = {node for agent in agents for node in agent.nodes}
         self._places: dict[str, int] = {}  # nodes of all workers that ever were
         self._reclaimed: set[str] = set()  # workers that had to go: their machines were taken away, or not wanted
-        self._address: asyncio.Future[str] | None = None  # of the scheduler, as nodes reach it
         self.dashboard_port: int | None = None  # on the scheduler's host, on its loopback
         self.folder = ""  # where it is all on this host: what ends with it
         self._dashboard = ""
@@ -73,6 +85,7 @@ class AgentCluster(SkyCluster):
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
+        self.ended: Callable[[], int] = lambda: 0  # calls that have ended so far; the engine's too
         self._exited: dict[str, asyncio.Event] = defaultdict(asyncio.Event)  # set when its agent has told its end
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self.losses: list[VolumeError] = []  # data that could not be sent
@@ -104,14 +117,12 @@ class AgentCluster(SkyCluster):
         self.loop.add_callback(self._fail, error)
 
     async def _start(self) -> None:
-        self._address = asyncio.get_running_loop().create_future()
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         for agent in self._agents:
             self._begin(agent)
         await self._all_ready(deadline)
+        self._reach_scheduler()
         try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                await self._unless_failed(self._connect(await self._address))
             while not self._is_complete():
                 async with asyncio.timeout(START_TIMEOUT_S):
                     await self._until(lambda: self._starting > 0 or self._is_complete())
@@ -121,17 +132,6 @@ class AgentCluster(SkyCluster):
                 raise
             raise await self._late() from None
         self._is_up = True
-
-    async def _unless_failed(self, work: Coroutine[Any, Any, None]) -> None:
-        """Wait for `work`, or raise when the pool fails: Dask keeps trying to reach a scheduler that has died."""
-        task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self.changed.set())
-        try:
-            await self._until(task.done)
-            await task
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     async def _late(self) -> BootstrapError:
         """Return the error for scheduler and workers that did not start in time."""
@@ -157,7 +157,7 @@ class AgentCluster(SkyCluster):
             ) from exc
 
     def _is_complete(self) -> bool:
-        return len(self.slots()) >= self.expected
+        return self._has_scheduler and len(self.slots()) >= self.expected
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds, which is looked at after each change; raise when the pool fails."""
@@ -194,21 +194,98 @@ class AgentCluster(SkyCluster):
         """Return an agent on another machine for a node that can't be made ready; raise `error` if there is none."""
         raise error
 
+    async def _start_agent(self, agent: Agent) -> None:
+        await agent.start(lambda event: self._heard(agent, event))
+        self._failures.passed()
+        self._failover.add(agent)
+
+    # --- the scheduler --------------------------------------------------------------------------------------
+
+    def _reach_scheduler(self) -> None:
+        """Have a scheduler, and let all know it: the one that there is or comes, or another one in its place."""
+        if self._reaching is None or self._reaching.done():
+            self._reaching = self._spawn_growth(self._reach())
+
+    async def _reach(self) -> None:
+        try:
+            while not self._has_scheduler:
+                await self._failover.appoint()
+                await self._try_scheduler(self._failover.losses)
+        except Exception as exc:  # whatever it is, it ends the pool
+            self._fail(exc)
+
+    async def _try_scheduler(self, losses: int) -> None:
+        """Connect to the scheduler that there is or comes, unless it is lost before."""
+        connecting = asyncio.ensure_future(self._connect_to_scheduler())
+        connecting.add_done_callback(lambda _: self.changed.set())
+        try:
+            await self._until(lambda: connecting.done() or self._failover.losses != losses)
+        finally:
+            await end_tasks([connecting])
+        error = None if connecting.cancelled() else connecting.exception()
+        if self._failover.losses != losses:
+            return
+        if isinstance(error, OSError):  # a time-out is one too
+            self._scheduler_lost(f"it could not be reached: {error or 'no answer'}")
+        elif error is not None:
+            raise error
+
+    async def _connect_to_scheduler(self) -> None:
+        async with asyncio.timeout(_SCHEDULER_S):
+            await self._until(lambda: self._failover.address is not None)
+            assert self._failover.address is not None
+            await self._connect(self._failover.address)
+            if self._is_up:
+                await self.listener.scheduler_moved()
+        self._has_scheduler = True
+        self.listener.workers_changed()
+
     async def _connect(self, address: str) -> None:
-        host, port = await self._agents[0].reach_scheduler(address)
+        head = self._failover.head
+        assert head is not None
+        host, port = await head.reach_scheduler(address)
         self._open_rpc(f"tls://{host}:{port}")
         await super()._start()
         self._note_places()  # of workers that were there before
         if self.dashboard_port is not None:
-            host, port = await self._agents[0].reach(self.dashboard_port)
+            host, port = await head.reach(self.dashboard_port)
             self._dashboard = f"http://{host}:{port}/status"
+        self.is_connected.set()
 
-    async def _start_agent(self, agent: Agent) -> None:
-        await agent.start(lambda event: self._heard(agent, event))
-        self._failures.passed()
-        if agent is not self._agents[0]:
-            assert self._address is not None
-            agent.send({"do": "join", "address": await asyncio.shield(self._address)})
+    def _scheduler_lost(self, why: str, *, but: Collection[int] = ()) -> None:
+        """Go on with another scheduler. What ran for this one runs again, without a loss but on the nodes `but`."""
+        if self._stopping or self._failed is not None:
+            return
+        was_known, self._has_scheduler = self._has_scheduler, False
+        counts = self._is_up or self._failover.address is not None  # otherwise there never was one
+        may_go_on = self._failover.lose(why, self.ended(), counts=counts)
+        self._reclaimed |= {address for address, node in self._places.items() if node not in but}
+        self._forget_scheduler()
+        if not may_go_on:
+            self._fail(schedulers_lost(self.name, self._failover.story))
+            return
+        if self._is_up:
+            logger.warning("the Dask scheduler is lost, another one is started: %s", why, extra=TOLD_BY_EVENT)
+            self.listener.scheduler_lost(why)
+            self.listener.workers_changed()
+        if was_known:
+            self._reach_scheduler()
+        self.changed.set()
+
+    def _forget_scheduler(self) -> None:
+        """Let go of a scheduler that is lost, and of the connections to it: it may hang."""
+        self.is_connected.clear()
+        self.has_dashboard.clear()
+        if self._sync_cluster_info_task is not None:
+            self._sync_cluster_info_task.cancel()
+        if self._watch_worker_status_comm is not None:
+            self._watch_worker_status_comm.abort()
+        if self.scheduler_comm is not None:
+            for comm in [*self.scheduler_comm.comms, *self.scheduler_comm._created]:
+                comm.abort()
+        self.scheduler_info: SchedulerInfo = SchedulerInfo({"workers": {}})
+
+    # --- events ---------------------------------------------------------------------------------------------
 
     def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
         match event["event"]:
@@ -219,20 +296,21 @@ class AgentCluster(SkyCluster):
                 node = min(agent.nodes)
                 figures = {name: value for name, value in event.items() if name != "event"}
                 self.listener.node_metrics(node, agent.instance_id(node), figures)
-            case "scheduler":
+            case "scheduler" if self._failover.started(agent, event["address"]):
                 self.dashboard_port = event["dashboard"]
-                if self._address is not None and not self._address.done():
-                    self._address.set_result(event["address"])
-            case "dashboard":
+                self.changed.set()
+            case "scheduler-ended" if agent is self._failover.head:
+                self._scheduler_lost(f"{agent.machine}: {event['why']}")
+            case "dashboard" if agent is self._failover.head:
                 self.has_dashboard.set()
             case "failed":
                 self._fail(workers_error(self.name, agent, event))
             case "ended" if not self._stopping:
-                self._fail(scheduler_lost(self.name, agent, event["why"], silence=event.get("silence", False)))
+                self._fail(agent_lost(self.name, agent, event["why"], silence=event.get("silence", False)))
 
     def addresses(self) -> set[str]:
         """Return the addresses of all workers, also of those that get no new work."""
-        return set(self.scheduler_info["workers"])
+        return set(self.scheduler_info["workers"]) if self._has_scheduler else set()
 
     def _update_worker_status(self, op: str, msg: Any) -> None:
         super()._update_worker_status(op, msg)
@@ -258,10 +336,7 @@ class AgentCluster(SkyCluster):
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error
         self.changed.set()
-        if self._address is not None and not self._address.done():
-            self._address.set_exception(error)
-            self._address.exception()  # those who wait for it are told; nobody has to
-        elif self.status == Status.running:
+        if self._is_up and not self._stopping:
             # From a thread: what follows closes this loop's clients, which can't be awaited here.
             threading.Thread(target=self.listener.cluster_lost, args=[error], daemon=True).start()
 
@@ -307,18 +382,19 @@ class AgentCluster(SkyCluster):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _spawn_growth(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn_growth(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run what gets nodes and makes them ready: the end of the pool cancels it, and stops their agents itself."""
         task = asyncio.create_task(coroutine)
         self._growth.add(task)
         task.add_done_callback(self._growth.discard)
+        return task
 
     # --- looking in -----------------------------------------------------------------------------------------
 
     @property
     def expected(self) -> int:
         """How many slots there should be, counting those whose worker is being restarted."""
-        return len(self._nodes) * self._per_node
+        return max(1, len(self._nodes)) * self._per_node
 
     def instance_id(self, node: int) -> str:
         found = [agent.instance_id(node) for agent in self._agents if node in agent.nodes]
@@ -332,8 +408,8 @@ class AgentCluster(SkyCluster):
         return self._dashboard
 
     def slots(self) -> list[Slot]:
-        found = []
-        for address, worker in self.scheduler_info["workers"].items():
+        found: list[Slot] = []
+        for address, worker in self.scheduler_info["workers"].items() if self._has_scheduler else ():
             node, _, index = str(worker["name"]).partition("-")
             if int(node) in self._nodes:
                 found.append(Slot(address, int(node), int(index), worker["nthreads"]))
@@ -352,7 +428,7 @@ class AgentCluster(SkyCluster):
         return {slot.node for slot in self.slots()}
 
     def scale(self, n: int) -> None:
-        """Grow or shrink to `n` nodes. Returns at once; node 0 always stays."""
+        """Grow or shrink to `n` nodes. Returns at once; the scheduler's node stays."""
         if n < 1:
             raise ValueError(f"a cluster has at least 1 node, not {n}")
         self.loop.add_callback(self._scale, n)
@@ -360,12 +436,20 @@ class AgentCluster(SkyCluster):
     def _scale(self, n: int) -> None:
         if self._stopping:
             return
-        have = sorted(self._nodes)
+        kept = self.kept_node
+        have = sorted(self._nodes, key=lambda node: (node != kept, node))
         if n < len(have):
             self.scale_down(have[n:])
         elif new := self._free_numbers(n - len(have)):
             self._nodes.update(new)
             self._grow(new)
+
+    @property
+    def kept_node(self) -> int:
+        """The node that is never scaled away: the scheduler's, or the first one if that is about to leave."""
+        head = self._failover.head
+        nodes = self._nodes if head is None else head.nodes & self._nodes or self._nodes
+        return min(nodes, default=0)
 
     def _grow(self, new: list[int]) -> None:
         """Get further nodes, by number."""
@@ -382,7 +466,7 @@ class AgentCluster(SkyCluster):
 
     def scale_down(self, workers: Sequence[int]) -> None:
         """Remove nodes, by number. Dask's name for the argument; the work on them is run again elsewhere."""
-        if gone := {n for n in workers if n != 0 and n in self._nodes}:
+        if gone := {n for n in workers if n != self.kept_node and n in self._nodes}:
             self._nodes -= gone
             self._excuse(gone)
             self._shrink(gone)

@@ -80,14 +80,31 @@ def workers_error(pool_id: str, agent: Agent, event: dict[str, Any]) -> Bootstra
     )
 
 
-def scheduler_lost(pool_id: str, agent: Agent, why: str, *, silence: bool) -> PoolError:
-    """Return the error for the end of the scheduler's agent. `silence`: it had heard nothing of this process."""
+def agent_lost(pool_id: str, agent: Agent, why: str, *, silence: bool) -> PoolError:
+    """Return the error for the end of an agent that ends the pool. `silence`: it had heard nothing of this process."""
     if silence:
         return PoolError(
             f"pool {pool_id} has ended: {why}. Calls that had not finished are lost. Raise "
             "heartbeat_timeout=, or enter the pool again."
         )
     return PoolError(
-        f"the agent of pool {pool_id} on {agent.machine}, and with it the Dask scheduler, ended "
-        f"unexpectedly ({why}); calls that had not finished are lost. Enter the pool again."
+        f"the agent of pool {pool_id} on {agent.machine} ended unexpectedly ({why}); calls that had not finished are "
+        "lost. Enter the pool again."
+    )
+
+
+def schedulers_lost(pool_id: str, story: str) -> PoolError:
+    """Return the error for a Dask scheduler that was lost again and again."""
+    return PoolError(
+        f"pool {pool_id} has ended: its Dask scheduler was lost again and again, and no call has ended in between. "
+        f"Calls that had not finished are lost.{story}\nIf a call takes its machine down, give it a larger one; "
+        "otherwise raise retries=, or enter the pool again."
+    )
+
+
+def no_machine_left(pool_id: str, why: str) -> PoolError:
+    """Return the error for a pool that has lost all its machines."""
+    return PoolError(
+        f"pool {pool_id} has ended: none of its machines is left, and no other could be had in their place. Calls that "
+        f"had not finished are lost. The last one: {why}. Enter the pool again."
     )

@@ -79,6 +79,7 @@ def local_cluster(
             security=credentials.security(),
             slots_per_node=slots,
             timeout_s=spec.timeout,
+            retries=spec.retries,
             node_spec=make_node,
         )
         cluster.folder = config.folder

@@ -77,7 +77,7 @@ def machine_cluster(
     def make_node(node: int) -> NodeSpec:
         return node_spec(node, spec.slots_per_node, accelerator)  # what devices it has is found there
 
-    def make_agent(node: int, machine: Machine) -> RemoteAgent:
+    def make_agent(node: int, machine: Machine, *, is_first: bool = False) -> RemoteAgent:
         config = AgentConfig(
             pool_id=pool_id,
             folder="",  # the agent's own business
@@ -86,7 +86,7 @@ def machine_cluster(
             certificate=credentials.certificate,
             key=credentials.key,
             metrics=spec.collect_metrics,
-            scheduler="" if node else None,
+            scheduler=None if is_first else "",
             environment=spec.environment,
         )
         return RemoteAgent(machine, make_node(node), config, shipment, emit, heartbeats, listing)
@@ -96,10 +96,11 @@ def machine_cluster(
 
     return MachineCluster(
         pool_id,
-        [make_agent(n, m) for n, m in enumerate(machines)],
+        [make_agent(n, m, is_first=not n) for n, m in enumerate(machines)],
         security=credentials.security(),
         slots_per_node=spec.slots_per_node,
         timeout_s=spec.timeout,
+        retries=spec.retries,
         node_spec=make_node,
         new_agents=new_agents,
         discard=None if outlives_pool else source.discard,

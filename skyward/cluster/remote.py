@@ -17,6 +17,7 @@ import asyncssh
 from skyward import events
 from skyward.cluster import boot_logs
 from skyward.cluster.agents import Heard
+from skyward.cluster.base import TOLD_BY_EVENT
 from skyward.cluster.bootstrap import Bootstrap, Shipment
 from skyward.cluster.flush import flush
 from skyward.cluster.heartbeat import Heartbeat, Heartbeats, touch
@@ -44,7 +45,6 @@ _ANSWER_S = 5.0
 _STOP_S = 15.0
 _SHARED_BEATS = 4
 """Heartbeats in a row over a connection that carries all data, after which a warning says so. Fewer: a short break."""
-_TOLD = {"told_by_event": True}
 _TELL_FLUSH_S = 5.0
 """Seconds that sending what was written to volumes takes before it is told of, and between the tellings."""
 _LOG_S = 10.0
@@ -350,7 +350,7 @@ class RemoteAgent:
             nonlocal tell_at
             if time.monotonic() >= tell_at:
                 tell_at = time.monotonic() + _TELL_FLUSH_S
-                logger.info("%s: sending %s: %s left", self._name, left.path, left, extra=_TOLD)
+                logger.info("%s: sending %s: %s left", self._name, left.path, left, extra=TOLD_BY_EVENT)
                 step = f"sending {left.path}: {size(left.bytes)} left"
                 self._emit(events.BootstrapProgress(instance_id=self.facts.id, step=step))
 
@@ -370,7 +370,7 @@ class RemoteAgent:
         self._bootstrap.has_begun = False
 
     def _tell_unsent(self, message: str) -> None:
-        logger.error("%s", message, extra=_TOLD)
+        logger.error("%s", message, extra=TOLD_BY_EVENT)
         self._emit(events.Error(message=message, instance_id=self.facts.id))
 
     @property

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from skyward.cluster.agents import Agent
+from skyward.cluster.base import TOLD_BY_EVENT
 from skyward.cluster.cluster import AgentCluster
-from skyward.cluster.failures import LOST, WORKERS, StartFailures, workers_error
-from skyward.errors import BootstrapError, SkywardError
+from skyward.cluster.failures import LOST, WORKERS, StartFailures, no_machine_left, workers_error
+from skyward.errors import BootstrapError, NoMatchingInstanceError, SkywardError
 from skyward.providers.base import Machine
 
 R = TypeVar("R")
@@ -27,23 +28,20 @@ _CLOUD_CALLS = 6
 _LOOK_S = 2.0
 _BREAK_S = 0.5
 """Seconds after the end of a worker within which its machine is gone too, if that was why."""
-_TOLD = {"told_by_event": True}
-"""Marks what is logged and of which an event tells too: consoles show it once."""
 _REPLACEMENT_PAUSES_S = (1.0, 15.0, 60.0, 120.0, 300.0)
 """Pauses before attempts to find a replacement for a lost machine.
 Chosen, not measured: capacity comes back in minutes."""
 
 
 class MachineCluster(AgentCluster):
-    """A cluster of machines, each with an agent for one node. Only that of the scheduler can't be lost.
+    """A cluster of machines, each with an agent for one node. Any of them may be lost.
 
     Parameters
     ----------
     new_agents
         Makes agents for further nodes, on machines other than those in its second argument; may block.
     discard
-        Destroys a machine that is not used any more; may block. Then one that is lost is replaced. None: machines stay
-        when the cluster has left them, and those that are lost are not replaced.
+        Destroys a machine that is not used any more; may block. None: machines stay when the cluster has left them.
     """
 
     def __init__(
@@ -60,7 +58,8 @@ class MachineCluster(AgentCluster):
         self._discard = discard
         self._failures = StartFailures(len(agents), costly=discard is not None)
         self._growing = asyncio.Lock()
-        self._used: list[str] = []  # machines that have failed
+        self._used: list[str] = []  # machines that have failed, or are lost
+        self._searches = 0  # for replacements, under way
         # Not the event loop's threads, which connections need: a cloud may keep all of these waiting.
         self._cloud_threads = ThreadPoolExecutor(_CLOUD_CALLS, thread_name_prefix="skyward-cloud")
 
@@ -74,16 +73,14 @@ class MachineCluster(AgentCluster):
     # --- failures -------------------------------------------------------------------------------------------
 
     def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
-        has_scheduler = agent is self._agents[0]
+        has_scheduler = agent is self._failover.head
         match event["event"]:
-            case "failed" if not has_scheduler:
+            case "failed":
                 self._workers_failed(agent, event)
-            case "ended" if not has_scheduler and not self._stopping:
+            case "ended" if not (self._stopping or (has_scheduler and event.get("silence", False))):
                 self._agent_ended(agent, event["why"], gone=event.get("gone", False))
-            case "notice" if not has_scheduler:
-                self._spawn(self._evacuate(agent, event["seconds"]))
             case "notice":
-                logger.warning("%s, which has the scheduler, will be taken away by its provider", _named(agent))
+                self._spawn(self._evacuate(agent, event["seconds"]))
             case _:
                 super()._heard(agent, event)
 
@@ -114,6 +111,7 @@ class MachineCluster(AgentCluster):
         BootstrapError
             There is none, or another machine would fail too: then the start of the pool has failed.
         """
+        self._leave_out(failed, str(error))
         await self._failures.judge(error)
         self._used += [failed.instance_id(node) for node in failed.nodes]
         async with self._growing:
@@ -128,7 +126,7 @@ class MachineCluster(AgentCluster):
                 raise self._failures.noted(error) from exc
             self._nodes = self._nodes - failed.nodes | agent.nodes
             self._agents[self._agents.index(failed)] = agent
-        logger.warning("%s is replaced by %s: %s", failed.machine, agent.machine, error, extra=_TOLD)
+        logger.warning("%s is replaced by %s: %s", failed.machine, agent.machine, error, extra=TOLD_BY_EVENT)
         self.listener.machine_failed(error)
         for node, old in zip(nodes, failed.nodes, strict=True):
             if self._discard is None:
@@ -138,6 +136,12 @@ class MachineCluster(AgentCluster):
         self._spawn(self._remove_agent(failed))
         return agent
 
+    def _leave_out(self, agent: Agent, why: str, *, gone: bool = False) -> None:
+        """Do without a node from now on, and without its scheduler if it has that."""
+        self._failover.remove(agent)
+        if agent is self._failover.head:
+            self._scheduler_lost(f"{_named(agent)}: {why}", but=() if gone else agent.nodes)
+
     async def _drop(self, agent: Agent, why: str, *, gone: bool = False, replace: bool = True) -> None:
         """Go on without a node that is lost: its calls are run again elsewhere, on its replacement if there is one.
 
@@ -145,12 +149,14 @@ class MachineCluster(AgentCluster):
         """
         if agent not in self._agents:
             return
-        logger.warning("lost %s: %s", agent.machine, why, extra=_TOLD)
+        logger.warning("lost %s: %s", agent.machine, why, extra=TOLD_BY_EVENT)
         self._agents.remove(agent)
+        self._used += [agent.instance_id(node) for node in agent.nodes]
         if gone:
             self._excuse(agent.nodes)
         was_counted = agent.nodes <= self._nodes
         self._nodes -= agent.nodes
+        self._leave_out(agent, why, gone=gone)
         for address in self._addresses(agent):
             with contextlib.suppress(Exception):  # it may have been noticed meanwhile
                 # What is not `expected` the engine counts, and runs again.
@@ -163,17 +169,25 @@ class MachineCluster(AgentCluster):
         self.listener.workers_changed()
         if was_counted and replace:
             self._replace(agent)
+        self._check_left(why)
         await self._remove_agent(agent)
+
+    def _check_left(self, why: str) -> None:
+        """End the pool if no machine is left, and none comes."""
+        if not (self._agents or self._searches or self._growing.locked() or self._stopping):
+            self._fail(no_machine_left(self.name, why))
 
     async def _evacuate(self, agent: Agent, seconds: float) -> None:
         """Take the work off a machine that its provider will take away in so many seconds.
 
-        It gets nothing new, what it holds is moved away, what it runs may end; the rest is run again elsewhere.
+        It gets nothing new, what it holds is moved away, what it runs may end; the rest is run again elsewhere. If it
+        has the scheduler, that is moved at last, when all have had time to end what they run.
         """
         if agent not in self._agents or not agent.nodes <= self._nodes:
             return
         logger.warning("%s will be taken away by its provider in %.0f s: its work is moved", _named(agent), seconds)
         self._nodes -= agent.nodes
+        self._failover.remove(agent)
         self.listener.workers_changed()
         self._replace(agent)
         addresses = self._addresses(agent)
@@ -215,34 +229,47 @@ class MachineCluster(AgentCluster):
     # --- replacement ----------------------------------------------------------------------------------------
 
     def _replace(self, agent: Agent) -> None:
-        if self._discard is not None and not self._stopping:
+        if not self._stopping:
+            self._searches += 1
             self._spawn_growth(self._find_replacement(agent))
 
     async def _find_replacement(self, lost: Agent) -> None:
         """Find another machine for a node that is lost; the pool goes on meanwhile with what it has."""
-        (lost_id,) = (lost.instance_id(node) for node in lost.nodes)
-        for pause in _REPLACEMENT_PAUSES_S:
-            await asyncio.sleep(pause)
-            if self._failed is not None:
-                return  # what took this node took the scheduler's too
-            async with self._growing:
-                (node,) = self._free_numbers(1, but=lost.nodes)
+        why = "it was lost"
+        try:
+            for pause in _REPLACEMENT_PAUSES_S:
+                await asyncio.sleep(pause)
+                if self._failed is not None:
+                    return
                 try:
-                    (agent,) = await self._ask_cloud(self._new_agents, [node], [])
-                except Exception as exc:  # as in `_get_nodes`
+                    await self._add_replacement(lost)
+                    return
+                except Exception as exc:  # as in `_get_nodes`; or the new one is lost too, before it is ready
+                    why = str(exc)
                     logger.warning("no replacement for %s at present: %s", lost.machine, exc)
-                    continue
-                self._agents.append(agent)
-            try:
-                await self._start_agent(agent)
-            except Exception as exc:  # it may be lost too, before it is ready
-                logger.warning("%s, a replacement for %s, can't be made ready: %s", agent.machine, lost.machine, exc)
-                self._agents.remove(agent)
-                self._spawn(self._remove_agent(agent))
-                continue
-            self._nodes.add(node)
-            self.listener.node_replaced(node, agent.instance_id(node), lost_id)
-            return
+                    if self._discard is None and isinstance(exc, NoMatchingInstanceError):
+                        return  # no host is unused, and none will be
+        finally:
+            self._searches -= 1
+            self._check_left(why)
+
+    async def _add_replacement(self, lost: Agent) -> None:
+        (lost_id,) = (lost.instance_id(node) for node in lost.nodes)
+        async with self._growing:
+            (node,) = self._free_numbers(1, but=lost.nodes)
+            taken = self._used + [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
+            (agent,) = await self._ask_cloud(self._new_agents, [node], taken)
+            self._agents.append(agent)
+        if self._discard is None:  # otherwise the launch has told
+            self.listener.node_added(node, agent.instance_id(node), agent.facts)
+        try:
+            await self._start_agent(agent)
+        except Exception:
+            self._agents.remove(agent)
+            self._spawn(self._remove_agent(agent))
+            raise
+        self._nodes.add(node)
+        self.listener.node_replaced(node, agent.instance_id(node), lost_id)
 
     async def _give_back(self, agent: Agent) -> None:
         if self._discard is not None and agent.facts is not None and not self._stopping:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 
 import asyncssh
 
@@ -19,16 +20,25 @@ _AGAIN_S = 0.2
 
 
 class Tunnel:
-    """The way through the agent that listens at `socket` on the machine of `link`. Does not close the link."""
+    """The way through the agent that listens at the socket `path` on the machine of `link`. Does not close the link."""
 
-    def __init__(self, link: Link, socket: str) -> None:
+    def __init__(self, link: Link, path: str) -> None:
         self._link = link
-        self._socket = socket
+        self._path = path
         self._servers: list[asyncio.Server] = []
+        self._is_closed = False
         self._carrying: set[asyncio.Task[None]] = set()
 
     async def listen(self, target: str) -> int:
-        """Return a port on our loopback whose connections go to `target`, ``host:port`` as the agent sees it."""
+        """Return a port on our loopback whose connections go to `target`, ``host:port`` as the agent sees it.
+
+        Raises
+        ------
+        OSError
+            The tunnel is closed.
+        """
+        if self._is_closed:
+            raise OSError(f"the connection to {self._link.login} is closed")
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             # Not a coroutine: asyncio complains about those that are cancelled at the end.
@@ -36,9 +46,11 @@ class Tunnel:
             self._carrying.add(task)
             task.add_done_callback(self._carrying.discard)
 
-        server = await asyncio.start_server(accept, "127.0.0.1", 0)
-        self._servers.append(server)
-        port: int = server.sockets[0].getsockname()[1]
+        ours = socket.create_server(("127.0.0.1", 0))
+        # Noted before the first wait, so that one who is cancelled there leaves nothing open.
+        self._servers.append(server := await asyncio.start_server(accept, sock=ours, start_serving=False))
+        await server.start_serving()
+        port: int = ours.getsockname()[1]
         return port
 
     async def _carry(self, relay: Relay, target: str) -> None:
@@ -47,7 +59,7 @@ class Tunnel:
         try:
             while not relay.closed.is_set():
                 try:
-                    reader, writer = await self._link.open_socket(self._socket)
+                    reader, writer = await self._link.open_socket(self._path)
                     confirmed = await meet_as_caller(relay, reader, writer, stream=stream, target=target)
                     await relay.carry(reader, writer, confirmed)
                     writer.close()
@@ -63,6 +75,7 @@ class Tunnel:
 
     async def close(self) -> None:
         """Close all ports and connections. May be called twice."""
+        self._is_closed = True
         for server in self._servers:
             server.close()
         await end_tasks(self._carrying)

@@ -118,5 +118,7 @@ def news(event: object, model: Model) -> Iterator[str]:
             yield f"node {node} is lost ({instance_id}): {reason}; its calls run again elsewhere"
         case events.InstanceReplaced(instance_id=instance_id, node=node, replaced_id=replaced):
             yield f"node {node} is up: {instance_id} in the place of {replaced}"
+        case events.SchedulerMoved(instance_id=instance_id, node=node, reason=reason):
+            yield f"node {node} ({instance_id}) has the Dask scheduler now, which was lost: {reason}"
         case events.RegionAutoSelected(region=region, provider=provider):
             yield f"region {region}{f' of {provider}' if provider else ''} was chosen"

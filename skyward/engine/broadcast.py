@@ -36,6 +36,7 @@ class Broadcaster:
         self._ending = ending
         self._sources = sources
         self._lock = asyncio.Lock()
+        self._expected = 0  # slots, when the present broadcast began
 
     @property
     def is_busy(self) -> bool:
@@ -51,6 +52,7 @@ class Broadcaster:
 
     async def _run(self, item: Item, needs: Sequence[Any], every_slot: bool) -> list[Outcome]:
         await self._complete()
+        self._expected = self._roster.expected()
         placed = self._roster.layout
         targets = [
             (address, worker, len(workers))
@@ -132,6 +134,7 @@ class Broadcaster:
         self, key: str, item: Item, needs: Sequence[Any], part: Participant, addresses: list[str]
     ) -> Outcome | BaseException:
         address = addresses[part.rank]
+        losses = self._transport.losses
         self._roster.placement.add(address)
         try:
             isolation = getattr(item.call.fn, ISOLATION, None)
@@ -143,6 +146,14 @@ class Broadcaster:
                 addresses[part.rank] = await asyncio.wait_for(self._ending.renewed(address), RESTART_S)
                 return await self._run_part(key, item, needs, part, addresses)
         except WorkerGoneError:
+            if self._transport.losses != losses or self._roster.expected() < self._expected:
+                return MachineLostError(
+                    f"the machine of part {part.rank} of {part.size}, or the scheduler's, was lost or can't be reached "
+                    f"any more during the broadcast of {item.call.label}(); the other parts were stopped. A broadcast "
+                    "is not retried: send it again.",
+                    machine=address,
+                    losses=1,
+                )
             return WorkerDiedError(
                 f"the worker of part {part.rank} of {part.size} died during the broadcast of "
                 f"{item.call.label}(); the other parts were stopped. {WHY_DIED}",

@@ -21,7 +21,7 @@ from skyward.engine.roster import Roster
 from skyward.engine.sent_chunks import UNREACHABLE_S, SentChunk, SentChunks
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
-from skyward.engine.transport import Transport, WorkerGoneError
+from skyward.engine.transport import Transport, UnreachableError, WorkerGoneError
 from skyward.transfer.wire import Kind, Outcome, Outcomes
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Dispatcher:
         self.estimates: Estimates = Estimates()
         self.last_activity: float = now()
         self.failure: BaseException | None = None  # why no more calls are taken
+        self.ended: int = 0  # calls, so far
         self.chunks: dict[str, SentChunk] = {}  # in flight
         self._loop = loop
         self._roster = roster
@@ -207,7 +208,8 @@ class Dispatcher:
             await self._sent.wait_left(sent)
             stream.left()
         is_running = self._transport.client.status == "running"
-        if not isinstance(result, Outcomes) and not is_running and not sent.is_dropped:
+        is_gone = isinstance(result, (WorkerGoneError, UnreachableError)) and not self._roster.is_joined
+        if not (isinstance(result, Outcomes) or is_gone or is_running or sent.is_dropped):
             # The scheduler is out of reach. The pool usually finds out why and fails with that: a better error.
             await self.wait_for_verdict()
         if isinstance(result, Outcomes) and result.is_outdated and sent.address is not None:
@@ -343,6 +345,7 @@ class Dispatcher:
                 failed += 1
         group.done += done
         group.failed += failed
+        self.ended += done
         self._progress.note(group, ended=done, failed=failed)
         group.deliver(delivery)
 

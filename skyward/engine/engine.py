@@ -337,6 +337,23 @@ class Engine:
         """Refuse everything with `reason`, in a child that was forked: the event loop is in the parent."""
         self.dispatcher.failure = self.loop.left = reason
 
+    def scheduler_lost(self) -> None:
+        """Take note that the scheduler and all its workers are lost; another one comes. In the loop."""
+        self._transport.lose_scheduler()
+        self.graphs.lose_values()
+
+    def scheduler_moved(self) -> None:
+        """Take note that the client has another scheduler: send it what lies on the cluster again. In the loop."""
+        self.loop.start(self.graphs.send_again())
+
+    def is_value(self, key: str) -> bool:
+        """Tell whether a Dask task is a call's, whose value is computed again when the scheduler is lost."""
+        return self.graphs.task(key) is not None
+
+    def ended(self) -> int:
+        """Return how many calls have ended so far, but for broadcasts."""
+        return self.dispatcher.ended + self.graphs.ended
+
     def roster_changed(self) -> None:
         """Look at the slots again: nodes have come or gone. From any thread."""
         self.loop.call_soon(self._read_roster)
@@ -359,6 +376,7 @@ class Engine:
     def _fail(self, reason: BaseException) -> None:
         self.progress.tell = None
         self.dispatcher.fail(reason)
+        self.graphs.are_sent.set()
         self.loop.cancel_tasks()
         if self._drop_later is not None:
             self._drop_later.cancel()

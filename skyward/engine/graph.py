@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from skyward.compute.pending import PendingCompute
 from skyward.engine.calls import Item, as_call, make_chunk, now
 from skyward.engine.failures import died, not_run
 from skyward.engine.future import ItemOutcomes
-from skyward.engine.graph_task import GraphTask, check_cycles, check_future
+from skyward.engine.graph_task import GraphTask, add_needs, check_cycles, check_future
 from skyward.engine.packer import Packer
 from skyward.engine.persisted import Persisted
 from skyward.engine.transport import WorkerGoneError
@@ -151,6 +151,7 @@ class Graph:
                     if not found.is_needed:
                         found.refuse_sent(f"is needed by {task.item.call.label}()")
                     found.is_needed = True
+                    found.dependents += 1
                     task.needs.append(found)
                     tasks += new
                 elif isinstance(need, Future):
@@ -194,11 +195,12 @@ class Graph:
         new, self._new = self._new, []
         futures: dict[str, Future[Any]] = {}
         if new:
+            self._graphs.are_sent.wait()
             self._graphs.dispatcher.check_open()
             self._graphs.running.add(self)
             self._graphs.loop.call_soon(self._graphs.progress.note, self)
             inner = kept if is_last else [task for task in new if task.is_needed]
-            futures = self._submit(new, inner, self._arguments(new))
+            futures = self._submit(dict.fromkeys(new), inner, self._arguments(new))
         if is_last:
             self._inner.clear()
             self._computed.clear()
@@ -222,26 +224,34 @@ class Graph:
         task.item.needs = ()
 
     def _submit(
-        self, tasks: Sequence[GraphTask], kept: Iterable[GraphTask], arguments: dict[str, list[Any]]
-    ) -> dict[str, Future[Any]]:
+        self, tasks: Collection[GraphTask], kept: Iterable[GraphTask], arguments: dict[str, list[Any]],
+        *, are_new: bool = True,
+    ) -> dict[str, Future[Any]]:  # fmt: skip
         dsk: dict[str, Any] = {}
+        keys = dict.fromkeys(task.key for task in kept)
         watched: dict[str, GraphTask] = {}  # by the key of the task to wait for
         for task in tasks:
             task.is_sent, task.losses = True, self._losses
             (chunk, *blobs), call = arguments[task.key], task.item.call
-            needs = [self._inner.get(n.key, n.key) if isinstance(n, GraphTask) else n for n in task.needs]
+            needs: list[Any] = []
+            for need in task.needs:
+                if isinstance(need, GraphTask):  # of those that were sent before, the future
+                    needs.append(need.key if need in tasks else self._inner.get(need.key, need.key))
+                else:
+                    needs.append(need)
             if task.is_needed:
                 dsk[task.key] = (graph.run_call, call.label, call.retries, chunk, needs, blobs)
             else:
                 dsk[task.key] = (graph.run_last, call.retries, chunk, needs, blobs)
-            if task.wanted is not None:
+            if task.wanted is not None and (are_new or task.sent_key in self._client.futures):
                 watched[task.sent_key] = task
                 if task.is_needed:
                     dsk[task.sent_key] = (graph.send_value, task.key)
-        keys = dict.fromkeys(task.key for task in kept)
         annotations = {LOSSES: self._graphs.dispatcher.retries}
         with dask.annotate(**annotations), dask.config.set({_WARN_BYTES: "1 TiB"}):
             futures = dict(zip([*watched, *keys], self._client.get(dsk, [*watched, *keys], sync=False), strict=True))
+        if not are_new:
+            return {}
         if not watched:  # no call's value goes to the caller
             watched = {task.key: task for task in kept}
         for key, task in watched.items():
@@ -255,7 +265,7 @@ class Graph:
             return asyncio.run_coroutine_threadsafe(self._scatter(chunks), self._graphs.loop.asyncio_loop).result()
         return {chunk.key: [chunk] for chunk in chunks}
 
-    def _chunks(self, tasks: Sequence[GraphTask]) -> list[Chunk]:
+    def _chunks(self, tasks: Iterable[GraphTask]) -> list[Chunk]:
         facts, layout = self._graphs.sources.facts, self._graphs.roster.pickled_layout
         return [make_chunk(task.key, [task.item], layout, facts) for task in tasks]
 
@@ -279,9 +289,7 @@ class Graph:
         Returns whether it was sent; then another `_wait` waits for it.
         """
         tasks = dict.fromkeys([task])
-        for other in (left := [task]):  # which grows
-            left += [need for need in other.needs if isinstance(need, GraphTask) and need not in tasks]
-            tasks.update(dict.fromkeys(left))
+        add_needs(tasks)
         large = {ref.digest for other in tasks for ref in other.item.refs}
         large.update(ref.digest for ref in self._graphs.sources.facts[1])
         async with self._sending_again:
@@ -296,8 +304,17 @@ class Graph:
                 self._inner.pop(other.key, None)
                 other.key = f"{other.item.call.label}-{uuid.uuid4().hex}"
                 self._register(other)
-            self._submit(list(tasks), [], await self._scatter(self._chunks(list(tasks))))
+            self._submit(tasks, [], await self._scatter(self._chunks(tasks)))
         return True
+
+    async def send_again(self) -> None:
+        """Send another scheduler what is still needed of what was sent to one that is lost, under the same keys."""
+        held = self._client.futures
+        kept = [task for task in self._live.values() if task.is_sent and task.key in held]
+        tasks = dict.fromkeys([*kept, *(task for task in self._waiting if task.sent_key in held)])
+        add_needs(tasks)
+        if tasks:
+            self._submit(tasks, kept, await self._scatter(self._chunks(tasks)), are_new=False)
 
     def _interrupt(self) -> None:
         if self._is_closed or self._graphs.dispatcher.failure is not None:
@@ -312,19 +329,30 @@ class Graph:
         self._is_closed = True
         self._inner.clear()
         self._rest()
+        self._graphs.closed(self)
         for task in list(self._live.values()):
             self._release(task)
 
     def _let_go(self, task: GraphTask) -> None:
         task.is_over = True
         self._inner.pop(task.key, None)
-        if task.has_ended:
-            self._release(task)
+        self._release_if_over(task)
 
-    def _release(self, task: GraphTask) -> None:
-        if self._live.pop(task.key, None) is not None:
-            self._graphs.by_key.pop(task.key, None)
-            self._graphs.store.release(task.item.refs)
+    def _release_if_over(self, task: GraphTask) -> None:
+        """Release a call that has ended, and what it needed, when nothing can need its value any more, or again."""
+        for found in (over := [task]):  # which grows
+            if found.is_over and found.has_ended and not found.dependents and self._release(found):
+                for need in found.needs:
+                    if isinstance(need, GraphTask):
+                        need.dependents -= 1
+                        over.append(need)
+
+    def _release(self, task: GraphTask) -> bool:
+        if self._live.pop(task.key, None) is None:
+            return False
+        self._graphs.by_key.pop(task.key, None)
+        self._graphs.store.release(task.item.refs)
+        return True
 
     def _rest(self) -> None:
         self._graphs.running.discard(self)
@@ -339,16 +367,21 @@ class Graph:
     async def _wait(self, task: GraphTask, future: Any) -> None:
         """Wait for the end of a call, and deliver its outcome if the caller waits for that."""
         outcome: Outcome | BaseException | None
-        try:
-            failure = await self._graphs.transport.failure(future)
-            is_lost = isinstance(failure, CancelledError) and task.wanted is not None
-            if is_lost and await self._send_again(task):
-                return
-            outcome = await self._outcome(task, future, failure)
-        except asyncio.CancelledError:
-            outcome = self._graphs.dispatcher.failure or Outcome(Kind.CANCELLED)
-        except Exception as exc:  # Dask's own errors while the value is fetched
-            outcome = self._graphs.dispatcher.failure or not_run(exc)
+        while True:
+            losses = self._graphs.transport.losses
+            try:
+                failure = await self._graphs.transport.failure(future)
+                is_lost = isinstance(failure, CancelledError) and task.wanted is not None
+                if is_lost and await self._send_again(task):
+                    return
+                outcome = await self._outcome(task, future, failure)
+            except asyncio.CancelledError:
+                outcome = self._graphs.dispatcher.failure or Outcome(Kind.CANCELLED)
+            except Exception as exc:  # Dask's own errors while the value is fetched
+                if self._graphs.dispatcher.failure is None and self._graphs.transport.losses != losses:
+                    continue  # it comes again, by another scheduler
+                outcome = self._graphs.dispatcher.failure or not_run(exc)
+            break
         self._waiting.discard(task)
         if self._is_closed:
             return
@@ -370,9 +403,9 @@ class Graph:
             if not ended.has_ended:
                 ended.has_ended = True
                 self.done += 1
+                self._graphs.ended += 1
                 found += [need for need in ended.needs if isinstance(need, GraphTask)]
-                if ended.is_over:
-                    self._release(ended)
+                self._release_if_over(ended)
         self.failed += failed
         self._graphs.progress.note(self, ended=self.done - before, failed=failed)
 

@@ -34,6 +34,9 @@ def _refuse_generator(call: PendingGenerator[Any], _: list[Any]) -> Any:
         raise SpecError(f"an argument has no single value: {exc}") from None
 
 
+SENT = "-sent"
+"""What the key of the task that gives the caller a call's value ends with, if others need the value too."""
+
 STAND_INS.update(dict.fromkeys((PendingCompute, Future, Persisted, Delayed, DelayedAttr, DelayedLeaf), need_value))
 STAND_INS[PendingBatch] = _need_batch
 STAND_INS[PendingStream] = _refuse_stream
@@ -51,6 +54,7 @@ class GraphTask:
     is_needed: bool = False  # by other calls, or kept for later ones
     is_sent: bool = False
     losses: int = 0  # of large arguments of the graph, before it was sent
+    dependents: int = 0  # calls that need its value and may have to be run again
     has_ended: bool = False
     is_over: bool = False  # no other call can need it any more
     origin: weakref.ref[Any] | None = None  # tells when its pending call is gone
@@ -58,7 +62,7 @@ class GraphTask:
     @property
     def sent_key(self) -> str:
         """The key of the Dask task that gives the caller the call's value."""
-        return f"{self.key}-sent" if self.is_needed else self.key
+        return f"{self.key}{SENT}" if self.is_needed else self.key
 
     def refuse_sent(self, why: str) -> None:
         """Raise if the call was sent: what others need has to stay on the cluster from then on."""
@@ -67,6 +71,14 @@ class GraphTask:
                 f"{self.item.call.label}() {why} after it was sent: keep its value with pool.persist(...), and pass "
                 "that"
             )
+
+
+def add_needs(tasks: dict[GraphTask, None]) -> None:
+    """Add the calls whose values these need, and so on."""
+    for task in (found := list(tasks)):  # which grows
+        new = [need for need in task.needs if isinstance(need, GraphTask) and need not in tasks]
+        found += new
+        tasks.update(dict.fromkeys(new))
 
 
 def check_cycles(tasks: Sequence[GraphTask]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from skyward.engine.dispatcher import Dispatcher
 from skyward.engine.ending import EndingWorkers
 from skyward.engine.future import ItemOutcomes
 from skyward.engine.graph import Graph
-from skyward.engine.graph_task import GraphTask
+from skyward.engine.graph_task import SENT, GraphTask
 from skyward.engine.loop import Loop
 from skyward.engine.packer import Packer
 from skyward.engine.progress import Progress
@@ -45,6 +46,10 @@ class Graphs:
         self.dispatcher = dispatcher
         self.running: set[Graph] = set()  # with calls that have not ended
         self.by_key: dict[str, tuple[Graph, GraphTask]] = {}  # the calls of graphs that are not closed
+        self.ended: int = 0  # calls, so far
+        self.are_sent: threading.Event = threading.Event()  # cleared while a scheduler lacks what another one had
+        self.are_sent.set()
+        self._open: dict[Graph, None] = {}  # those that are not closed, oldest first
         self._hears = False
 
     def graph(self, packer: Packer, deliver: Callable[[ItemOutcomes], None] = lambda _: None) -> Graph:
@@ -52,7 +57,31 @@ class Graphs:
         if not self._hears:
             self._hears = True
             self.transport.client.subscribe_topic(graph.TOPIC, self._hear)
-        return Graph(self, packer, deliver)
+        made = Graph(self, packer, deliver)
+        self._open[made] = None
+        return made
+
+    def closed(self, graph: Graph) -> None:
+        """Forget a graph. In the loop."""
+        self._open.pop(graph, None)
+
+    def task(self, key: str) -> tuple[Graph, GraphTask] | None:
+        """Return the call whose value a Dask task gives, with its graph, if there is one."""
+        return self.by_key.get(key) or self.by_key.get(key.removesuffix(SENT))
+
+    def lose_values(self) -> None:
+        """Take note that the scheduler is lost: no new call is sent until another one has those that there are."""
+        self.are_sent.clear()
+
+    async def send_again(self) -> None:
+        """Send the scheduler that there is now what had been sent to the one that is lost, and is still needed."""
+        losses = self.transport.losses
+        await self.transport.until_slots()
+        for made in list(self._open):  # in the order in which they may need one another
+            if self.transport.losses == losses:
+                await made.send_again()
+        if self.transport.losses == losses:
+            self.are_sent.set()
 
     def send_one(self, item: Item, packer: Packer, deliver: Callable[[ItemOutcomes], None]) -> Graph:
         """Send a call and what it needs; return its graph, which closes itself when it has delivered the outcome."""

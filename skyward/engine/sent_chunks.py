@@ -96,8 +96,13 @@ class SentChunks:
             raise asyncio.CancelledError
         if needs:
             sent.waiting = asyncio.current_task()
+            losses = self._transport.losses
             try:
                 return await self._transport.run(sent.key, [chunk], needs, workers=[sent.address])
+            except Exception as exc:
+                if self._transport.losses != losses:  # all workers are gone with their scheduler
+                    raise WorkerGoneError(sent.address) from exc
+                raise
             finally:
                 sent.waiting = None
         sent.is_direct = True

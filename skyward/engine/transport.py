@@ -28,6 +28,9 @@ from skyward.worker.graph import KEY
 
 logger = logging.getLogger(__name__)
 
+_GOES_ON = ("running", "connecting")
+"""States of a client that has a scheduler, or looks for one."""
+_LOOK_S = 0.05
 CLOSE_S = 1.0
 """Seconds that connections have to be made at the end. Chosen, not measured: it takes milliseconds."""
 
@@ -77,6 +80,20 @@ class Transport:
         self._streams: dict[str, Callable[[str], None]] = {}
         self._connecting: set[asyncio.Future[Any]] = set()
         self.delivery: Delivery = Delivery(store, self._send)
+        self.losses: int = 0  # of schedulers
+
+    def lose_scheduler(self) -> None:
+        """Take note that the scheduler is lost, and with it all that was scattered; another one comes."""
+        self.losses += 1
+        self._scattered.clear()
+
+    async def until_slots(self) -> bool:
+        """Wait until there is a worker, if one is to come. False: none is needed any more, or there is none."""
+        while not await self._has_slots():
+            if not self.losses or self.client.status not in _GOES_ON:
+                return False
+            await asyncio.sleep(_LOOK_S)  # they come to the next scheduler
+        return True
 
     async def prepare(self, chunk: Chunk, node: int, address: str) -> None:
         """Bring the large buffers that a chunk needs to the node of the worker that it is for.
@@ -104,10 +121,16 @@ class Transport:
         return [chunk, *[await self._scattered[d] for d in digests]]
 
     async def _scatter(self, digest: str) -> Any:
-        if not await self._has_slots():  # Dask's scatter fails when there is no worker
-            raise asyncio.CancelledError
-        (future,) = await self.client._scatter([self._store.data(digest)], hash=False)
-        return future
+        while True:
+            losses = self.losses
+            if not await self.until_slots():  # Dask's scatter fails when there is no worker
+                raise asyncio.CancelledError
+            try:
+                (future,) = await self.client._scatter([self._store.data(digest)], hash=False)
+                return future
+            except Exception:  # Dask's, of several kinds
+                if self.losses == losses:
+                    raise
 
     def forget_dropped(self) -> None:
         """Remove from the cluster what the store has dropped."""
@@ -236,9 +259,12 @@ class Transport:
         # Shielded, because a gather that is cut short leaves tasks that complain about it on the terminal.
         gathering = asyncio.ensure_future(self.client.gather(future, direct=self._direct, asynchronous=True))
         gathering.add_done_callback(_retrieve)
+        losses = self.losses
         try:
             return self._heard(await asyncio.shield(gathering))
         except Exception as exc:
+            if self.losses != losses:  # all workers are gone with their scheduler
+                raise WorkerGoneError("") from exc
             if type(exc).__name__ != "KilledWorker":
                 raise
             raise _worker_gone(exc) from exc
@@ -299,11 +325,18 @@ class Transport:
 
     async def wait_ended(self, keys: list[str], workers: Callable[[], Collection[str]]) -> None:
         """Return when none of the chunks runs any more and all `workers` answer: one may have ended with its chunk."""
-        while True:
-            answers = await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")
+        losses = self.losses
+        while self.losses == losses:  # otherwise all have ended
+            try:
+                answers = await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")
+            except OSError:
+                if self.client.status not in _GOES_ON:
+                    raise
+                await asyncio.sleep(_LOOK_S)
+                continue
             if not any(answers.values()) and answers.keys() >= set(workers()):
                 return
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_LOOK_S)
 
     def forget(self) -> None:
         """Let go of what was scattered, and of what is on its way."""

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import threading
 import warnings
+from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from distributed import Client
@@ -16,20 +18,91 @@ from distributed.versions import VersionMismatchWarning
 from skyward.cluster.base import SkyCluster
 from skyward.cluster.joined import JoinedCluster
 
+_AGAIN_S = 0.05
+_PATIENCE_S = 1.0
+"""Seconds that the first try to reach a scheduler again may take; the next ones twice as long. Chosen, not measured."""
 _MOST_CHUNKS = 16_384
 """Chunks that may be in flight at once, each with its own connection: two for each of many thousand slots."""
 _around: WeakKeyDictionary[Client, Client | None] = WeakKeyDictionary()
 """The default client of the context in which a client has become it."""
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
+_LOST = "the Dask scheduler was lost, and what it and its workers had with it. Submit this again."
+
+
+class PoolClient(Client):  # type: ignore[misc]
+    """A client that goes on with the next scheduler of its cluster when one is lost.
+
+    Futures are cancelled then, but for the keys that `is_kept` tells: somebody sends these again.
+    """
+
+    is_kept: Callable[[str], bool] = staticmethod(lambda _: False)
+
+    def lose_scheduler(self) -> None:
+        """Let go of a scheduler that is lost, and of the connections to it: it may hang. In the event loop."""
+        for key, state in list(self.futures.items()):
+            if self.is_kept(key):
+                state.lose()
+            else:
+                del self.futures[key]
+                state.cancel(reason="scheduler-lost", msg=_LOST)
+        if self.scheduler is not None:
+            address = self.scheduler.addr
+            for comm in [*self.rpc.available.get(address, ()), *self.rpc.occupied.get(address, ())]:
+                comm.abort()
+            self.rpc.remove(address)
+        if self.scheduler_comm is not None:
+            self.scheduler_comm.abort()
+
+    async def _reconnect(self) -> None:  # Dask's looks for the same scheduler again, and gives up after 30 s
+        self.scheduler_comm: Any = None
+        patience_s = _PATIENCE_S
+        while self.status == "connecting":
+            await self.cluster.is_connected.wait()
+            # What was to be sent again is so anyway, and before what may need it.
+            self._pending_msg_buffer[:] = [m for m in self._pending_msg_buffer if not self._is_kept_graph(m)]
+            self.scheduler = self.rpc(self.cluster.scheduler_address)
+            try:
+                await self._ensure_connected(timeout=patience_s)
+            except OSError:  # it may be the one that is lost
+                patience_s = min(2 * patience_s, self._timeout)
+                await asyncio.sleep(_AGAIN_S)
+        for topic in self._event_handlers:
+            self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
+
+    def _is_kept_graph(self, message: dict[str, Any]) -> bool:
+        return message["op"] == "update-graph" and any(map(self.is_kept, message["keys"]))
+
+    async def until_running(self) -> None:
+        """Wait until it has a scheduler again.
+
+        Raises
+        ------
+        OSError
+            It is closed.
+        """
+        while self.status != "running" or self.scheduler.addr != self.cluster.scheduler_address:
+            if self.status not in ("running", "connecting"):
+                raise OSError("the client is closed")
+            await asyncio.sleep(_AGAIN_S)
 
 
 def connect(cluster: SkyCluster, *, direct: bool) -> Client:
     """Return a client of the cluster. `direct`: whether it may reach the workers without the scheduler."""
+    while True:
+        address = cluster.scheduler_address
+        try:
+            return _connect(cluster, direct=direct)
+        except OSError:
+            if cluster.scheduler_address == address:  # otherwise it was lost just then, and there is another one
+                raise
+
+
+def _connect(cluster: SkyCluster, *, direct: bool) -> Client:
     with _filtering, warnings.catch_warnings():
         if not isinstance(cluster, JoinedCluster):
             # Packages that must be the same on both sides are pinned; Dask also warns of those that nobody asked for.
             warnings.simplefilter("ignore", VersionMismatchWarning)
-        client = Client.__new__(Client)
+        client = Client.__new__(Client if isinstance(cluster, JoinedCluster) else PoolClient)
         try:
             # Not the default client: pools that are not the current one have clients too.
             client.__init__(

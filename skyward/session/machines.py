@@ -161,14 +161,14 @@ class Machines:
             record.close()
 
     def note_running(self) -> None:
-        """Note in the journal that the pool is up. A joined cluster is not in it."""
+        """Note in the journal that the pool is up, and where its scheduler is. A joined cluster is not in it."""
         from skyward.cleanup.pool_record import note_local
 
         if self.cluster is None:
             return
         port = self.cluster.dashboard_port
         if self._record is not None:
-            self._record.running(port)
+            self._record.running(port, self.cluster.kept_node)
         else:
             note_local(self._pool_id, expires=self._expires, folder=self.cluster.folder, dashboard_port=port)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import importlib
@@ -85,6 +86,8 @@ class Session:
         self.client: Client | None = None
         self.engine: Engine | None = None
         self._is_up = False
+        self._console: Console | None = None
+        self._why_moved = ""  # why the last scheduler was lost
 
     def __repr__(self) -> str:
         return f"<Session {self.pool_id}: {self._info}>"
@@ -196,6 +199,8 @@ class Session:
         if own is not None:
             own.demand = engine.demand
             own.busy = engine.busy
+            own.ended = engine.ended
+            client.is_kept = engine.is_value
         self._tell_progress(engine)
         engine.wait_ready()
         self.emit(events.TaskPoolInitCompleted(slots=engine.slots))
@@ -205,6 +210,7 @@ class Session:
         watch_time(
             started, spec.timeout, spec.idle_timeout, idle_since=engine.idle_since, over=self._over, end=self._end
         )
+        self._console = console
         console.link = str(cluster.dashboard_link)
         if self._figures is not None:
             self._figures.send = functools.partial(_send_figures, client)
@@ -264,6 +270,29 @@ class Session:
     def workers_changed(self) -> None:
         if self.engine is not None:
             self.engine.roster_changed()
+
+    def scheduler_lost(self, why: str) -> None:
+        if self.client is not None:
+            self.client.lose_scheduler()
+        if self.engine is not None:
+            self.engine.scheduler_lost()
+        self._why_moved = why
+
+    async def scheduler_moved(self) -> None:
+        if self.client is not None:
+            await self.client.until_running()
+        if self.engine is not None:
+            self.engine.scheduler_moved()
+        cluster = self._machines.cluster
+        assert cluster is not None
+        if self._console is not None:
+            self._console.link = str(cluster.dashboard_link)
+        node = cluster.kept_node
+        self.emit(
+            events.SchedulerMoved(node=node, instance_id=cluster.instance_id(node), reason=self._why_moved)
+        )
+        with contextlib.suppress(PoolError):  # the pool was ended from outside: it is told otherwise
+            await asyncio.to_thread(self._machines.note_running)
 
     def cluster_lost(self, error: BaseException) -> None:
         if self.engine is not None:  # otherwise the start fails, and tells

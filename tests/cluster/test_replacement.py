@@ -5,61 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from skyward.cluster import replacement
-from skyward.errors import BootstrapError, CapacityError, NoMatchingInstanceError, PoolError, PoolTimeoutError
-from tests.fake_agent import FakeAgent, FakeCluster
+from skyward.errors import BootstrapError, NoMatchingInstanceError, PoolError, PoolTimeoutError
+from tests.fake_agent import Cloud, FakeAgent, Start, machines, sold_out, spare, tell
 from tests.waiting import wait_until
-
-Start = Callable[..., FakeCluster]
-
-
-class Cloud:
-    """Has further machines: those that are given, one after another; then it has none."""
-
-    def __init__(self, *spares: Callable[[int], FakeAgent], error: Exception | None = None) -> None:
-        self._spares = list(spares)
-        self._error = error or CapacityError("sold out")
-        self.asked: list[tuple[list[int], list[str]]] = []
-        self.discarded: list[str] = []
-
-    def more(self, nodes: Sequence[int], used: Sequence[str]) -> list[FakeAgent]:
-        self.asked.append((list(nodes), list(used)))
-        if not self._spares:
-            raise self._error
-        (node,) = nodes
-        return [self._spares.pop(0)(node)]
-
-    def discard(self, machine: Any) -> None:
-        self.discarded.append(machine.id)
-
-
-def spare(name: str, **options: Any) -> Callable[[int], FakeAgent]:
-    return lambda node: FakeAgent(node, name, **options)
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., FakeCluster]]:
-    """Makes a cluster on machines of a cloud, or on hosts that stay; it ends with the test."""
-    made: list[FakeCluster] = []
-
-    def make(cloud: Cloud, agents: Sequence[FakeAgent], *, hosts: bool = False, **options: Any) -> FakeCluster:
-        discard = None if hosts else cloud.discard
-        made.append(FakeCluster(agents, new_agents=cloud.more, discard=discard, **options))
-        return made[-1]
-
-    yield make
-    for cluster in made:
-        cluster.stop()
-
-
-def machines(*fails_at: str | None) -> list[FakeAgent]:
-    return [FakeAgent(node, f"m{node}", fails_at=step) for node, step in enumerate(fails_at)]
-
 
 # --- the start ----------------------------------------------------------------------------------------------
 
@@ -278,21 +232,6 @@ def test_a_further_node_whose_workers_do_not_start_is_left_out(make: Start) -> N
 # --- lost, taken away, not wanted ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let clusters look for replacements at once."""
-    monkeypatch.setattr(replacement, "_REPLACEMENT_PAUSES_S", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(replacement, "_LOOK_S", 0.01)
-
-
-def tell(cluster: FakeCluster, agent: FakeAgent, event: str, **facts: Any) -> None:
-    cluster.loop.add_callback(agent.heard, {"event": event, **facts})
-
-
-def sold_out(node: int) -> FakeAgent:
-    raise CapacityError("sold out")
-
-
 @pytest.mark.usefixtures("prompt")
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_machine_that_is_lost_is_replaced(make: Start, gone: bool) -> None:
@@ -325,16 +264,32 @@ def test_a_replacement_is_looked_for_again(make: Start, first: Callable[[int], F
 
 
 @pytest.mark.usefixtures("prompt")
-def test_a_host_that_is_lost_is_not_replaced(make: Start) -> None:
+def test_a_host_that_is_lost_is_replaced_by_a_spare_one(make: Start) -> None:
     hosts, agents = Cloud(spare("spare")), machines(None, None)
     cluster = make(hosts, agents, hosts=True)
     cluster.start()
 
     tell(cluster, agents[1], "ended", why="out of reach")
-    assert agents[1].stopped.wait(30)
+    wait_until(lambda: cluster.listener.of("node_replaced"))
+
+    assert cluster.machines == {0: "m0", 2: "spare"}
+    assert "m1" in hosts.asked[0][1]  # it is not taken again
+    assert cluster.listener.of("node_added") == [(2, "spare", cluster.machine(2))]
+
+
+@pytest.mark.usefixtures("prompt")
+def test_without_a_spare_host_the_cluster_has_fewer_nodes(make: Start) -> None:
+    hosts, agents = Cloud(error=NoMatchingInstanceError("no more hosts")), machines(None, None)
+    cluster = make(hosts, agents, hosts=True)
+    cluster.start()
+
+    tell(cluster, agents[1], "ended", why="out of reach")
+    wait_until(lambda: hosts.asked)
     cluster.stop()
 
-    assert hosts.asked == []
+    assert cluster.plan == {0}
+    assert len(hosts.asked) == 1
+    assert cluster.listener.of("cluster_lost") == []
 
 
 @pytest.mark.usefixtures("prompt")
@@ -373,32 +328,14 @@ def test_a_machine_is_left_in_time_to_send_its_data(make: Start, has_unsent: boo
     assert agents[1].stopped.wait(20)
 
 
-def test_a_notice_of_the_schedulers_machine_moves_nothing(make: Start) -> None:
-    cloud, agents = Cloud(spare("spare")), machines(None, None)
-    cluster = make(cloud, agents)
-    cluster.start()
-
-    tell(cluster, agents[0], "notice", seconds=120)
-    tell(cluster, agents[0], "metrics", cpu=1.0)
-    wait_until(lambda: cluster.listener.of("node_metrics"))
-
-    assert cluster.plan == {0, 1}
-    assert cluster.listener.of("node_metrics") == [(0, "m0", {"cpu": 1.0})]
-
-
-@pytest.mark.parametrize(
-    ("silence", "said"), [(False, "with it the Dask scheduler, ended"), (True, "has ended: no heartbeats")]
-)
-def test_the_end_of_the_schedulers_agent_is_told(make: Start, silence: bool, said: str) -> None:
+def test_metrics_are_told_of_their_node(make: Start) -> None:
     cluster = make(Cloud(), agents := machines(None, None))
     cluster.start()
 
-    tell(cluster, agents[0], "ended", why="no heartbeats", silence=silence)
-    wait_until(lambda: cluster.listener.of("cluster_lost"))
+    tell(cluster, agents[0], "metrics", cpu=1.0)
+    wait_until(lambda: cluster.listener.of("node_metrics"))
 
-    ((error,),) = cluster.listener.of("cluster_lost")
-    assert isinstance(error, PoolError)
-    assert said in str(error)
+    assert cluster.listener.of("node_metrics") == [(0, "m0", {"cpu": 1.0})]
 
 
 def test_a_worker_that_dies_alone_was_not_reclaimed(make: Start) -> None:
