@@ -24,7 +24,7 @@ from skyward.cluster.base import CLOSE_S, TOLD_BY_EVENT, SkyCluster
 from skyward.cluster.failover import Failover
 from skyward.cluster.failures import WORKERS, StartFailures, agent_lost, schedulers_lost, workers_error
 from skyward.cluster.tasks import end_tasks
-from skyward.errors import BootstrapError, PoolTimeoutError, VolumeError
+from skyward.errors import BootstrapError, PoolError, PoolTimeoutError, VolumeError
 from skyward.node.config import NodeSpec
 from skyward.providers.base import Machine
 from skyward.transfer.wire import Slot
@@ -35,6 +35,8 @@ START_TIMEOUT_S = 120.0
 """Seconds that workers have to come up once their machines are ready. Chosen: far more than a loaded laptop needs."""
 _SCHEDULER_S = 60.0
 """Seconds that a node has to start a scheduler, before another one does. Chosen, not measured: it takes one or two."""
+_VERDICT_S = 5.0
+"""Seconds in which a scheduler answers, or its agent tells that it has ended. Chosen, not measured."""
 _EXIT_S = 1.0
 """Seconds to wait for the agent to tell of a worker that has ended. Chosen: it tells at once, if it is there."""
 
@@ -328,10 +330,24 @@ class AgentCluster(SkyCluster):
 
         Waits for the last lines that it has printed, so that they come before the error.
         """
+        losses = self._failover.losses
         if address not in self._reclaimed:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited[address].wait(), _EXIT_S)
+        if address not in self._reclaimed and not await self._has_answer():  # then its scheduler may be why
+            with contextlib.suppress(TimeoutError, PoolError):
+                async with asyncio.timeout(_VERDICT_S):
+                    await self._until(lambda: self._failover.losses > losses)
         return address in self._reclaimed
+
+    async def _has_answer(self) -> bool:
+        """Tell whether the scheduler answers."""
+        try:
+            async with asyncio.timeout(_VERDICT_S):
+                await self.scheduler_comm.identity(n_workers=0)
+        except OSError:  # a time-out is one
+            return False
+        return True
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error
