@@ -134,7 +134,7 @@ class Broadcaster:
         self, key: str, item: Item, needs: Sequence[Any], part: Participant, addresses: list[str]
     ) -> Outcome | BaseException:
         address = addresses[part.rank]
-        losses = self._transport.losses
+        losses = self._transport.scheduler_losses
         self._roster.placement.add(address)
         try:
             isolation = getattr(item.call.fn, ISOLATION, None)
@@ -146,7 +146,7 @@ class Broadcaster:
                 addresses[part.rank] = await asyncio.wait_for(self._ending.renewed(address), RESTART_S)
                 return await self._run_part(key, item, needs, part, addresses)
         except WorkerGoneError:
-            if self._transport.losses != losses or self._roster.expected() < self._expected:
+            if self._transport.scheduler_losses != losses or self._roster.expected() < self._expected:
                 return MachineLostError(
                     f"the machine of part {part.rank} of {part.size}, or the scheduler's, was lost or can't be reached "
                     f"any more during the broadcast of {item.call.label}(); the other parts were stopped. A broadcast "

@@ -368,7 +368,7 @@ class Graph:
         """Wait for the end of a call, and deliver its outcome if the caller waits for that."""
         outcome: Outcome | BaseException | None
         while True:
-            losses = self._graphs.transport.losses
+            losses = self._graphs.transport.scheduler_losses
             try:
                 failure = await self._graphs.transport.failure(future)
                 is_lost = isinstance(failure, CancelledError) and task.wanted is not None
@@ -378,7 +378,7 @@ class Graph:
             except asyncio.CancelledError:
                 outcome = self._graphs.dispatcher.failure or Outcome(Kind.CANCELLED)
             except Exception as exc:  # Dask's own errors while the value is fetched
-                if self._graphs.dispatcher.failure is None and self._graphs.transport.losses != losses:
+                if self._graphs.dispatcher.failure is None and self._graphs.transport.scheduler_losses != losses:
                     continue  # it comes again, by another scheduler
                 outcome = self._graphs.dispatcher.failure or not_run(exc)
             break

@@ -75,12 +75,12 @@ class Graphs:
 
     async def send_again(self) -> None:
         """Send the scheduler that there is now what had been sent to the one that is lost, and is still needed."""
-        losses = self.transport.losses
+        losses = self.transport.scheduler_losses
         await self.transport.until_slots()
         for made in list(self._open):  # in the order in which they may need one another
-            if self.transport.losses == losses:
+            if self.transport.scheduler_losses == losses:
                 await made.send_again()
-        if self.transport.losses == losses:
+        if self.transport.scheduler_losses == losses:
             self.are_sent.set()
 
     def send_one(self, item: Item, packer: Packer, deliver: Callable[[ItemOutcomes], None]) -> Graph:

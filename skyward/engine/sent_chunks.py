@@ -96,11 +96,11 @@ class SentChunks:
             raise asyncio.CancelledError
         if needs:
             sent.waiting = asyncio.current_task()
-            losses = self._transport.losses
+            losses = self._transport.scheduler_losses
             try:
                 return await self._transport.run(sent.key, [chunk], needs, workers=[sent.address])
             except Exception as exc:
-                if self._transport.losses != losses:  # all workers are gone with their scheduler
+                if self._transport.scheduler_losses != losses:  # all workers are gone with their scheduler
                     raise WorkerGoneError(sent.address) from exc
                 raise
             finally:

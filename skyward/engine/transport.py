@@ -80,17 +80,17 @@ class Transport:
         self._streams: dict[str, Callable[[str], None]] = {}
         self._connecting: set[asyncio.Future[Any]] = set()
         self.delivery: Delivery = Delivery(store, self._send)
-        self.losses: int = 0  # of schedulers
+        self.scheduler_losses: int = 0
 
     def lose_scheduler(self) -> None:
         """Take note that the scheduler is lost, and with it all that was scattered; another one comes."""
-        self.losses += 1
+        self.scheduler_losses += 1
         self._scattered.clear()
 
     async def until_slots(self) -> bool:
         """Wait until there is a worker, if one is to come. False: none is needed any more, or there is none."""
         while not await self._has_slots():
-            if not self.losses or self.client.status not in _GOES_ON:
+            if not self.scheduler_losses or self.client.status not in _GOES_ON:
                 return False
             await asyncio.sleep(_LOOK_S)  # they come to the next scheduler
         return True
@@ -122,14 +122,14 @@ class Transport:
 
     async def _scatter(self, digest: str) -> Any:
         while True:
-            losses = self.losses
+            losses = self.scheduler_losses
             if not await self.until_slots():  # Dask's scatter fails when there is no worker
                 raise asyncio.CancelledError
             try:
                 (future,) = await self.client._scatter([self._store.data(digest)], hash=False)
                 return future
             except Exception:  # Dask's, of several kinds
-                if self.losses == losses:
+                if self.scheduler_losses == losses:
                     raise
 
     def forget_dropped(self) -> None:
@@ -259,11 +259,11 @@ class Transport:
         # Shielded, because a gather that is cut short leaves tasks that complain about it on the terminal.
         gathering = asyncio.ensure_future(self.client.gather(future, direct=self._direct, asynchronous=True))
         gathering.add_done_callback(_retrieve)
-        losses = self.losses
+        losses = self.scheduler_losses
         try:
             return self._heard(await asyncio.shield(gathering))
         except Exception as exc:
-            if self.losses != losses:  # all workers are gone with their scheduler
+            if self.scheduler_losses != losses:  # all workers are gone with their scheduler
                 raise WorkerGoneError("") from exc
             if type(exc).__name__ != "KilledWorker":
                 raise
@@ -325,8 +325,8 @@ class Transport:
 
     async def wait_ended(self, keys: list[str], workers: Callable[[], Collection[str]]) -> None:
         """Return when none of the chunks runs any more and all `workers` answer: one may have ended with its chunk."""
-        losses = self.losses
-        while self.losses == losses:  # otherwise all have ended
+        losses = self.scheduler_losses
+        while self.scheduler_losses == losses:  # otherwise all have ended
             try:
                 answers = await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")
             except OSError:

@@ -44,8 +44,10 @@ def work(i: int, fails: bool) -> int:
     return i * i
 
 
-# What happens to a chunk: it runs, or so many of its calls do before the rest is given back, or its worker dies.
+# What happens to a chunk: it runs, or so many of its calls do before the rest is given back, or its worker dies, or all
+# workers with their scheduler.
 FATES = st.one_of(
+    st.tuples(st.just("loses the scheduler after"), st.integers(0, 5)),
     st.just(("runs", 0)),
     st.tuples(st.just("gives back after"), st.integers(0, 5)),
     st.tuples(st.just("dies after"), st.integers(0, 5)),
@@ -63,6 +65,8 @@ class Workers:
         self.fates = iter(fates)
         self.engine: Engine
         self.losses: Counter[int] = Counter()  # of calls that had begun
+        self.scheduler_losses = 0
+        self._reclaimed: set[str] = set()
         self.delivery = SimpleNamespace(update=lambda *_: None)
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._waiting: set[str] = set()
@@ -102,6 +106,9 @@ class Workers:
             if fate == "dies after":
                 self._die(address)
                 raise WorkerGoneError(address)
+            if fate == "loses the scheduler after":
+                self._lose_all()
+                raise WorkerGoneError(address)
             rest = len(chunk.calls) - len(begun.calls)
             return Outcomes([*outcomes.items, *[Outcome(Kind.NOT_RUN)] * rest])
 
@@ -109,6 +116,33 @@ class Workers:
         self.alive.remove(address)
         self.alive.append(f"w{next(self.numbers)}")
         self.engine.roster_changed()
+
+    def _lose_all(self) -> None:
+        """Lose the scheduler, and after a while have as many workers again as there were."""
+        self._reclaimed.update(self.alive)
+        count = len(self.alive)
+        self.alive.clear()
+        self.engine.scheduler_lost()
+        self.engine.roster_changed()
+        self.engine.loop.start(self._move(count))
+
+    async def _move(self, count: int) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.engine.scheduler_moved()
+        for _ in range(count):
+            self.alive.append(f"w{next(self.numbers)}")
+            self.engine.roster_changed()
+            await asyncio.sleep(0)
+
+    def lose_scheduler(self) -> None:
+        self.scheduler_losses += 1
+
+    async def until_slots(self) -> bool:
+        return True
+
+    async def was_reclaimed(self, address: str) -> bool:
+        return address in self._reclaimed
 
     async def take_back(self, _: str, keys: list[str]) -> None:
         await asyncio.sleep(0)
@@ -149,7 +183,10 @@ def simulated(client: Any, count: int, fates: list[tuple[str, int]], retries: in
         mock.patch.object(dispatcher, "UNREACHABLE_S", 0.001),
         mock.patch.object(sent_chunks, "UNREACHABLE_S", 0.001),
     ):
-        made = Engine(client, workers.slots, pool_id="test", alive=lambda: workers.alive, retries=retries)
+        made = Engine(
+            client, workers.slots, pool_id="test", alive=lambda: workers.alive, retries=retries,
+            was_reclaimed=workers.was_reclaimed,
+        )  # fmt: skip
         workers.engine = made
         made.wait_ready()
         try:
@@ -177,6 +214,7 @@ def test_every_outcome_is_that_of_its_own_call(
     client: Any, fails: list[bool], workers: int, fates: list[tuple[str, int]], retries: int
 ) -> None:
     deaths = sum(fate == "dies after" for fate, _ in fates)
+    moves = sum(fate == "loses the scheduler after" for fate, _ in fates)
     with simulated(client, workers, fates, retries) as made:
         outcomes = run_all(made, [Call(work, (i, f)) for i, f in enumerate(fails)], return_exceptions=True)
 
@@ -189,10 +227,10 @@ def test_every_outcome_is_that_of_its_own_call(
             assert outcome.args == (i,)
         else:
             assert outcome == i * i
-        assert _ran[i] <= retries + 1
+        assert _ran[i] <= retries + 1 + moves
         if not isinstance(outcome, sky.WorkerDiedError):
             assert _ran[i] >= 1
-    if not deaths:
+    if not (deaths or moves):
         assert all(_ran[i] == 1 for i in range(len(fails)))
 
 
