@@ -182,7 +182,6 @@ class DaskProcesses:
     def _scheduler_ended(self, why: str) -> None:
         self._want("")
         self._caller.tell("scheduler-ended", why=why)
-        self._caller.fail(why, interim=True)  # callers don't know that event yet
 
     def _start_workers(self, scheduler: str) -> None:
         self._address = scheduler

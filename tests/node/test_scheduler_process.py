@@ -82,7 +82,7 @@ class Agent:
             told = self._told.get(timeout=TIMEOUT_S)
             if told["event"] == event:
                 return told
-            assert told["event"] not in ("failed", "scheduler-ended") or told.get("interim"), told
+            assert told["event"] not in ("failed", "scheduler-ended"), told
 
     def start_scheduler(self) -> str:
         """Have it start a scheduler, which its worker joins; return the address."""
