@@ -85,6 +85,11 @@ class MachineCluster(AgentCluster):
                 super()._heard(agent, event)
 
     def _workers_failed(self, agent: Agent, event: dict[str, Any]) -> None:
+        tried = event.get("address", "")  # the scheduler that it could not join; None: it could not start one
+        if self._is_up and tried is None and agent is self._failover.head:
+            self._scheduler_lost(f"{_named(agent)}: {event['error']}")
+        if self._is_up and tried not in ("", self._failover.address):
+            return
         error = workers_error(self.name, agent, event)
         if self._is_up:
             self.listener.machine_failed(error)

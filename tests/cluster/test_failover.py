@@ -117,8 +117,12 @@ def test_the_replacement_of_the_only_machine_gets_the_scheduler(make: Start) -> 
     assert cluster.listener.of("cluster_lost") == []
 
 
-@pytest.mark.parametrize("event", ["ended", "failed", "scheduler-ended"])
-def test_the_next_scheduler_may_be_lost_before_it_is_there(make: Start, event: str) -> None:
+@pytest.mark.parametrize(
+    ("event", "facts"),
+    [("ended", {}), ("failed", {}), ("failed", {"address": None}), ("scheduler-ended", {})],
+    ids=["ended", "failed", "not-started", "scheduler-ended"],
+)
+def test_the_next_scheduler_may_be_lost_before_it_is_there(make: Start, event: str, facts: dict[str, None]) -> None:
     agents = machines(None, None, None)
     agents[1].starts_schedulers = False
     cluster = make(Cloud(sold_out), agents)
@@ -127,7 +131,7 @@ def test_the_next_scheduler_may_be_lost_before_it_is_there(make: Start, event: s
     wait_until(lambda: SCHEDULER in agents[1].commands)
 
     agents[1].starts_schedulers = True
-    tell(cluster, agents[1], event, why="it too", error="it too", last_lines=[])
+    tell(cluster, agents[1], event, why="it too", error="it too", last_lines=[], **facts)
     wait_until(has_moved(cluster))
 
     assert cluster.scheduler == agents[2].scheduler
@@ -179,6 +183,16 @@ def test_a_node_that_tells_of_no_scheduler_in_time_is_passed_over(
     wait_until(has_moved(cluster))
 
     assert cluster.scheduler == agents[2].scheduler
+
+
+def test_a_node_that_failed_to_join_a_scheduler_that_is_lost_stays(make: Start) -> None:
+    cluster = make(Cloud(), agents := machines(None, None))
+    cluster.start()
+    tell(cluster, agents[0], "scheduler-ended", why="signal 9")
+    tell(cluster, agents[1], "failed", error="can't reach it", last_lines=[], address="tls://lost:1")
+    wait_until(has_moved(cluster))
+
+    assert cluster.machines == {0: "m0", 1: "m1"}
 
 
 def test_a_node_that_becomes_ready_during_a_move_joins_the_next_scheduler(make: Start) -> None:

@@ -99,6 +99,8 @@ class Workers:
             if chunk.key in self._interrupted:
                 return Outcomes([Outcome(Kind.CANCELLED)] * len(chunk.calls))
             await asyncio.sleep(0)
+            if address not in self.alive:  # all were lost meanwhile
+                raise WorkerGoneError(address)
             if fate == "runs":
                 return runtime.run_batch(chunk)
             begun = Chunk(chunk.key, chunk.functions, chunk.calls[:calls], chunk.layout, None)
