@@ -80,6 +80,7 @@ class SkyCluster(Cluster):  # type: ignore[misc]
         super().__init__(asynchronous=False, quiet=True, name=name)
         self.security = security
         self.changed: asyncio.Event = asyncio.Event()
+        self.failure: BaseException | None = None  # that has ended it
         self.is_connected: asyncio.Event = asyncio.Event()  # to a scheduler
         self.has_dashboard: threading.Event = threading.Event()  # set when `dashboard_link` leads to something
         self._loop_runner.start()

@@ -83,7 +83,6 @@ class AgentCluster(SkyCluster):
         self.dashboard_port: int | None = None  # on the scheduler's host, on its loopback
         self.folder = ""  # where it is all on this host: what ends with it
         self._dashboard = ""
-        self._failed: BaseException | None = None
         self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
@@ -164,8 +163,8 @@ class AgentCluster(SkyCluster):
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds, which is looked at after each change; raise when the pool fails."""
         while True:
-            if self._failed is not None:
-                raise self._failed
+            if self.failure is not None:
+                raise self.failure
             if condition():
                 return
             self.changed.clear()
@@ -256,7 +255,7 @@ class AgentCluster(SkyCluster):
 
     def _scheduler_lost(self, why: str, *, but: Collection[int] = ()) -> None:
         """Go on with another scheduler. What ran for this one runs again, without a loss but on the nodes `but`."""
-        if self._stopping or self._failed is not None:
+        if self._stopping or self.failure is not None:
             return
         was_known, self._has_scheduler = self._has_scheduler, False
         counts = self._is_up or self._failover.address is not None  # otherwise there never was one
@@ -265,12 +264,12 @@ class AgentCluster(SkyCluster):
         self._forget_scheduler()
         if not may_go_on:
             self._fail(schedulers_lost(self.name, self._failover.story))
-            return
-        if self._is_up:
+        else:
             logger.warning("the Dask scheduler is lost, another one is started: %s", why, extra=TOLD_BY_EVENT)
+        if self._is_up:
             self.listener.scheduler_lost(why)
             self.listener.workers_changed()
-        if was_known:
+        if was_known and may_go_on:
             self._reach_scheduler()
         self.changed.set()
 
@@ -350,7 +349,7 @@ class AgentCluster(SkyCluster):
         return True
 
     def _fail(self, error: BaseException) -> None:
-        self._failed = self._failed or error
+        self.failure = self.failure or error
         self.changed.set()
         if self._is_up and not self._stopping:
             # From a thread: what follows closes this loop's clients, which can't be awaited here.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from skyward.cluster.agents import Agent
 
 logger = logging.getLogger(__name__)
 
+_LONG_S = 600.0
+"""Seconds that a scheduler lives after which its loss has nothing to do with earlier ones. Chosen, not measured."""
 _AGAIN_S = 1.0
 """Seconds after which nodes that did not answer are asked again. Chosen, not measured."""
 
@@ -21,7 +24,7 @@ class Failover:
     head
         The agent that starts a scheduler without being told to.
     most
-        How often in a row the scheduler may be lost without a call that has ended in between.
+        How often in a row the scheduler may be lost, within minutes and without a call that has ended in between.
     """
 
     def __init__(self, head: Agent, *, most: int) -> None:
@@ -31,6 +34,7 @@ class Failover:
         self._most = most
         self._story: list[str] = []  # of the losses since a call has ended
         self._ended = 0  # calls that had ended at the last loss
+        self._started_at = 0.0  # when the scheduler was there
         self._ready: list[Agent] = []  # whose nodes can join
         self._last: Agent | None = None  # that had the scheduler
         self._failed: set[Agent] = set()  # that have started none since there was one
@@ -53,6 +57,7 @@ class Failover:
         if agent is not self.head:
             return False
         self.address = address
+        self._started_at = time.monotonic()
         self._failed.clear()
         for other in self._ready:
             if other is not agent:
@@ -64,12 +69,12 @@ class Failover:
 
         Nodes end what they run for it, and wait.
         """
+        if ended > self._ended or (self.address and time.monotonic() - self._started_at > _LONG_S):
+            self._story.clear()
         if self.head is not None and self.address is None:
             self._failed.add(self.head)
         self._last, self.head, self.address = self.head, None, None
         self.losses += 1
-        if ended > self._ended:
-            self._story.clear()
         self._ended = ended
         if counts:
             self._story.append(why)

@@ -226,7 +226,7 @@ class MachineCluster(AgentCluster):
         await asyncio.sleep(_BREAK_S)
         node = self._places.get(address)
         while agent := next((agent for agent in self._agents if node in agent.nodes), None):
-            if self._stopping or self._failed is not None or await agent.answers():
+            if self._stopping or self.failure is not None or await agent.answers():
                 break
             await asyncio.sleep(_BREAK_S)  # until it is heard again, or it is known what has become of it
         return address in self._reclaimed
@@ -244,7 +244,7 @@ class MachineCluster(AgentCluster):
         try:
             for pause in _REPLACEMENT_PAUSES_S:
                 await asyncio.sleep(pause)
-                if self._failed is not None:
+                if self.failure is not None:
                     return
                 try:
                     await self._add_replacement(lost)

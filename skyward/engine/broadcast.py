@@ -36,6 +36,7 @@ class Broadcaster:
         self._ending = ending
         self._sources = sources
         self._lock = asyncio.Lock()
+        self.ended: int = 0  # with all values, so far
         self._expected = 0  # slots, when the present broadcast began
 
     @property
@@ -111,6 +112,7 @@ class Broadcaster:
                 self._ending.add_chunks(unfinished)
             if is_job:
                 await self._transport.end_processes(keys, is_good=len(results) == len(targets))
+        self.ended += 1
         return [results[i] for i in range(len(targets))]
 
     async def _complete(self) -> None:

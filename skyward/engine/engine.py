@@ -351,8 +351,8 @@ class Engine:
         return self.graphs.task(key) is not None
 
     def ended(self) -> int:
-        """Return how many calls have ended so far, but for broadcasts."""
-        return self.dispatcher.ended + self.graphs.ended
+        """Return how many calls have ended so far."""
+        return self.dispatcher.ended + self.graphs.ended + self._broadcaster.ended
 
     def roster_changed(self) -> None:
         """Look at the slots again: nodes have come or gone. From any thread."""

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,14 +19,33 @@ from skyward.cluster.base import SkyCluster
 from skyward.cluster.joined import JoinedCluster
 
 _AGAIN_S = 0.05
-_PATIENCE_S = 1.0
-"""Seconds that the first try to reach a scheduler again may take; the next ones twice as long. Chosen, not measured."""
 _MOST_CHUNKS = 16_384
 """Chunks that may be in flight at once, each with its own connection: two for each of many thousand slots."""
 _around: WeakKeyDictionary[Client, Client | None] = WeakKeyDictionary()
 """The default client of the context in which a client has become it."""
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
 _LOST = "the Dask scheduler was lost, and what it and its workers had with it. Submit this again."
+
+
+class _NextScheduler:
+    """Stands for the scheduler while there is none: requests wait for the next one."""
+
+    def __init__(self, client: PoolClient, address: str) -> None:
+        self._client = client
+        self.addr = address  # of the last one
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        async def request(**arguments: Any) -> Any:
+            while self._client.scheduler is self:
+                if self._client.cluster.failure is not None or self._client.status not in ("running", "connecting"):
+                    raise OSError("the pool has ended")
+                await asyncio.sleep(_AGAIN_S)
+            return await getattr(self._client.scheduler, name)(**arguments)
+
+        return request
+
+    async def close_rpc(self) -> None:
+        """Do nothing: there is no connection."""
 
 
 class PoolClient(Client):  # type: ignore[misc]
@@ -36,6 +55,8 @@ class PoolClient(Client):  # type: ignore[misc]
     """
 
     is_kept: Callable[[str], bool] = staticmethod(lambda _: False)
+    scheduler: Any
+    _connecting: asyncio.Future[None] | None = None  # the last try to reach a scheduler again
 
     def lose_scheduler(self) -> None:
         """Let go of a scheduler that is lost, and of the connections to it: it may hang. In the event loop."""
@@ -50,21 +71,22 @@ class PoolClient(Client):  # type: ignore[misc]
             for comm in [*self.rpc.available.get(address, ()), *self.rpc.occupied.get(address, ())]:
                 comm.abort()
             self.rpc.remove(address)
+            self.scheduler = _NextScheduler(self, address)
+        if self._connecting is not None:
+            self._connecting.cancel()
         if self.scheduler_comm is not None:
             self.scheduler_comm.abort()
 
     async def _reconnect(self) -> None:  # Dask's looks for the same scheduler again, and gives up after 30 s
         self.scheduler_comm: Any = None
-        patience_s = _PATIENCE_S
         while self.status == "connecting":
             await self.cluster.is_connected.wait()
             # What was to be sent again is so anyway, and before what may need it.
             self._pending_msg_buffer[:] = [m for m in self._pending_msg_buffer if not self._is_kept_graph(m)]
             self.scheduler = self.rpc(self.cluster.scheduler_address)
-            try:
-                await self._ensure_connected(timeout=patience_s)
-            except OSError:  # it may be the one that is lost
-                patience_s = min(2 * patience_s, self._timeout)
+            self._connecting = asyncio.ensure_future(self._ensure_connected(timeout=self._timeout))
+            await asyncio.wait([self._connecting])
+            if self.status == "connecting":
                 await asyncio.sleep(_AGAIN_S)
         for topic in self._event_handlers:
             self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
