@@ -178,6 +178,7 @@ async def _beat(pipe: Any, beat_s: float) -> None:
 
 async def _scheduler(config: AgentConfig) -> Any:
     from distributed import Scheduler
+    from distributed.versions import get_versions
 
     from skyward.node.tls import Credentials
     from skyward.scheduler.barrier import barrier_plugin
@@ -185,7 +186,12 @@ async def _scheduler(config: AgentConfig) -> Any:
     from skyward.scheduler.page_data import PageDataPlugin
     from skyward.scheduler.task_stream import ReportsPlugin
 
-    return await Scheduler(
+    class PoolScheduler(Scheduler):  # type: ignore[misc]
+        async def add_client(self, comm: Any, client: str, versions: dict[str, Any]) -> None:  # noqa: ARG002
+            # What must be the same on both sides is pinned; Dask also warns of packages that nobody asked for.
+            await super().add_client(comm, client, get_versions())
+
+    return await PoolScheduler(
         host=reach.dask_host(config.host),
         port=0,
         protocol="tls",

@@ -18,6 +18,8 @@ from distributed.versions import VersionMismatchWarning
 from skyward.cluster.base import SkyCluster
 from skyward.cluster.joined import JoinedCluster
 
+logger = logging.getLogger(__name__)
+
 _AGAIN_S = 0.05
 _MOST_CHUNKS = 16_384
 """Chunks that may be in flight at once, each with its own connection: two for each of many thousand slots."""
@@ -85,7 +87,9 @@ class PoolClient(Client):  # type: ignore[misc]
             self._pending_msg_buffer[:] = [m for m in self._pending_msg_buffer if not self._is_kept_graph(m)]
             self.scheduler = self.rpc(self.cluster.scheduler_address)
             self._connecting = asyncio.ensure_future(self._ensure_connected(timeout=self._timeout))
-            await asyncio.wait([self._connecting])
+            await asyncio.wait([self._connecting])  # it fails when the scheduler is lost, too
+            if not self._connecting.cancelled() and self._connecting.exception() is not None:
+                logger.debug("no connection to %s", self.scheduler.addr, exc_info=self._connecting.exception())
             if self.status == "connecting":
                 await asyncio.sleep(_AGAIN_S)
         for topic in self._event_handlers:

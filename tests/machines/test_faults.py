@@ -100,38 +100,51 @@ def freeze_agent(machine: Machine) -> None:
 
 
 @pytest.mark.usefixtures("impatient", "data_folder")
-@pytest.mark.parametrize("fault", [kill_agent, cut_off, destroy, freeze_agent])
-def test_calls_of_a_lost_node_run_again_elsewhere(fault: Callable[[Machine], None], site: Site, boot: Boot) -> None:
+@pytest.mark.parametrize(
+    ("fault", "node"),
+    [(kill_agent, 0), (cut_off, 0), (destroy, 0), (freeze_agent, 0), (cut_off, 1), (freeze_agent, 1)],
+)
+def test_calls_of_a_lost_node_run_again_elsewhere(
+    fault: Callable[[Machine], None], node: int, site: Site, boot: Boot
+) -> None:
     machines = boot(2)
     lost: list[sky.InstanceLost] = []
+    moved: list[sky.SchedulerMoved] = []
 
     with open_pool(site, machines, concurrency=2) as pool:
         pool.on(sky.InstanceLost, lost.append)
+        pool.on(sky.SchedulerMoved, moved.append)
         results = []
         for i, _ in sky.gather((slow(i) for i in range(60)), stream=True) >> pool:
             results.append(i)
             if i == 10:
-                fault(machines[1])
+                fault(machines[node])
         wait_until(lambda: lost, 60)
         survivors = {host for _, host in sky.gather(*(slow(i) for i in range(4))) >> pool}
 
     assert results == list(range(60))
-    assert [(e.node, e.instance_id) for e in lost] == [(1, f"root@{machines[1].address}")]
-    assert survivors == {machines[0].name}
-    assert is_clean(machines[0])
+    assert [(e.node, e.instance_id) for e in lost] == [(node, f"root@{machines[node].address}")]
+    assert [e.node for e in moved] == ([] if node else [1])
+    assert survivors == {machines[1 - node].name}
+    assert is_clean(machines[1 - node])
 
 
 @pytest.mark.usefixtures("impatient", "data_folder")
-def test_a_lost_scheduler_is_told_at_once_and_everything_ends(site: Site, boot: Boot) -> None:
+def test_a_spare_host_takes_the_place_of_the_only_one(site: Site, boot: Boot) -> None:
     machines = boot(2)
+    replaced: list[sky.InstanceReplaced] = []
 
-    with open_pool(site, machines) as pool:
-        killer = threading.Timer(1, kill_agent, machines[:1])
-        killer.start()
-        with pytest.raises(sky.PoolError, match=f"{machines[0].address}, and with it the Dask scheduler, ended"):
-            sky.gather(*(slow(i) for i in range(200))) >> pool
+    with open_pool(site, machines, nodes=1) as pool:
+        pool.on(sky.InstanceReplaced, replaced.append)
+        results = []
+        for i, host in sky.gather((slow(i) for i in range(20)), stream=True) >> pool:
+            results.append(i)
+            if i == 5:
+                destroy(machines[0])
 
-    assert is_clean(machines[0])
+    assert results == list(range(20))
+    assert host == machines[1].name
+    assert [e.replaced_id for e in replaced] == [f"root@{machines[0].address}"]
     assert is_clean(machines[1])
 
 
