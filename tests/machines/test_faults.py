@@ -134,16 +134,17 @@ def test_a_spare_host_takes_the_place_of_the_only_one(site: Site, boot: Boot) ->
     machines = boot(2)
     replaced: list[sky.InstanceReplaced] = []
 
-    with open_pool(site, machines, nodes=1) as pool:
+    provider = site.provider(*machines)
+    with sky.ComputePool(provider, image=IMAGE, display="quiet") as pool:
         pool.on(sky.InstanceReplaced, replaced.append)
-        results = []
+        found = []
         for i, host in sky.gather((slow(i) for i in range(20)), stream=True) >> pool:
-            results.append(i)
+            found.append((i, host))
             if i == 5:
                 destroy(machines[0])
 
-    assert results == list(range(20))
-    assert host == machines[1].name
+    assert [i for i, _ in found] == list(range(20))
+    assert found[-1][1] == machines[1].name
     assert [e.replaced_id for e in replaced] == [f"root@{machines[0].address}"]
     assert is_clean(machines[1])
 
