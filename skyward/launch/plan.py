@@ -231,7 +231,8 @@ def _unfit(offer: Offer, need: Need, want: Wanted) -> str:
 def _divisions(offer: Offer, spec: PoolSpec) -> list[tuple[Part, ...]]:
     """Return the ways to divide a pool into spot machines and others that its allocation allows.
 
-    The scheduler is on node 0, which therefore is no spot machine unless all have to be, or it is the only one.
+    The scheduler is on node 0 at first. When it moves, all that runs begins again: node 0 is no spot machine unless all
+    have to be, or it is the only one.
     """
     nodes, kind = spec.nodes, spec.allocation.kind
     least = spec.allocation.spot_nodes(nodes)

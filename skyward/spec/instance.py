@@ -41,7 +41,7 @@ class Instance:
 
     @property
     def is_head(self) -> bool:
-        """Whether this is node 0, where the scheduler runs."""
+        """Whether this is node 0, which has the scheduler until it is lost."""
         return self.node == 0
 
 
