@@ -9,22 +9,20 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from distributed.core import Status
-from distributed.objects import SchedulerInfo
 
 from skyward.cluster.adaptive import NodeAdaptive
 from skyward.cluster.agents import Agent
-from skyward.cluster.base import CLOSE_S, TOLD_BY_EVENT, SkyCluster
-from skyward.cluster.failover import Failover
-from skyward.cluster.failures import WORKERS, StartFailures, agent_lost, schedulers_lost, workers_error
+from skyward.cluster.base import CLOSE_S
+from skyward.cluster.failures import WORKERS, StartFailures, agent_lost, workers_error
+from skyward.cluster.scheduler import SchedulerCluster
 from skyward.cluster.tasks import end_tasks
-from skyward.errors import BootstrapError, PoolError, PoolTimeoutError, VolumeError
+from skyward.errors import BootstrapError, PoolTimeoutError, VolumeError
 from skyward.node.config import NodeSpec
 from skyward.providers.base import Machine
 from skyward.transfer.wire import Slot
@@ -33,15 +31,11 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 """Seconds that workers have to come up once their machines are ready. Chosen: far more than a loaded laptop needs."""
-_SCHEDULER_S = 60.0
-"""Seconds that a node has to start a scheduler, before another one does. Chosen, not measured: it takes one or two."""
-_VERDICT_S = 5.0
-"""Seconds in which a scheduler answers, or its agent tells that it has ended. Chosen, not measured."""
 _EXIT_S = 1.0
 """Seconds to wait for the agent to tell of a worker that has ended. Chosen: it tells at once, if it is there."""
 
 
-class AgentCluster(SkyCluster):
+class AgentCluster(SchedulerCluster):
     """A cluster that agents run. The first has the scheduler; if that is lost, another one starts the next.
 
     Parameters
@@ -69,31 +63,21 @@ class AgentCluster(SkyCluster):
         timeout_s: float,
         retries: int = 3,
     ) -> None:
-        super().__init__(name, security)
+        super().__init__(
+            name, agents[0], {node for agent in agents for node in agent.nodes}, security=security, retries=retries
+        )
         self._agents = list(agents)
-        self._failover = Failover(self._agents[0], most=retries)
-        self._reaching: asyncio.Task[None] | None = None  # while there is no scheduler that all know
-        self._has_scheduler = False  # and all know it
         self._node_spec = node_spec
         self._per_node = slots_per_node
         self._timeout_s = timeout_s
-        self._nodes = {node for agent in agents for node in agent.nodes}
-        self._places: dict[str, int] = {}  # nodes of all workers that ever were
-        self._reclaimed: set[str] = set()  # workers that had to go: their machines were taken away, or not wanted
-        self.dashboard_port: int | None = None  # on the scheduler's host, on its loopback
         self.folder = ""  # where it is all on this host: what ends with it
-        self._dashboard = ""
-        self._stopping = False
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
-        self.ended: Callable[[], int] = lambda: 0  # calls that have ended so far; the engine's too
         self._exited: dict[str, asyncio.Event] = defaultdict(asyncio.Event)  # set when its agent has told its end
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self.losses: list[VolumeError] = []  # data that could not be sent
         self._leaving: dict[Agent, asyncio.Future[None]] = {}  # those that are being stopped, or are
-        self._tasks: set[asyncio.Future[None]] = set()  # what the end of the pool waits for
-        self._growth: set[asyncio.Task[None]] = set()  # what it cancels
-        self._is_up = False
+        self._tasks: set[asyncio.Future[None]] = set()  # what the end of the pool waits for; it cancels `_growth`
         self._starting = 0  # nodes that are being made ready, while the pool starts
         self._failures = StartFailures(len(self._agents), costly=False)
 
@@ -160,16 +144,6 @@ class AgentCluster(SkyCluster):
     def _is_complete(self) -> bool:
         return self._has_scheduler and len(self.slots()) >= self.expected
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds, which is looked at after each change; raise when the pool fails."""
-        while True:
-            if self.failure is not None:
-                raise self.failure
-            if condition():
-                return
-            self.changed.clear()
-            await self.changed.wait()
-
     def _begin(self, agent: Agent, error: BootstrapError | None = None) -> None:
         """Start a node, on another machine when its own has failed with `error`."""
         self._starting += 1
@@ -200,92 +174,6 @@ class AgentCluster(SkyCluster):
         self._failures.passed()
         self._failover.add(agent)
 
-    # --- the scheduler --------------------------------------------------------------------------------------
-
-    def _reach_scheduler(self) -> None:
-        """Have a scheduler, and let all know it: the one that there is or comes, or another one in its place."""
-        if self._reaching is None or self._reaching.done():
-            self._reaching = self._spawn_growth(self._reach())
-
-    async def _reach(self) -> None:
-        try:
-            while not self._has_scheduler:
-                await self._failover.appoint()
-                await self._try_scheduler(self._failover.losses)
-        except Exception as exc:  # whatever it is, it ends the pool
-            self._fail(exc)
-
-    async def _try_scheduler(self, losses: int) -> None:
-        """Connect to the scheduler that there is or comes, unless it is lost before."""
-        connecting = asyncio.ensure_future(self._connect_to_scheduler())
-        connecting.add_done_callback(lambda _: self.changed.set())
-        try:
-            await self._until(lambda: connecting.done() or self._failover.losses != losses)
-        finally:
-            await end_tasks([connecting])
-        error = None if connecting.cancelled() else connecting.exception()
-        if self._failover.losses != losses:
-            return
-        if isinstance(error, OSError):  # a time-out is one too
-            self._scheduler_lost(f"it could not be reached: {error or 'no answer'}")
-        elif error is not None:
-            raise error
-
-    async def _connect_to_scheduler(self) -> None:
-        async with asyncio.timeout(_SCHEDULER_S):
-            await self._until(lambda: self._failover.address is not None)
-            assert self._failover.address is not None
-            await self._connect(self._failover.address)
-            if self._is_up:
-                await self.listener.scheduler_moved()
-        self._has_scheduler = True
-        self.listener.workers_changed()
-
-    async def _connect(self, address: str) -> None:
-        head = self._failover.head
-        assert head is not None
-        host, port = await head.reach_scheduler(address)
-        self._open_rpc(f"tls://{host}:{port}")
-        await super()._start()
-        self._note_places()  # of workers that were there before
-        if self.dashboard_port is not None:
-            host, port = await head.reach(self.dashboard_port)
-            self._dashboard = f"http://{host}:{port}/status"
-        self.is_connected.set()
-
-    def _scheduler_lost(self, why: str, *, but: Collection[int] = ()) -> None:
-        """Go on with another scheduler. What ran for this one runs again, without a loss but on the nodes `but`."""
-        if self._stopping or self.failure is not None:
-            return
-        was_known, self._has_scheduler = self._has_scheduler, False
-        counts = self._is_up or self._failover.address is not None  # otherwise there never was one
-        may_go_on = self._failover.lose(why, self.ended(), counts=counts)
-        self._reclaimed |= {address for address, node in self._places.items() if node not in but}
-        self._forget_scheduler()
-        if not may_go_on:
-            self._fail(schedulers_lost(self.name, self._failover.story))
-        else:
-            logger.warning("the Dask scheduler is lost, another one is started: %s", why, extra=TOLD_BY_EVENT)
-        if self._is_up:
-            self.listener.scheduler_lost(why)
-            self.listener.workers_changed()
-        if was_known and may_go_on:
-            self._reach_scheduler()
-        self.changed.set()
-
-    def _forget_scheduler(self) -> None:
-        """Let go of a scheduler that is lost, and of the connections to it: it may hang."""
-        self.is_connected.clear()
-        self.has_dashboard.clear()
-        if self._sync_cluster_info_task is not None:
-            self._sync_cluster_info_task.cancel()
-        if self._watch_worker_status_comm is not None:
-            self._watch_worker_status_comm.abort()
-        if self.scheduler_comm is not None:
-            for comm in [*self.scheduler_comm.comms, *self.scheduler_comm._created]:
-                comm.abort()
-        self.scheduler_info: SchedulerInfo = SchedulerInfo({"workers": {}})
-
     # --- events ---------------------------------------------------------------------------------------------
 
     def _heard(self, agent: Agent, event: dict[str, Any]) -> None:
@@ -309,18 +197,6 @@ class AgentCluster(SkyCluster):
             case "ended" if not self._stopping:
                 self._fail(agent_lost(self.name, agent, event["why"], silence=event.get("silence", False)))
 
-    def addresses(self) -> set[str]:
-        """Return the addresses of all workers, also of those that get no new work."""
-        return set(self.scheduler_info["workers"]) if self._has_scheduler else set()
-
-    def _update_worker_status(self, op: str, msg: Any) -> None:
-        super()._update_worker_status(op, msg)
-        self._note_places()
-
-    def _note_places(self) -> None:
-        for address, worker in self.scheduler_info["workers"].items():
-            self._places[address] = int(str(worker["name"]).partition("-")[0])
-
     def _excuse(self, nodes: Collection[int]) -> None:
         self._reclaimed |= {address for address, node in self._places.items() if node in nodes}
 
@@ -333,27 +209,9 @@ class AgentCluster(SkyCluster):
         if address not in self._reclaimed:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited[address].wait(), _EXIT_S)
-        if address not in self._reclaimed and not await self._has_answer():  # then its scheduler may be why
-            with contextlib.suppress(TimeoutError, PoolError):
-                async with asyncio.timeout(_VERDICT_S):
-                    await self._until(lambda: self._failover.losses > losses)
+        if address not in self._reclaimed:
+            await self._check_scheduler(losses)
         return address in self._reclaimed
-
-    async def _has_answer(self) -> bool:
-        """Tell whether the scheduler answers."""
-        try:
-            async with asyncio.timeout(_VERDICT_S):
-                await self.scheduler_comm.identity(n_workers=0)
-        except OSError:  # a time-out is one
-            return False
-        return True
-
-    def _fail(self, error: BaseException) -> None:
-        self.failure = self.failure or error
-        self.changed.set()
-        if self._is_up and not self._stopping:
-            # From a thread: what follows closes this loop's clients, which can't be awaited here.
-            threading.Thread(target=self.listener.cluster_lost, args=[error], daemon=True).start()
 
     async def _close(self) -> None:
         self._stopping = True
@@ -397,13 +255,6 @@ class AgentCluster(SkyCluster):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _spawn_growth(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run what gets nodes and makes them ready: the end of the pool cancels it, and stops their agents itself."""
-        task = asyncio.create_task(coroutine)
-        self._growth.add(task)
-        task.add_done_callback(self._growth.discard)
-        return task
-
     # --- looking in -----------------------------------------------------------------------------------------
 
     @property
@@ -417,10 +268,6 @@ class AgentCluster(SkyCluster):
 
     def machine(self, node: int) -> Machine | None:
         return next((agent.facts for agent in self._agents if node in agent.nodes), None)
-
-    @property
-    def dashboard_link(self) -> str:
-        return self._dashboard
 
     def slots(self) -> list[Slot]:
         found: list[Slot] = []
@@ -458,13 +305,6 @@ class AgentCluster(SkyCluster):
         elif new := self._free_numbers(n - len(have)):
             self._nodes.update(new)
             self._grow(new)
-
-    @property
-    def kept_node(self) -> int:
-        """The node that is never scaled away: the scheduler's, or the first one if that is about to leave."""
-        head = self._failover.head
-        nodes = self._nodes if head is None else head.nodes & self._nodes or self._nodes
-        return min(nodes, default=0)
 
     def _grow(self, new: list[int]) -> None:
         """Get further nodes, by number."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from skyward.cluster import cluster as of_agents
 from skyward.cluster import failover
+from skyward.cluster import scheduler as scheduler
 from skyward.errors import NoMatchingInstanceError, PoolError
 from tests.fake_agent import Cloud, FakeAgent, FakeCluster, Start, machines, sold_out, spare, tell
 from tests.waiting import wait_until
@@ -173,7 +173,7 @@ def test_a_scheduler_that_can_not_be_reached_is_left(make: Start) -> None:
 def test_a_node_that_tells_of_no_scheduler_in_time_is_passed_over(
     make: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(of_agents, "_SCHEDULER_S", 0.2)
+    monkeypatch.setattr(scheduler, "_SCHEDULER_S", 0.2)
     agents = machines(None, None, None)
     agents[1].starts_schedulers = False
     cluster = make(Cloud(sold_out), agents)
