@@ -16,7 +16,7 @@ import dask
 from distributed import CancelledError, Future
 
 from skyward.compute.pending import PendingCompute
-from skyward.engine.calls import Item, as_call, make_chunk, now
+from skyward.engine.calls import Item, as_call, now
 from skyward.engine.failures import died, not_run
 from skyward.engine.future import ItemOutcomes
 from skyward.engine.graph_task import GraphTask, add_needs, check_cycles, check_future
@@ -25,7 +25,7 @@ from skyward.engine.persisted import Persisted
 from skyward.engine.transport import WorkerGoneError
 from skyward.errors import SpecError
 from skyward.scheduler.losses import LOSSES
-from skyward.transfer.wire import Chunk, Kind, Outcome
+from skyward.transfer.wire import Kind, Outcome
 from skyward.worker import graph, raised
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Graph:
             self._graphs.running.add(self)
             self._graphs.loop.call_soon(self._graphs.progress.note, self)
             inner = kept if is_last else [task for task in new if task.is_needed]
-            futures = self._submit(dict.fromkeys(new), inner, self._arguments(new))
+            futures = self._submit(dict.fromkeys(new), inner, self._graphs.arguments(new))
         if is_last:
             self._inner.clear()
             self._computed.clear()
@@ -232,17 +232,7 @@ class Graph:
         watched: dict[str, GraphTask] = {}  # by the key of the task to wait for
         for task in tasks:
             task.is_sent, task.losses = True, self._losses
-            (chunk, *blobs), call = arguments[task.key], task.item.call
-            needs: list[Any] = []
-            for need in task.needs:
-                if isinstance(need, GraphTask):  # of those that were sent before, the future
-                    needs.append(need.key if need in tasks else self._inner.get(need.key, need.key))
-                else:
-                    needs.append(need)
-            if task.is_needed:
-                dsk[task.key] = (graph.run_call, call.label, call.retries, chunk, needs, blobs)
-            else:
-                dsk[task.key] = (graph.run_last, call.retries, chunk, needs, blobs)
+            dsk[task.key] = task.dask_task(arguments[task.key], tasks, self._inner)
             if task.wanted is not None and (are_new or task.sent_key in self._client.futures):
                 watched[task.sent_key] = task
                 if task.is_needed:
@@ -258,17 +248,6 @@ class Graph:
             self._graphs.loop.call_soon(self._watch, task, futures[key])
         return {key: futures[key] for key in keys}
 
-    def _arguments(self, tasks: Sequence[GraphTask]) -> dict[str, list[Any]]:
-        """Return the chunk of each task, by key, and the large buffers that are on the cluster for it."""
-        chunks = self._chunks(tasks)
-        if any(chunk.not_in_files() for chunk in chunks):
-            return asyncio.run_coroutine_threadsafe(self._scatter(chunks), self._graphs.loop.asyncio_loop).result()
-        return {chunk.key: [chunk] for chunk in chunks}
-
-    def _chunks(self, tasks: Iterable[GraphTask]) -> list[Chunk]:
-        facts, layout = self._graphs.sources.facts, self._graphs.roster.pickled_layout
-        return [make_chunk(task.key, [task.item], layout, facts) for task in tasks]
-
     def cancel(self) -> None:
         """Drop what has not begun, interrupt what runs, and close. Does not wait."""
         self._graphs.loop.call_soon(self._interrupt)
@@ -279,9 +258,6 @@ class Graph:
         self._graphs.loop.call_soon(self._close)
 
     # --- in the loop ----------------------------------------------------------------------------------------
-
-    async def _scatter(self, chunks: Sequence[Chunk]) -> dict[str, list[Any]]:
-        return {chunk.key: await self._graphs.transport.arguments(chunk) for chunk in chunks}
 
     async def _send_again(self, task: GraphTask) -> bool:
         """Send a call and what it needs again if a large argument was lost with the worker that held it.
@@ -304,7 +280,7 @@ class Graph:
                 self._inner.pop(other.key, None)
                 other.key = f"{other.item.call.label}-{uuid.uuid4().hex}"
                 self._register(other)
-            self._submit(tasks, [], await self._scatter(self._chunks(tasks)))
+            self._submit(tasks, [], await self._graphs.scatter(tasks))
         return True
 
     async def send_again(self) -> None:
@@ -314,7 +290,7 @@ class Graph:
         tasks = dict.fromkeys([*kept, *(task for task in self._waiting if task.sent_key in held)])
         add_needs(tasks)
         if tasks:
-            self._submit(tasks, kept, await self._scatter(self._chunks(tasks)), are_new=False)
+            self._submit(tasks, kept, await self._graphs.scatter(tasks), are_new=False)
 
     def _interrupt(self) -> None:
         if self._is_closed or self._graphs.dispatcher.failure is not None:

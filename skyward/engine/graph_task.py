@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from skyward.engine.calls import Item
 from skyward.engine.persisted import Persisted
 from skyward.errors import PoolError, SpecError
 from skyward.transfer.dependencies import STAND_INS, need_value, need_values
+from skyward.worker import graph
 
 
 def _need_batch(batch: PendingBatch[*tuple[Any, ...]], needs: list[Any]) -> Any:
@@ -63,6 +64,21 @@ class GraphTask:
     def sent_key(self) -> str:
         """The key of the Dask task that gives the caller the call's value."""
         return f"{self.key}{SENT}" if self.is_needed else self.key
+
+    def dask_task(
+        self, arguments: Sequence[Any], beside: Collection[GraphTask], before: Mapping[str, Future[Any]]
+    ) -> tuple[Any, ...]:
+        """Return what Dask is to run: with the keys of the calls `beside` it, and the futures of those `before`."""
+        (chunk, *blobs), call = arguments, self.item.call
+        needs: list[Any] = []
+        for need in self.needs:
+            if isinstance(need, GraphTask):
+                needs.append(need.key if need in beside else before.get(need.key, need.key))
+            else:
+                needs.append(need)
+        if self.is_needed:
+            return (graph.run_call, call.label, call.retries, chunk, needs, blobs)
+        return (graph.run_last, call.retries, chunk, needs, blobs)
 
     def refuse_sent(self, why: str) -> None:
         """Raise if the call was sent: what others need has to stay on the cluster from then on."""

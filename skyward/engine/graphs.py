@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from skyward.engine.calls import Item
+from skyward.engine.calls import Item, make_chunk
 from skyward.engine.dispatcher import Dispatcher
 from skyward.engine.ending import EndingWorkers
 from skyward.engine.future import ItemOutcomes
@@ -19,6 +20,7 @@ from skyward.engine.roster import Roster
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
 from skyward.engine.transport import Transport
+from skyward.transfer.wire import Chunk
 from skyward.worker import graph
 
 
@@ -68,6 +70,21 @@ class Graphs:
     def task(self, key: str) -> tuple[Graph, GraphTask] | None:
         """Return the call whose value a Dask task gives, with its graph, if there is one."""
         return self.by_key.get(key) or self.by_key.get(key.removesuffix(SENT))
+
+    def arguments(self, tasks: Collection[GraphTask]) -> dict[str, list[Any]]:
+        """Return the chunk of each task, by key, and the large buffers that are on the cluster for it."""
+        chunks = self._chunks(tasks)
+        if any(chunk.not_in_files() for chunk in chunks):
+            return asyncio.run_coroutine_threadsafe(self.scatter(tasks), self.loop.asyncio_loop).result()
+        return {chunk.key: [chunk] for chunk in chunks}
+
+    async def scatter(self, tasks: Collection[GraphTask]) -> dict[str, list[Any]]:
+        """Return the same. In the loop."""
+        return {chunk.key: await self.transport.arguments(chunk) for chunk in self._chunks(tasks)}
+
+    def _chunks(self, tasks: Collection[GraphTask]) -> list[Chunk]:
+        facts, layout = self.sources.facts, self.roster.pickled_layout
+        return [make_chunk(task.key, [task.item], layout, facts) for task in tasks]
 
     def lose_values(self) -> None:
         """Take note that the scheduler is lost: no new call is sent until another one has those that there are."""

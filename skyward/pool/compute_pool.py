@@ -87,7 +87,8 @@ class ComputePool:
         `timeout`. Raise it if this computer may sleep or this process may be suspended for longer. If this computer
         fails, machines are billed for that long. Local and joined pools have no heartbeats.
     retries
-        How often a call that was lost with its machine or worker process runs again.
+        How often a call that was lost with its machine or worker process runs again, and how often in a row the Dask
+        scheduler may be lost without a call that ends in between.
     env
         Environment variables of the workers, in addition to those of `image`.
     display
