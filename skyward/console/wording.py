@@ -119,6 +119,6 @@ def news(event: object, model: Model) -> Iterator[str]:
         case events.InstanceReplaced(instance_id=instance_id, node=node, replaced_id=replaced):
             yield f"node {node} is up: {instance_id} in the place of {replaced}"
         case events.SchedulerMoved(instance_id=instance_id, node=node, reason=reason):
-            yield f"node {node} ({instance_id}) has the Dask scheduler now, which was lost: {reason}"
+            yield f"the Dask scheduler is on node {node} now ({instance_id}); the last one was lost: {reason}"
         case events.RegionAutoSelected(region=region, provider=provider):
             yield f"region {region}{f' of {provider}' if provider else ''} was chosen"
