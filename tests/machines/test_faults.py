@@ -130,6 +130,25 @@ def test_calls_of_a_lost_node_run_again_elsewhere(
 
 
 @pytest.mark.usefixtures("impatient", "data_folder")
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_broadcast_says_that_a_machine_can_not_be_reached(node: int, site: Site, boot: Boot) -> None:
+    machines = boot(2)
+
+    @sky.compute
+    def wait() -> None:
+        time.sleep(300)
+
+    with open_pool(site, machines) as pool:
+        cutting = threading.Timer(1, cut_off, [machines[node]])
+        cutting.start()
+        with pytest.raises(sky.MachineLostError, match="was lost") as caught:
+            wait() @ pool
+
+        assert slow(1) >> pool == (1, machines[1 - node].name)
+    assert "out of memory" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("impatient", "data_folder")
 def test_a_spare_host_takes_the_place_of_the_only_one(site: Site, boot: Boot) -> None:
     machines = boot(2)
     replaced: list[sky.InstanceReplaced] = []
