@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import threading
 import time
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _BEAT_S = 5.0
 _STOP_S = 5.0
 _ANSWER_S = 5.0
+_TICK_S = 1.0
 _TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
 
@@ -44,6 +46,8 @@ class Heartbeats:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._all: set[Heartbeat] = set()
+        self._ticked_at = _now()
+        self._suspended_at = -math.inf  # when this process went on, the last time that it had been suspended
 
     def start(self, login: Login, folder: str, silent: Callable[[], object]) -> Heartbeat:
         """Start to tell one machine, on which the pool has its files in `folder`. The caller also calls `stop`.
@@ -55,6 +59,8 @@ class Heartbeats:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_run, args=[self._loop], name="skyward-heartbeat", daemon=True).start()
+                self._ticked_at = _now()
+                self._loop.call_soon_threadsafe(self._tick)
             heartbeat = Heartbeat(login, folder, self.limit_s, self._answer_s, silent)
             self._all.add(heartbeat)
             self._loop.call_soon_threadsafe(heartbeat.start)
@@ -74,9 +80,22 @@ class Heartbeats:
 
     @property
     def silence_s(self) -> float:
-        """Seconds since any machine has heard us for certain."""
+        """Seconds since any machine has heard us for certain, if that is our own fault.
+
+        With one machine, it may be that machine's: then it is ours only if this process was suspended meanwhile.
+        """
         with self._lock:
-            return min((heartbeat.silence_s for heartbeat in self._all), default=0.0)
+            silence_s = min((heartbeat.silence_s for heartbeat in self._all), default=0.0)
+            was_suspended = _now() - self._suspended_at < silence_s
+            return silence_s if len(self._all) > 1 or was_suspended else 0.0
+
+    def _tick(self) -> None:
+        """Note when this process was suspended for long."""
+        before, self._ticked_at = self._ticked_at, _now()
+        if self._ticked_at - before > self.limit_s / 2:
+            self._suspended_at = self._ticked_at
+        if self._loop is not None:
+            self._loop.call_later(_TICK_S, self._tick)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

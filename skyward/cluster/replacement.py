@@ -86,12 +86,12 @@ class MachineCluster(AgentCluster):
 
     def _workers_failed(self, agent: Agent, event: dict[str, Any]) -> None:
         tried = event.get("address", "")  # the scheduler that it could not join; None: it could not start one
-        if self._is_up and tried is None and agent is self._failover.head:
-            self._scheduler_lost(f"{_named(agent)}: {event['error']}")
-        if self._is_up and tried not in ("", self._failover.address):
-            return
         error = workers_error(self.name, agent, event)
-        if self._is_up:
+        if tried is None and agent is self._failover.head:
+            self._scheduler_lost(f"{_named(agent)}: {event['error']}", error=None if self._is_up else error)
+        elif tried not in ("", self._failover.address):
+            pass  # that one is lost
+        elif self._is_up:
             self.listener.machine_failed(error)
             # Not replaced: what keeps workers from starting there may do so everywhere, and machines cost.
             self._spawn(self._drop(agent, event["error"], replace=False))

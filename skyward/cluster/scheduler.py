@@ -105,17 +105,23 @@ class SchedulerCluster(SkyCluster):
             self._dashboard = f"http://{host}:{port}/status"
         self.is_connected.set()
 
-    def _scheduler_lost(self, why: str, *, but: Collection[int] = ()) -> None:
-        """Go on with another scheduler. What ran for this one runs again, without a loss but on the nodes `but`."""
+    def _scheduler_lost(
+        self, why: str, *, but: Collection[int] = (), error: BaseException | None = None
+    ) -> None:
+        """Go on with another scheduler. What ran for this one runs again, without a loss but on the nodes `but`.
+
+        `error` is why this one did not start, while the pool does.
+        """
         if self._stopping or self.failure is not None:
             return
         was_known, self._has_scheduler = self._has_scheduler, False
-        counts = self._is_up or self._failover.address is not None  # otherwise there never was one
+        # Otherwise the machine that was to start the first one was never ready.
+        counts = self._is_up or self._failover.address is not None or error is not None
         may_go_on = self._failover.lose(why, self.ended(), counts=counts)
         self._reclaimed |= {address for address, node in self._places.items() if node not in but}
         self._forget_scheduler()
         if not may_go_on:
-            self._fail(schedulers_lost(self.name, self._failover.story))
+            self._fail(error or schedulers_lost(self.name, self._failover.story))
         else:
             logger.warning("the Dask scheduler is lost, another one is started: %s", why, extra=TOLD_BY_EVENT)
         if self._is_up:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from distributed import Client
 from distributed.client import _current_client, ensure_default_client
@@ -27,6 +27,18 @@ _around: WeakKeyDictionary[Client, Client | None] = WeakKeyDictionary()
 """The default client of the context in which a client has become it."""
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
 _LOST = "the Dask scheduler was lost, and what it and its workers had with it. Submit this again."
+
+
+_ours: WeakSet[Any] = WeakSet()
+"""Connections of pools' clients to their schedulers."""
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Refuse what Dask logs, with a traceback, of such a connection that is lost with its scheduler."""
+    return not (isinstance(record.args, tuple) and any(argument in _ours for argument in record.args[:1]))
+
+
+logging.getLogger("distributed.batched").addFilter(_is_not_ours)
 
 
 class _NextScheduler:
@@ -94,6 +106,11 @@ class PoolClient(Client):  # type: ignore[misc]
                 await asyncio.sleep(_AGAIN_S)
         for topic in self._event_handlers:
             self._send_to_scheduler({"op": "subscribe-topic", "topic": topic, "client": self.id})
+
+    async def _ensure_connected(self, timeout: Any = None) -> None:
+        await super()._ensure_connected(timeout)
+        if self.scheduler_comm is not None:
+            _ours.add(self.scheduler_comm.comm)
 
     def _is_kept_graph(self, message: dict[str, Any]) -> bool:
         return message["op"] == "update-graph" and any(map(self.is_kept, message["keys"]))

@@ -10,7 +10,7 @@ import pytest
 
 from skyward.cluster import failover
 from skyward.cluster import scheduler as scheduler
-from skyward.errors import NoMatchingInstanceError, PoolError
+from skyward.errors import BootstrapError, NoMatchingInstanceError, PoolError
 from tests.fake_agent import Cloud, FakeAgent, FakeCluster, Start, machines, sold_out, spare, tell
 from tests.waiting import wait_until
 
@@ -236,6 +236,32 @@ def test_the_first_machine_may_be_lost_while_the_cluster_starts(make: Start, has
     assert cluster.has_scheduler
     assert sorted(cluster.machines.values()) == ["m1", "spare"]
     assert cluster.listener.of("scheduler_lost") == []  # nobody knew it
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+def test_another_scheduler_starts_where_the_first_does_not(make: Start, retries: int) -> None:
+    agents = machines(None, None)
+    agents[0].starts_scheduler = False
+    cluster = make(Cloud(), agents, retries=retries)
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            cluster.start()
+        except BootstrapError as exc:
+            failures.append(exc)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    wait_until(lambda: agents[0] in cluster.ready)
+    tell(cluster, agents[0], "failed", error="ended by signal 9", last_lines=[], address=None)
+    starting.join(30)
+
+    if retries:
+        assert cluster.scheduler == agents[1].scheduler
+        assert cluster.machines == {0: "m0", 1: "m1"}
+    else:
+        assert "ended by signal 9" in str(failures[0])
 
 
 def test_a_loss_after_the_end_moves_nothing(make: Start) -> None:
