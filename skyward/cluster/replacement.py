@@ -145,7 +145,7 @@ class MachineCluster(AgentCluster):
         """Do without a node from now on, and without its scheduler if it has that."""
         self._failover.remove(agent)
         if agent is self._failover.head:
-            self._scheduler_lost(f"{_named(agent)}: {why}", but=() if gone else agent.nodes)
+            self._scheduler_lost(f"{_named(agent)}: {why}", but=() if gone else agent.nodes, gone=gone)
 
     async def _drop(self, agent: Agent, why: str, *, gone: bool = False, replace: bool = True) -> None:
         """Go on without a node that is lost: its calls are run again elsewhere, on its replacement if there is one.

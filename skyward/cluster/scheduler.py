@@ -106,17 +106,18 @@ class SchedulerCluster(SkyCluster):
         self.is_connected.set()
 
     def _scheduler_lost(
-        self, why: str, *, but: Collection[int] = (), error: BaseException | None = None
+        self, why: str, *, but: Collection[int] = (), gone: bool = False, error: BaseException | None = None
     ) -> None:
         """Go on with another scheduler. What ran for this one runs again, without a loss but on the nodes `but`.
 
-        `error` is why this one did not start, while the pool does.
+        `gone`: its provider has taken its machine away, which does not count against `retries`. `error` is why this one
+        did not start, while the pool does.
         """
         if self._stopping or self.failure is not None:
             return
         was_known, self._has_scheduler = self._has_scheduler, False
         # Otherwise the machine that was to start the first one was never ready.
-        counts = self._is_up or self._failover.address is not None or error is not None
+        counts = not gone and (self._is_up or self._failover.address is not None or error is not None)
         may_go_on = self._failover.lose(why, self.ended(), counts=counts)
         self._reclaimed |= {address for address, node in self._places.items() if node not in but}
         self._forget_scheduler()

@@ -335,6 +335,18 @@ def test_calls_that_end_in_between_let_the_scheduler_be_lost_more_often(make: St
     assert cluster.listener.of("cluster_lost") == []
 
 
+def test_machines_that_are_taken_away_do_not_count_against_retries(make: Start) -> None:
+    cluster = make(Cloud(sold_out), agents := machines(None, None, None), retries=0)
+    cluster.start()
+
+    for times, agent in enumerate(agents[:2], 1):
+        tell(cluster, agent, "ended", why="its provider has taken it away", gone=True)
+        wait_until(has_moved(cluster, times))
+
+    assert cluster.scheduler == agents[2].scheduler
+    assert cluster.listener.of("cluster_lost") == []
+
+
 @pytest.mark.parametrize("hosts", [True, False])
 def test_the_pool_ends_when_no_machine_is_left_and_none_can_be_had(make: Start, hosts: bool) -> None:
     cluster = make(Cloud(error=NoMatchingInstanceError("no more of them")), agents := machines(None), hosts=hosts)
