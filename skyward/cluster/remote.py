@@ -40,6 +40,7 @@ Chosen, not measured: a router restarts in less."""
 _AGAIN_S = 0.2
 _ASK_S = 5.0
 """Seconds that a machine is out of reach before its cloud is asked whether it is still there, and between questions."""
+_LOOK_S = 1.0
 _ANSWER_S = 5.0
 """Seconds that a machine may take to answer. Chosen, not measured: a busy one takes one."""
 _STOP_S = 15.0
@@ -182,10 +183,11 @@ class RemoteAgent:
         """Talk with the agent, over one connection after another, until it has ended or is out of reach for long."""
         while not self._stopped:
             # Side by side: a cloud that answers late must not keep us from a machine that is there.
-            tasks = [asyncio.create_task(self._ask_until_gone()), asyncio.create_task(self._connect_again())]
+            asking = asyncio.create_task(self._ask_until_gone(heartbeat))
+            tasks = [asking, asyncio.create_task(self._converse(heard))]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                reader, writer = done.pop().result()
+                done.pop().result()
             except _Gone:
                 self._vanished()
                 heard(self._ended("its provider has taken it away", self._heartbeats.silence_s, gone=True))
@@ -204,7 +206,6 @@ class RemoteAgent:
                 return
             finally:
                 await end_tasks(tasks)
-            await self._converse(heard, reader, writer)
 
     def _ended(self, why: str, silence_s: float, *, gone: bool = False) -> dict[str, Any]:
         """Return the event of the agent's end. The reason is ours when it has heard nothing for too long."""
@@ -222,9 +223,11 @@ class RemoteAgent:
         if self._talking is not None and not self._stopped and self._talking.cancel():
             self._hear(self._ended(f"the agent has answered no heartbeat for {UNREACHABLE_S:g} s", 0.0))
 
-    async def _ask_until_gone(self) -> NoReturn:
+    async def _ask_until_gone(self, heartbeat: Heartbeat) -> NoReturn:
         while True:
             await asyncio.sleep(_ASK_S)
+            while self._writer is not None and heartbeat.error is None:  # long before its connection is known as lost
+                await asyncio.sleep(_LOOK_S)
             if not await self._is_there():
                 raise _Gone
 
@@ -248,8 +251,9 @@ class RemoteAgent:
             patience = min(1.5 * patience, CONNECT_TIMEOUT_S)  # a busy machine may need more
             await asyncio.sleep(_AGAIN_S)
 
-    async def _converse(self, heard: Heard, reader: Any, writer: Any) -> None:
-        """Hear the agent over one connection until that is lost."""
+    async def _converse(self, heard: Heard) -> None:
+        """Hear the agent over a new connection until that is lost, or raise why there is none."""
+        reader, writer = await self._connect_again()
         try:
             writer.write(json.dumps({"seen": self._seen}).encode() + b"\n")
             have = json.loads(await reader.readline() or '{"commands": 0}')["commands"]
