@@ -30,6 +30,7 @@ def dashboard(pool: str, no_browser: bool, as_json: bool) -> None:
     """Open the Dask dashboard of a running pool.
 
     Opens an SSH tunnel, prints the URL on this computer, and keeps the tunnel open until Ctrl-C or the end of the pool.
+    If the scheduler moves to another node, it prints the next URL.
     For a local pool, which needs no tunnel, it prints the URL and returns at once.
     """
     entry = with_keys(pool)
@@ -60,19 +61,34 @@ async def _is_there(url: str) -> None:
 
 
 async def _keep_open(entry: Entry, show: Callable[[int], Awaitable[None]]) -> None:
+    """Keep a tunnel open until the pool ends: to the node that has the scheduler, and to the next one if it moves."""
+    current: Entry | None = entry
+    while current is not None:
+        current = await _keep_open_until_moved(current, show)
+    click.echo(f"pool {entry.pool_id} has ended", err=True)
+
+
+async def _keep_open_until_moved(entry: Entry, show: Callable[[int], Awaitable[None]]) -> Entry | None:
+    """Return the pool's entry once its scheduler has moved; None: the pool has ended."""
     from skyward.cluster.machine_commands import pool_folder
     from skyward.cluster.ssh import Link
     from skyward.cluster.tunnel import Tunnel
     from skyward.node.agent import SOCKET
 
+    now: Entry | None = entry
     link = Link(machine_of(entry, str(entry.scheduler_node)).login)
     tunnel = Tunnel(link, f"{pool_folder(entry.pool_id)}/{SOCKET}")
     try:
         await link.connect()
         await show(await tunnel.listen(f"127.0.0.1:{entry.dashboard_port}"))
-        while await asyncio.to_thread(journal.read, entry.pool_id) is not None:
+        while now is not None and _place(now) == _place(entry):
             await asyncio.sleep(_LOOK_S)
+            now = await asyncio.to_thread(journal.read, entry.pool_id)
     finally:
         await tunnel.close()
         await link.close()
-    click.echo(f"pool {entry.pool_id} has ended", err=True)
+    return now
+
+
+def _place(entry: Entry) -> tuple[int, int | None]:
+    return entry.scheduler_node, entry.dashboard_port

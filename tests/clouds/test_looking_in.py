@@ -103,7 +103,7 @@ def test_machines_are_looked_into(cloud: Emulated, tmp_path: Path, monkeypatch: 
     assert cloud.left() == []
 
 
-def test_a_nodes_number_leads_to_the_machine_that_replaced_it(
+def test_machines_and_dashboard_are_found_after_a_replacement(
     emulate: Callable[..., Emulated], baked: Path
 ) -> None:
     cloud = emulate("digitalocean", baked=baked)
@@ -112,14 +112,21 @@ def test_a_nodes_number_leads_to_the_machine_that_replaced_it(
     with sky.ComputePool(cloud.provider(), machine=cloud.type, nodes=2, image=IMAGE, display="quiet") as pool:
         pool.on(sky.InstanceReplaced, replaced.append)
         (entry,) = journal.entries()
-        first = log_in(entry.pool_id, "1", "--", "hostname")
-        cloud.take_away(pool.instances[1].id)
+        first = log_in(entry.pool_id, "0", "--", "hostname")
+        with running("dashboard", entry.pool_id, "--no-browser") as viewer:
+            before = line_of(viewer).strip()
+            cloud.take_away(pool.instances[0].id)  # it has the scheduler
+            after = line_of(viewer).strip()
+            with urllib.request.urlopen(after, timeout=30) as page:
+                shown = page.read()
         wait_until(lambda: replaced, 90)
         node, instance_id = replaced[0].node, replaced[0].instance_id
         by_number = log_in(entry.pool_id, str(node), "--", "hostname")
         by_id = log_in(entry.pool_id, instance_id, "--", "hostname")
         (listed,) = json.loads(CliRunner().invoke(main, ["ps", "--here", "--json"]).stdout)
 
+    assert before != after
+    assert b"Dask" in shown
     assert by_number == by_id != first
     assert {m["node"]: m["id"] for m in listed["machines"]}[node] == instance_id
     assert cloud.left() == []
