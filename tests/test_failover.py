@@ -184,6 +184,45 @@ def test_a_broadcast_ends_and_the_pool_is_usable(pool: sky.ComputePool, tmp_path
     assert held(gate) @ pool == ("done", "done")
 
 
+@sky.compute
+def train(folder: Path, epochs: int) -> int:
+    """Add up the numbers of its epochs on all nodes; the first one saves the sum after each epoch."""
+    state, begun = folder / "state", folder / "begun"
+    first, total = map(int, state.read_text().split()) if state.exists() else (0, 0)
+    for epoch in range(first, epochs):
+        time.sleep(0.05)
+        total += epoch
+        if sky.instance_info().node == 0:
+            with begun.open("a") as file:
+                file.write(f"{epoch}\n")
+            state.with_suffix(".part").write_text(f"{epoch + 1} {total}")
+            state.with_suffix(".part").replace(state)
+    return total
+
+
+def test_a_training_that_is_sent_again_goes_on_from_its_checkpoint(pool: sky.ComputePool, tmp_path: Path) -> None:
+    failures = []
+
+    def train_to_the_end() -> tuple[int, ...]:
+        while True:
+            try:
+                return train(tmp_path, 40) @ pool
+            except sky.MachineLostError as exc:
+                failures.append(exc)
+
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(train_to_the_end)
+        wait_until(has_begun(tmp_path / "begun", 10))
+        kill_scheduler(pool)
+        totals = running.result(60)
+
+    assert len(failures) == 1
+    assert totals == (sum(range(40)),) * 2
+    begun = [int(line) for line in (tmp_path / "begun").read_text().splitlines()]
+    assert len(begun) <= 41  # the epoch that was not saved may run again
+    assert sorted(set(begun)) == list(range(40))
+
+
 def test_the_client_is_the_same_and_its_old_futures_say_what_happened(pool: sky.ComputePool) -> None:
     client, before = pool.client, pool.dashboard_link
     old = client.submit(lambda: 1)

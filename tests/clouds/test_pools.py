@@ -15,6 +15,8 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ import psutil
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV
+from sklearn.naive_bayes import GaussianNB
 from sklearn.svm import SVC
 
 import skyward as sky
 from skyward.cleanup import journal
+from skyward.cluster import ssh
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
 from tests.waiting import wait_until
@@ -319,6 +323,82 @@ def test_spot_reclaim_mid_task(cloud: Emulated) -> None:
     assert [e.replaced_id for e in replaced] == [victim.id]
     assert [e.node for e in provisioned] == [e.node for e in replaced]
     assert_nothing_left(cloud)
+
+
+def traced() -> Any:
+    """Return an estimator that notes each fit on its machine, with the time at which it ended."""
+
+    class Traced(GaussianNB):
+        def fit(self, X: Any, y: Any) -> Any:
+            name = f"{self.var_smoothing!r}/{len(X)}/{X.sum():.0f}"
+            with Path("/tmp/fits").open("a") as fits:
+                print(f"{name} 0", file=fits, flush=True)
+                time.sleep(0.5)
+                super().fit(X, y)
+                print(f"{name} {time.time()}", file=fits)
+            return self
+
+    return Traced()
+
+
+@pytest.fixture
+def fits(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, float]]]:
+    """The fits on each machine that was destroyed, in the order of that: begun at 0, or when they ended."""
+    found: list[list[tuple[str, float]]] = []
+    destroy = cloud.rack.destroy
+
+    def read_and_destroy(name: str) -> None:
+        if (machine := cloud.rack.machines.get(name)) is not None:
+            lines = machine.run("cat /tmp/fits 2>/dev/null; true").splitlines()
+            found.append([(fit, float(ended)) for fit, ended in map(str.split, lines)])
+        destroy(name)
+
+    monkeypatch.setattr(cloud.rack, "destroy", read_and_destroy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cloud", "nodes"), [("aws", 1), ("aws", 3), ("digitalocean", 1), ("verda", 1)], indirect=["cloud"]
+)
+def test_scheduler_machine_reclaimed_mid_search(
+    cloud: Emulated, nodes: int, fits: list[list[tuple[str, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "_KEEPALIVE_S", 600)  # heartbeats find the loss, not SSH
+    X, y = load_digits(return_X_y=True)
+    has_notice = cloud.name == "aws"
+    grid = {"var_smoothing": np.logspace(-9, 0, (20 if has_notice else 8) * nodes)}
+    serial = GridSearchCV(GaussianNB(), grid, cv=2, refit=False).fit(X, y)
+    moved: list[sky.SchedulerMoved] = []
+    progress: list[tuple[int, float]] = []
+    allocation = "on-demand" if cloud.name == "digitalocean" else "always-spot"  # which DigitalOcean does not have
+    opening = open_pool(cloud, nodes=nodes, concurrency=2, retries=0, allocation=allocation)
+
+    with opening as pool, ThreadPoolExecutor(1) as threads:
+        pool.on(sky.SchedulerMoved, moved.append)
+        pool.on(sky.TaskProgress, lambda event: progress.append((event.done, time.time())))
+        victim = pool.instances[0].id
+
+        def take_away() -> float:
+            wait_until(lambda: progress and progress[-1][0] >= 2 * nodes, 60)
+            cloud.take_away(victim, notice_s=30)
+            return time.time()
+
+        taking = threads.submit(take_away)
+        with sky.integrations.joblib_backend(pool):
+            found = GridSearchCV(traced(), grid, cv=2, n_jobs=-1, refit=False).fit(X, y)
+        taken_at = taking.result(60)
+
+    np.testing.assert_array_equal(found.cv_results_["mean_test_score"], serial.cv_results_["mean_test_score"])
+    assert [event.node for event in moved] == [1]
+    assert_nothing_left(cloud)
+    begun = [fit for machine in fits for fit, ended in machine if not ended]
+    assert len(set(begun)) == 2 * len(grid["var_smoothing"])
+    if has_notice:  # what the machine has begun has ended there
+        finished = {fit for machine in fits for fit, ended in machine if 0 < ended < taken_at}
+        assert [fit for fit in {*finished, *(fit for fit, _ in fits[0])} if begun.count(fit) > 1] == []
+    times = [at for (before, _), (done, at) in pairwise([(0, 0.0), *progress]) if done > before]
+    pause = max(later - earlier for earlier, later in pairwise(times) if later > taken_at)
+    print(f"{cloud.name}, nodes={nodes}: {pause:.1f} s without progress, {len(begun) - len(set(begun))} fits ran again")
 
 
 # --- a client that is killed --------------------------------------------------------------------------------
