@@ -63,7 +63,7 @@ def resolve(target: Any, what: str, method: str) -> Any:
 
 
 def _is_dask(target: Any) -> bool:
-    return type(target).__module__.partition(".")[0] == "distributed"
+    return any(base.__module__.partition(".")[0] == "distributed" for base in type(target).__mro__)
 
 
 def _no_pool(what: str) -> str:

@@ -29,8 +29,11 @@ def start_forkserver(config: AgentConfig) -> None:
         # Its socket would lie in a separate folder, which nobody removes when we are killed.
         multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
-    preload = ["skyward.node.adoption", "distributed.worker", "skyward.worker.preload", "skyward.node.agent"]
-    context.set_forkserver_preload(preload)  # the last is the main module of all, which each child imports
+    # What each child imports: for itself, and with the agent, its main module. That has its name in no command line but
+    # its own, by which it is known.
+    preload = ["skyward.node.adoption", "distributed.worker", "skyward.worker.preload"]
+    preload += ["skyward.node.dask_processes", "skyward.node.metrics", "skyward.node.relay", "skyward.node.watch"]
+    context.set_forkserver_preload(preload)
     forkserver.ensure_running()
 
 
