@@ -30,7 +30,6 @@ from sklearn.svm import SVC
 
 import skyward as sky
 from skyward.cleanup import journal
-from skyward.cluster import ssh
 from tests.clouds.emulated import Emulated
 from tests.machines.conftest import IMAGE
 from tests.waiting import wait_until
@@ -361,9 +360,8 @@ def fits(cloud: Emulated, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[st
     ("cloud", "nodes"), [("aws", 1), ("aws", 3), ("digitalocean", 1), ("verda", 1)], indirect=["cloud"]
 )
 def test_scheduler_machine_reclaimed_mid_search(
-    cloud: Emulated, nodes: int, fits: list[list[tuple[str, float]]], monkeypatch: pytest.MonkeyPatch
+    cloud: Emulated, nodes: int, fits: list[list[tuple[str, float]]]
 ) -> None:
-    monkeypatch.setattr(ssh, "_KEEPALIVE_S", 600)  # heartbeats find the loss, not SSH
     X, y = load_digits(return_X_y=True)
     has_notice = cloud.name == "aws"
     grid = {"var_smoothing": np.logspace(-9, 0, (20 if has_notice else 8) * nodes)}
