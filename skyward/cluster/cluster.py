@@ -185,9 +185,8 @@ class AgentCluster(SchedulerCluster):
                 node = min(agent.nodes)
                 figures = {name: value for name, value in event.items() if name != "event"}
                 self.listener.node_metrics(node, agent.instance_id(node), figures)
-            case "scheduler" if self._failover.started(agent, event["address"]):
-                self.dashboard_port = event["dashboard"]
-                self.changed.set()
+            case "scheduler":
+                self._scheduler_started(agent, event["address"], event["dashboard"])
             case "scheduler-ended" if agent is self._failover.head:
                 self._scheduler_lost(f"{agent.machine}: {event['why']}")
             case "dashboard" if agent is self._failover.head:

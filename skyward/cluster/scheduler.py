@@ -105,6 +105,12 @@ class SchedulerCluster(SkyCluster):
             self._dashboard = f"http://{host}:{port}/status"
         self.is_connected.set()
 
+    def _scheduler_started(self, agent: Agent, address: str, dashboard_port: int | None) -> None:
+        """Take note of the scheduler that an agent has started."""
+        if self._failover.started(agent, address):
+            self.dashboard_port = dashboard_port
+            self.changed.set()
+
     def _scheduler_lost(
         self, why: str, *, but: Collection[int] = (), gone: bool = False, error: BaseException | None = None
     ) -> None:
@@ -199,7 +205,7 @@ class SchedulerCluster(SkyCluster):
             await self.changed.wait()
 
     def _fail(self, error: BaseException) -> None:
-        self.failure = self.failure or error
+        self.failure: BaseException | None = self.failure or error
         self.changed.set()
         if self._is_up and not self._stopping:
             # From a thread: what follows closes this loop's clients, which can't be awaited here.
