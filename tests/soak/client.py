@@ -74,7 +74,7 @@ def main(config: dict[str, Any]) -> None:
     provider = sky.SSH(config["hosts"], key=config["key"], known_hosts=config["known_hosts"])
     image = Image(pip=config["pip"])
     pool = sky.ComputePool(
-        provider, nodes=len(config["hosts"]), concurrency=2, image=image, display="quiet",
+        provider, nodes=config["nodes"], concurrency=2, image=image, display="quiet",
         heartbeat_timeout=config["heartbeat_timeout"],
     )  # fmt: skip
     try:

@@ -25,6 +25,8 @@ class Fault(Enum):
     CLIENT_INTERRUPTED_TWICE = "client interrupted twice"
     GUARDIAN_KILLED = "guardian killed"
     CLIENT_AND_GUARDIAN_KILLED = "client and guardian killed"
+    FIRST_SCHEDULER_KILLED = "scheduler killed"
+    FIRST_SCHEDULER_STOPPED = "scheduler stopped (SIGSTOP)"
     FIRST_AGENT_KILLED = "agent of node 0 killed"
     AGENT_KILLED = "agent of another node killed"
     WORKER_KILLED = "worker process killed"
@@ -41,9 +43,9 @@ class Fault(Enum):
         return self.name.startswith("CLIENT")
 
     @property
-    def of_scheduler(self) -> bool:
-        """Whether it may end the pool: the scheduler is lost with node 0."""
-        return self in (Fault.FIRST_AGENT_KILLED, Fault.FIRST_NODE_DESTROYED, Fault.FIRST_NODE_CUT_OFF)
+    def of_another_node(self) -> bool:
+        """Whether it needs a node besides node 0."""
+        return self.name.startswith(("AGENT", "NODE"))
 
     @property
     def of_node(self) -> bool:
@@ -84,25 +86,27 @@ class Moment:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run: what happens to which node, and when."""
+    """One run: what happens to which of so many nodes, and when."""
 
     number: int
     seed: str
+    nodes: int
     fault: Fault
     node: int
     moment: Moment
 
     def __str__(self) -> str:
-        where = f" (node {self.node})" if self.fault.of_node else ""
+        where = f" (node {self.node} of {self.nodes})" if self.fault.of_node else ""
         return f"{self.fault.value}{where}, {self.moment}"
 
 
-def plan(seed: str, number: int, *, nodes: int, calls: int) -> Plan:
+def plan(seed: str, number: int, *, most_nodes: int, calls: int) -> Plan:
     """Return what the seed says for run `number`. Each fault comes up once before any does again."""
     faults = list(Fault)
     random.Random(f"{seed}/{number // len(faults)}").shuffle(faults)
     fault = faults[number % len(faults)]
     rng = random.Random(f"{seed}/run {number}")
+    nodes = rng.randint(2 if fault.of_another_node else 1, most_nodes)
     chance = rng.random()
     if chance < 0.35:
         moment = Moment("starting", rng.uniform(0, 5))
@@ -116,7 +120,7 @@ def plan(seed: str, number: int, *, nodes: int, calls: int) -> Plan:
         node = rng.randrange(nodes)
     else:
         node = rng.randrange(1, nodes)
-    return Plan(number, f"{seed}/run {number}", fault, node, moment)
+    return Plan(number, f"{seed}/run {number}", nodes, fault, node, moment)
 
 
 def inject(plan: Plan, client: Any, machines: Sequence[Machine], data_folder: Path) -> bool:
@@ -141,8 +145,12 @@ def inject(plan: Plan, client: Any, machines: Sequence[Machine], data_folder: Pa
             return bool(found)
         case Fault.FIRST_AGENT_KILLED | Fault.AGENT_KILLED:
             return machine.run(f"pkill -KILL -f {_AGENT} && echo killed", check=False) != ""
+        case Fault.FIRST_SCHEDULER_KILLED | Fault.FIRST_SCHEDULER_STOPPED:
+            name = "KILL" if fault is Fault.FIRST_SCHEDULER_KILLED else "STOP"
+            pid = min(_children(machine), default=None)
+            return pid is not None and machine.run(f"kill -{name} {pid} && echo done", check=False) != ""
         case Fault.WORKER_KILLED | Fault.WORKERS_PARENT_KILLED:
-            pids = _workers(machine) if fault is Fault.WORKER_KILLED else _workers_parents(machine)
+            pids = _workers(machine, plan.node) if fault is Fault.WORKER_KILLED else _workers_parents(machine)
             pid = random.Random(plan.seed).choice(pids) if pids else None
             return pid is not None and machine.run(f"kill -KILL {pid} && echo killed", check=False) != ""
         case Fault.FIRST_NODE_DESTROYED | Fault.NODE_DESTROYED:
@@ -171,9 +179,14 @@ def _forked(machine: Machine) -> dict[int, int]:
     return found
 
 
-def _workers(machine: Machine) -> list[int]:
+def _children(machine: Machine) -> list[int]:
+    """Return the processes that were forked for the pool: workers, and on node 0 before these the scheduler."""
     forked = _forked(machine)
-    return [pid for pid, parent in forked.items() if parent in forked]
+    return sorted(pid for pid, parent in forked.items() if parent in forked)
+
+
+def _workers(machine: Machine, node: int) -> list[int]:
+    return _children(machine)[0 if node else 1 :]
 
 
 def _workers_parents(machine: Machine) -> list[int]:
