@@ -119,7 +119,7 @@ def plan(seed: str, number: int, *, most_nodes: int, calls: int) -> Plan:
     elif fault in (Fault.WORKER_KILLED, Fault.WORKERS_PARENT_KILLED):
         node = rng.randrange(nodes)
     else:
-        node = rng.randrange(1, nodes)
+        node = rng.randrange(1, nodes) if nodes > 1 else 0
     return Plan(number, f"{seed}/run {number}", nodes, fault, node, moment)
 
 
