@@ -145,6 +145,24 @@ def test_a_wait_for_a_kept_value_goes_on(pool: sky.ComputePool, tmp_path: Path) 
     assert kept.result(60) == 5
 
 
+def test_a_value_that_can_not_be_computed_again_says_why(
+    pool: sky.ComputePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: Any) -> Any:
+        raise sky.PoolError("no room")
+
+    kept = pool.persist(add(1, 2))
+    assert kept.result(60) == 3
+    monkeypatch.setattr(pool.engine.graphs, "scatter", fail)
+
+    kill_scheduler(pool)
+
+    with pytest.raises(sky.PoolError, match="no room"):
+        kept.result(60)
+    monkeypatch.undo()
+    assert add(square(2), 1) >> pool == 5
+
+
 def test_a_large_argument_is_sent_again(pool: sky.ComputePool) -> None:
     data = np.arange(1 << 20, dtype=np.int64)
 

@@ -289,8 +289,12 @@ class Graph:
         kept = [task for task in self._live.values() if task.is_sent and task.key in held]
         tasks = dict.fromkeys([*kept, *(task for task in self._waiting if task.sent_key in held)])
         add_needs(tasks)
-        if tasks:
-            self._submit(tasks, kept, await self._graphs.scatter(tasks), are_new=False)
+        try:
+            if tasks:
+                self._submit(tasks, kept, await self._graphs.scatter(tasks), are_new=False)
+        except Exception as exc:  # those who wait for a value are told
+            for key in {key for task in tasks for key in (task.key, task.sent_key)}.intersection(held):
+                held[key].set_error(exc, None)
 
     def _interrupt(self) -> None:
         if self._is_closed or self._graphs.dispatcher.failure is not None:

@@ -93,7 +93,8 @@ class Graphs:
     async def send_again(self) -> None:
         """Send the scheduler that there is now what had been sent to the one that is lost, and is still needed."""
         losses = self.transport.scheduler_losses
-        await self.transport.until_slots()
+        if not await self.transport.until_slots():
+            return  # the pool ends
         for made in list(self._open):  # in the order in which they may need one another
             if self.transport.scheduler_losses == losses:
                 await made.send_again()
