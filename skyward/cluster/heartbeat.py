@@ -86,7 +86,8 @@ class Heartbeats:
         """
         with self._lock:
             silence_s = min((heartbeat.silence_s for heartbeat in self._all), default=0.0)
-            was_suspended = _now() - self._suspended_at < silence_s
+            is_late = _now() - self._ticked_at > self.limit_s / 2  # this process has gone on just now
+            was_suspended = is_late or _now() - self._suspended_at < silence_s
             return silence_s if len(self._all) > 1 or was_suspended else 0.0
 
     def _tick(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from skyward.node import reach
 from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.scheduler_process import SchedulerProcess
+from skyward.node.teardown import is_ending
 from skyward.node.worker_slot import Caller, WorkerSlot
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ class DaskProcesses:
         return address
 
     def _scheduler_ended(self, why: str) -> None:
+        if is_ending.is_set():
+            return
         self._want("")
         self._caller.tell("scheduler-ended", why=why)
 

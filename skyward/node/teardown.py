@@ -14,6 +14,9 @@ from skyward.node.config import AgentConfig
 from skyward.scripts.dead_man import POWER_OFF
 from skyward.scripts.volumes import UNMOUNT_ALONE
 
+is_ending: threading.Event = threading.Event()
+"""Set when the agent ends: then it tells nothing of the processes that end with it."""
+
 
 def end(config: AgentConfig, *, alone: bool = False) -> None:
     """Remove all files, kill all that this agent has started, and itself: it leads its own process group.
@@ -21,6 +24,7 @@ def end(config: AgentConfig, *, alone: bool = False) -> None:
     `alone`: nobody has asked for it, so a machine that exists for the pool only sends what was written to its volumes
     and is switched off.
     """
+    is_ending.set()
     for folder in (config.folder, *config.remove):
         shutil.rmtree(folder, ignore_errors=True)
     if alone and config.power_off:
