@@ -188,7 +188,7 @@ async def _scheduler(config: AgentConfig) -> Any:
 
     class PoolScheduler(Scheduler):  # type: ignore[misc]
         async def add_client(self, comm: Any, client: str, versions: dict[str, Any]) -> None:  # noqa: ARG002
-            # What must be the same on both sides is pinned; Dask also warns of packages that nobody asked for.
+            # Packages that must be the same on both sides are pinned; Dask would also warn of all others.
             await super().add_client(comm, client, get_versions())
 
     return await PoolScheduler(

@@ -26,7 +26,7 @@ _MOST_CHUNKS = 16_384
 _around: WeakKeyDictionary[Client, Client | None] = WeakKeyDictionary()
 """The default client of the context in which a client has become it."""
 _filtering = threading.Lock()  # `catch_warnings` is for one thread at a time
-_LOST = "the Dask scheduler was lost, and what it and its workers had with it. Submit this again."
+_LOST = "the Dask scheduler was lost, and with it what its workers held: submit this again."
 
 
 _ours: WeakSet[Any] = WeakSet()
@@ -65,7 +65,7 @@ class _NextScheduler:
 class PoolClient(Client):  # type: ignore[misc]
     """A client that goes on with the next scheduler of its cluster when one is lost.
 
-    Futures are cancelled then, but for the keys that `is_kept` tells: somebody sends these again.
+    Futures are cancelled then, except those whose keys `is_kept` names: the engine sends their tasks again.
     """
 
     is_kept: Callable[[str], bool] = staticmethod(lambda _: False)
@@ -95,7 +95,7 @@ class PoolClient(Client):  # type: ignore[misc]
         self.scheduler_comm: Any = None
         while self.status == "connecting":
             await self.cluster.is_connected.wait()
-            # What was to be sent again is so anyway, and before what may need it.
+            # The engine sends these tasks again, in an order in which each finds what it needs.
             self._pending_msg_buffer[:] = [m for m in self._pending_msg_buffer if not self._is_kept_graph(m)]
             self.scheduler = self.rpc(self.cluster.scheduler_address)
             self._connecting = asyncio.ensure_future(self._ensure_connected(timeout=self._timeout))

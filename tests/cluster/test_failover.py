@@ -235,7 +235,7 @@ def test_the_first_machine_may_be_lost_while_the_cluster_starts(make: Start, has
 
     assert cluster.has_scheduler
     assert sorted(cluster.machines.values()) == ["m1", "spare"]
-    assert cluster.listener.of("scheduler_lost") == []  # nobody knew it
+    assert cluster.listener.of("scheduler_lost") == []  # it was not in use yet
 
 
 @pytest.mark.parametrize("retries", [0, 3])
