@@ -231,3 +231,18 @@ def tell(cluster: FakeCluster, agent: FakeAgent, event: str, **facts: Any) -> No
 
 def sold_out(node: int) -> FakeAgent:
     raise CapacityError("sold out")
+
+
+def begin(cluster: FakeCluster) -> tuple[threading.Thread, list[BaseException]]:
+    """Start a cluster in a thread; return that, and where its failure is put."""
+    failures: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            cluster.start()
+        except BaseException as exc:
+            failures.append(exc)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    return starting, failures

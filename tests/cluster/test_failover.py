@@ -10,8 +10,8 @@ import pytest
 
 from skyward.cluster import failover
 from skyward.cluster import scheduler as scheduler
-from skyward.errors import BootstrapError, NoMatchingInstanceError, PoolError
-from tests.fake_agent import Cloud, FakeAgent, FakeCluster, Start, machines, sold_out, spare, tell
+from skyward.errors import NoMatchingInstanceError, PoolError
+from tests.fake_agent import Cloud, FakeAgent, FakeCluster, Start, begin, machines, sold_out, spare, tell
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prompt")
@@ -243,16 +243,7 @@ def test_another_scheduler_starts_where_the_first_does_not(make: Start, retries:
     agents = machines(None, None)
     agents[0].starts_scheduler = False
     cluster = make(Cloud(), agents, retries=retries)
-    failures: list[BaseException] = []
-
-    def start() -> None:
-        try:
-            cluster.start()
-        except BootstrapError as exc:
-            failures.append(exc)
-
-    starting = threading.Thread(target=start)
-    starting.start()
+    starting, failures = begin(cluster)
     wait_until(lambda: agents[0] in cluster.ready)
     tell(cluster, agents[0], "failed", error="ended by signal 9", last_lines=[], address=None)
     starting.join(30)

@@ -12,7 +12,7 @@ import pytest
 
 from skyward.cluster import replacement
 from skyward.errors import BootstrapError, NoMatchingInstanceError, PoolError, PoolTimeoutError
-from tests.fake_agent import Cloud, FakeAgent, Start, machines, sold_out, spare, tell
+from tests.fake_agent import Cloud, FakeAgent, Start, begin, machines, sold_out, spare, tell
 from tests.waiting import wait_until
 
 # --- the start ----------------------------------------------------------------------------------------------
@@ -412,16 +412,7 @@ def test_a_cluster_that_has_ended_does_not_grow(make: Start) -> None:
 def test_a_start_that_is_aborted_fails_at_once(make: Start) -> None:
     agents = [FakeAgent(n, f"m{n}", ready=threading.Event()) for n in range(2)]
     cluster = make(Cloud(), agents)
-    failures: list[BaseException] = []
-
-    def start() -> None:
-        try:
-            cluster.start()
-        except BaseException as exc:
-            failures.append(exc)
-
-    starting = threading.Thread(target=start)
-    starting.start()
+    starting, failures = begin(cluster)
     assert agents[1].started.wait(30)
 
     cluster.abort(PoolError("was closed while it started"))

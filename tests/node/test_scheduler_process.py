@@ -210,7 +210,7 @@ def test_workers_move_to_another_scheduler_and_back(first: Agent, second: Agent,
 
     again = second.until("worker")
     assert again["address"] in workers_of(theirs, security)
-    scheduler.wait(TIMEOUT_S)  # nobody is told: it was asked for
+    scheduler.wait(TIMEOUT_S)  # no event: a command asked for this
     second.do("join", address=theirs)  # nothing is to change
     second.do("remove", nodes=[])
     second.until("removed")
@@ -259,13 +259,13 @@ def test_workers_wait_when_their_scheduler_is_gone(first: Agent, second: Agent, 
 def test_a_scheduler_that_is_not_reached_is_told_with_its_address(second: Agent) -> None:
     second.start_scheduler()
     with socket.create_server(("127.0.0.1", 0)) as there:
-        nobody = f"tls://127.0.0.1:{there.getsockname()[1]}"
+        silent = f"tls://127.0.0.1:{there.getsockname()[1]}"
 
-    second.do("join", address=nobody)
+    second.do("join", address=silent)
 
     failed = second.until("failed")
-    assert failed["error"].startswith(f"node 1 at 127.0.0.1 can't reach the scheduler's node, at {nobody}: ")
-    assert failed["address"] == nobody
+    assert failed["error"].startswith(f"node 1 at 127.0.0.1 can't reach the scheduler's node, at {silent}: ")
+    assert failed["address"] == silent
     second.start_scheduler()
 
 
