@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,16 +36,13 @@ class Output:
         self._instance_id = instance_id
         self._emit = emit
         self._kept: dict[int, deque[str]] = {}
-        self._come: dict[str, int] = {}  # lines of each worker process that have come
+        self._awaited: dict[str, list[tuple[int, int]]] = {}  # numbers of each worker process's lines that may come
         self._allowance = float(_AT_ONCE)
         self._counted_at = time.monotonic()
 
     def receive(self, message: Any) -> None:
-        """Take a batch. The same lines may come twice, by two ways: they are numbered."""
-        node, first = message["node"], message["first"]
-        come = self._come.get(message["process"], 0)
-        lines = message["lines"][max(0, come - first) :]
-        self._come[message["process"]] = max(come, first + len(message["lines"]))
+        """Take a batch. Lines come by two ways, and are numbered: some come twice, some after later ones."""
+        node, lines = message["node"], self._new(message["process"], message["first"], message["lines"])
         most = max(_LAST, self._allowed())
         if dropped := lines[:-most]:
             lines = [(dropped[-1][0], DROPPED, str(sum(map(_count, dropped)))), *lines[-most:]]
@@ -56,6 +54,14 @@ class Output:
                 stream, line = "stderr", f"... {line} lines dropped ..."
             kept.append(line)
             self._emit(LogLine(node=node, instance_id=instance_id, line=line, timestamp=stamp, stream=stream))
+
+    def _new(self, process: str, first: int, lines: list[Any]) -> list[Any]:
+        """Return those lines of a batch that have not come yet; `first` is the number of the first of the batch."""
+        end = first + len(lines)
+        awaited = self._awaited.get(process, [(0, sys.maxsize)])
+        rest = [part for start, stop in awaited for part in ((start, min(stop, first)), (max(start, end), stop))]
+        self._awaited[process] = [(start, stop) for start, stop in rest if start < stop]
+        return [line for start, stop in awaited for line in lines[max(0, start - first) : max(0, stop - first)]]
 
     def _allowed(self) -> int:
         now = time.monotonic()
