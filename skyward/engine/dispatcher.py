@@ -26,9 +26,6 @@ from skyward.transfer.wire import Kind, Outcome, Outcomes
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_CALLS = 20_000
-"""Most calls in one chunk. Chosen, not measured: a chunk's list stays within a few megabytes."""
-_CHUNK_BYTES = 16 << 20
 _VERDICT_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. Chosen, not measured: usually known within one."""
 _CANCEL_CALLS = 5_000
@@ -149,7 +146,7 @@ class Dispatcher:
                     continue
             elif (address := self._roster.placement.pick(ahead)) is None:
                 continue
-            if items := self._take(group):
+            if items := group.take_chunk(self.estimates, self._roster.count):
                 waiting = 0
                 self._send(group, items, address)
         if not is_joined:
@@ -166,25 +163,6 @@ class Dispatcher:
             return self.estimates.chunks_shown(item.function.digest, item.size)
         # A long call does not wait behind another long one: the next free slot is soon enough.
         return _AHEAD if self.estimates.is_short(item.function.digest) else 1
-
-    def _take(self, group: Group) -> list[Item]:
-        """Take the calls of the next chunk from the front of the group's queue."""
-        slots = self._roster.count if group.limit is None else min(self._roster.count, group.limit)
-        remaining = len(group.pending) + (group.expected or 0)
-        items: list[Item] = []
-        digest, most, size = "", 1, 0
-        while group.pending and len(items) < min(most, _CHUNK_CALLS) and size < _CHUNK_BYTES:
-            item = group.take()
-            single = item.call.alone or item.losses > 0 or item.call.timeout is not None
-            if items and (single or item.function.digest != digest):
-                group.put_back(item)
-                break
-            if not items:
-                digest = item.function.digest
-                most = 1 if single else self.estimates.chunk_size(digest, remaining, slots)
-            size += item.size
-            items.append(item)
-        return items
 
     def _send(self, group: Group, items: list[Item], address: str | None) -> None:
         key = f"{batch_label(items)}-{uuid.uuid4().hex}"

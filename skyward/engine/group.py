@@ -8,9 +8,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from skyward.engine.calls import Item
+from skyward.engine.estimates import Estimates
 from skyward.engine.future import Callbacks, ItemOutcomes
 from skyward.engine.packer import Packer
 from skyward.transfer.wire import Access
+
+_CHUNK_CALLS = 20_000
+"""Most calls in one chunk. Chosen, not measured: a chunk's list stays within a few megabytes."""
+_CHUNK_BYTES = 16 << 20
 
 
 class Server(Protocol):
@@ -113,6 +118,26 @@ class Group:
         item, _ = self.pending.popitem(last=False)
         self._bytes_taken += item.size
         return item
+
+    def take_chunk(self, estimates: Estimates, slots: int) -> list[Item]:
+        """Take the calls of the next chunk from the front, to be shared among so many slots."""
+        if self.limit is not None:
+            slots = min(slots, self.limit)
+        remaining = len(self.pending) + (self.expected or 0)
+        items: list[Item] = []
+        digest, most, size = "", 1, 0
+        while self.pending and len(items) < min(most, _CHUNK_CALLS) and size < _CHUNK_BYTES:
+            item = self.take()
+            single = item.call.alone or item.losses > 0 or item.call.timeout is not None
+            if items and (single or item.function.digest != digest):
+                self.put_back(item)
+                break
+            if not items:
+                digest = item.function.digest
+                most = 1 if single else estimates.chunk_size(digest, remaining, slots)
+            size += item.size
+            items.append(item)
+        return items
 
     def put_back(self, item: Item) -> None:
         """Make a call the first of the pending ones again."""
