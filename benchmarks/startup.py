@@ -78,17 +78,17 @@ class Bench:
     """The network, the key, and what is measured on machines that let it in."""
 
     def __init__(self, network: Network, folder: Path) -> None:
-        self._network = network
-        self._key = folder / "key"
-        self._known_hosts = folder / "known_hosts"
+        self.network = network
+        self.key = folder / "key"
+        self.known_hosts = folder / "known_hosts"
         self._booted = 0
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._key)], check=True)
-        self._user_data = cloud_config(ssh_authorized_keys=[self._key.with_suffix(".pub").read_text()])
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)], check=True)
+        self._user_data = cloud_config(ssh_authorized_keys=[self.key.with_suffix(".pub").read_text()])
 
     def boot(self) -> Machine:
-        machine = Machine(self._network, f"bench-{self._booted}", self._user_data)
+        machine = Machine(self.network, f"bench-{self._booted}", self._user_data)
         self._booted += 1
-        with self._known_hosts.open("a") as known:
+        with self.known_hosts.open("a") as known:
             known.write(f"{machine.address} {machine.host_key()}\n")
         return machine
 
@@ -103,7 +103,7 @@ class Bench:
                 case sky.BootstrapCompleted():
                     clock.next("cluster")
 
-        provider = sky.SSH([f"root@{machine.address}"], key=self._key, known_hosts=self._known_hosts)
+        provider = sky.SSH([f"root@{machine.address}"], key=self.key, known_hosts=self.known_hosts)
         pool = sky.ComputePool(provider, image=IMAGE, display="quiet", on_event=hear)
         clock = Clock("ssh")
         with pool:
@@ -130,7 +130,7 @@ class Bench:
             echo result
             env/bin/python -c 'print(pow(7, 2))'
         """
-        options = ["-i", str(self._key), "-o", f"UserKnownHostsFile={self._known_hosts}", "-o", "BatchMode=yes"]
+        options = ["-i", str(self.key), "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "BatchMode=yes"]
         clock = Clock("ssh")
         command = ["ssh", "-F", "none", *options, f"root@{machine.address}", script]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ssh:
