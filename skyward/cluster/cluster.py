@@ -142,7 +142,7 @@ class AgentCluster(SchedulerCluster):
             ) from exc
 
     def _is_complete(self) -> bool:
-        return self._has_scheduler and len(self.slots()) >= self.expected
+        return self._has_scheduler and len(self.slots()) >= max(1, self.expected)
 
     def _begin(self, agent: Agent, error: BootstrapError | None = None) -> None:
         """Start a node, on another machine when its own has failed with `error`."""
@@ -258,8 +258,8 @@ class AgentCluster(SchedulerCluster):
 
     @property
     def expected(self) -> int:
-        """How many slots there should be, counting those whose worker is being restarted."""
-        return max(1, len(self._nodes)) * self._per_node
+        """How many slots there should be, counting those whose worker is being restarted; 0: no node is left."""
+        return len(self._nodes) * self._per_node
 
     def instance_id(self, node: int) -> str:
         found = [agent.instance_id(node) for agent in self._agents if node in agent.nodes]

@@ -120,9 +120,11 @@ class Broadcaster:
         roster = self._roster
         await roster.has_slots()
         try:
-            async with asyncio.timeout(RESTART_S):
+            async with asyncio.timeout(RESTART_S) as limit:
                 await self._ending.wait_for_chunks()
                 while roster.count < max(1, roster.expected()):
+                    if not roster.expected():  # no machine is left: a replacement takes minutes, and calls wait for it
+                        limit.reschedule(asyncio.get_running_loop().time() + RESTART_S)
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise MachineLostError(

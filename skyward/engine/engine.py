@@ -51,7 +51,8 @@ class Engine:
     slots
         Gives the present slots; called in the loop. Call `roster_changed` when they change.
     expected
-        Gives the number of slots that there should be, counting those whose worker is being restarted.
+        Gives the number of slots that there should be, counting those whose worker is being restarted; 0: none is left,
+        and a replacement comes.
     pool_id
         Becomes `InstanceInfo.job_id`.
     retries

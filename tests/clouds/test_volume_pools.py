@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,57 @@ def test_a_pool_reads_and_writes_a_bucket_and_loses_nothing_at_its_end(cloud: Em
     assert "Read-only file system" in refused
     assert s3.get_object(Bucket="data", Key="out/answer")["Body"].read() == b"HELLO"
     assert cloud.left() == []
+
+
+@sky.compute
+def train(folder: Path, epochs: int) -> tuple[int, int]:
+    """Add up the numbers of its epochs, from the checkpoint on; one that begins without it hangs in the middle."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state, first, total = folder / "state", 0, 0
+    if state.exists():
+        first, total = pickle.loads(state.read_bytes())
+    for epoch in range(first, epochs):
+        total += epoch
+        state.with_suffix(".part").write_bytes(pickle.dumps((epoch + 1, total)))
+        state.with_suffix(".part").replace(state)
+        if first == 0 and epoch == epochs // 2:
+            print("waits to be taken away")
+            time.sleep(600)
+    return first, total
+
+
+def test_a_training_goes_on_from_its_checkpoint_on_a_new_machine(cloud: Emulated) -> None:
+    """As docs/distributed-training.md shows it, with one spot machine, which is taken away before it has uploaded."""
+    boto3.client("s3").create_bucket(Bucket="data")
+    volume = sky.S3Volume("/data", "data", read_only=False, endpoint_url=cloud.cloud.url_for_machines)
+    lines: list[sky.LogLine] = []
+    failures: list[sky.MachineLostError] = []
+    opening = sky.ComputePool(
+        cloud.provider(), machine=cloud.type, allocation="always-spot", image=IMAGE, volume=volume, display="quiet"
+    )
+
+    with opening as pool, ThreadPoolExecutor(1) as threads:
+        pool.on(sky.LogLine, lines.append)
+        (first,) = pool.instances
+
+        def train_to_the_end() -> tuple[tuple[int, int], ...]:
+            for _attempt in range(5):
+                try:
+                    return train(Path("/data/run-7"), 20) @ pool
+                except sky.MachineLostError as exc:
+                    failures.append(exc)
+            return ()
+
+        running = threads.submit(train_to_the_end)
+        wait_until(lambda: lines, 60)
+        cloud.take_away(first.id)
+
+        assert running.result(120) == ((11, sum(range(20))),)
+        assert [machine.id for machine in pool.instances] != [first.id]
+
+    assert len(failures) == 1
+    assert cloud.left() == []
+    assert journal.entries() == []
 
 
 def test_a_bucket_that_does_not_exist_is_told_and_nothing_is_left(cloud: Emulated) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import skyward as sky
-from skyward.engine import Call, run
+from skyward.engine import Call, broadcast, run
 from skyward.engine.estimates import Estimates
 from skyward.engine.store import Store
 from skyward.transfer import pickling
@@ -353,3 +354,29 @@ def test_modules_of_site_packages_travel_by_name() -> None:
 
     assert len(data) < 200
     assert pickle.loads(data) is np.linalg.norm
+
+
+# --- broadcasts ---------------------------------------------------------------------------------------------
+
+
+def test_a_broadcast_waits_for_a_machine_however_long_none_is_left(
+    pool: sky.ComputePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "RESTART_S", 0.5)
+    engine, nodes = pool.engine, pool.cluster._nodes
+
+    def set_nodes(present: set[int]) -> None:
+        pool.cluster._nodes = present
+        engine._read_roster()
+
+    with ThreadPoolExecutor(1) as threads:
+        engine.loop.call(lambda: set_nodes(set()), timeout_s=30)
+        try:
+            running = threads.submit(lambda: sky.compute(square)(3) @ pool)
+            wait_until(lambda: engine._broadcaster.is_busy)
+            with pytest.raises(TimeoutError):
+                running.result(2 * broadcast.RESTART_S)
+        finally:
+            engine.loop.call(lambda: set_nodes(nodes), timeout_s=30)
+
+        assert running.result(60) == (9, 9)
