@@ -151,14 +151,14 @@ def project_file(folder: Path | None = None) -> Path | None:
         own, shared = place / PROJECT_FILE, place / "pyproject.toml"
         if own.is_file():
             return own
-        if shared.is_file() and _mentions_us(shared):
+        if shared.is_file() and _has_table(shared):
             return shared
         if (place / ".git").exists():
             return None
     return None
 
 
-def _mentions_us(pyproject: Path) -> bool:
+def _has_table(pyproject: Path) -> bool:
     """Tell whether a file has a table for us. One without the word is not read as TOML: it is for other tools."""
     try:
         return b"skyward" in pyproject.read_bytes() and _read(pyproject) is not None

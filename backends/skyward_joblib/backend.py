@@ -101,7 +101,7 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         client: Any = None,
         **options: Any,
     ) -> int:
-        if unknown := options.keys() - _FOR_OTHERS:
+        if unknown := options.keys() - _IGNORED_OPTIONS:
             _refuse(unknown)
         if (pool, client) not in ((None, None), (self._pool, self._client)):
             self._fall_back(parallel, pool, client)
@@ -236,7 +236,7 @@ class BatchSizes:
 
 _taking = threading.Lock()  # held while a backend begins to serve a `Parallel`
 
-_FOR_OTHERS = {"prefer", "require", "verbose", "temp_folder", "context"}
+_IGNORED_OPTIONS = {"prefer", "require", "verbose", "temp_folder", "context"}
 """Options that joblib hands to each backend and sees to itself, or that mean nothing on a pool: see its docs."""
 
 

@@ -81,7 +81,7 @@ class Guardian:
 
     def dismiss(self) -> None:
         """Let it end without doing anything: the pool's end is confirmed. Never raises; may be called twice."""
-        if not self._let_go(_DONE):
+        if not self._send_last(_DONE):
             return
         try:
             self._process.wait(_DISMISSED_WITHIN_S)
@@ -91,11 +91,11 @@ class Guardian:
 
     def hand_over(self) -> None:
         """Let it end the pool, now and by itself: the owner could not. Returns at once; may be called twice."""
-        if self._let_go(b""):
+        if self._send_last(b""):
             threading.Thread(target=self._process.wait, name="skyward-guardian", daemon=True).start()
 
-    def _let_go(self, word: bytes) -> bool:
-        """Say a last `word`, and tell whether there was still somebody to say it to."""
+    def _send_last(self, word: bytes) -> bool:
+        """Send a last `word` and close the pipe; tell whether it was still open."""
         if os.getpid() != self._owner:
             return False  # a forked child: the pipe is not open here
         with self._lock:

@@ -42,18 +42,18 @@ def _unwind(number: int, _frame: object) -> None:
 _mask = threading.local()
 
 
-def _hold() -> None:
+def _block_signals() -> None:
     _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
-def _let_go() -> None:
+def _unblock_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
 
 
-def _let_go_in_child() -> None:
+def _after_fork_in_child() -> None:
     _undo()
-    _let_go()
+    _unblock_signals()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go_in_child)
+    os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_after_fork_in_child)

@@ -58,7 +58,7 @@ class Listener(Protocol):
     def machine_failed(self, error: BaseException) -> None:
         """Take note of a machine that can't be made ready; the cluster does without it."""
 
-    def node_metrics(self, node: int, instance_id: str, figures: dict[str, float]) -> None:
+    def node_metrics(self, node: int, instance_id: str, metrics: dict[str, float]) -> None:
         """Take the measurements of a node."""
 
     def worker_output(self, output: Any) -> None:

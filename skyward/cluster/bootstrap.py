@@ -22,7 +22,7 @@ from skyward.accelerators.devices import Reading
 from skyward.accelerators.model import Accelerator
 from skyward.cluster.machine_commands import DETACHED, claim_command, facts_of, watch_command
 from skyward.cluster.slots import node_spec
-from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
+from skyward.cluster.ssh import CONNECT_TIMEOUT_S, SSH_ERRORS, Link, NotListening
 from skyward.environment.wheels import Wheel
 from skyward.errors import BootstrapError
 from skyward.node.agent import CONFIG, LOG, SOCKET
@@ -55,7 +55,6 @@ _ADVICE = {
     "include": "Check the files in Image(include=...), and the space on the machine's disk.",
 }
 """What to do about a step that failed, where what it said may not tell."""
-_TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +134,11 @@ class Bootstrap:
                 async with asyncio.timeout(patience):
                     await self._link.connect()
                 return
-            except (TimeoutError, *_TROUBLE) as exc:
+            except (TimeoutError, *SSH_ERRORS) as exc:
                 if time.monotonic() > deadline:
                     limit_s = self._machine.boot_s
                     waited = f"no login within {limit_s:g} s. If it takes longer to boot, raise boot_timeout="
-                    said = (waited, str(exc), _admitted(self._machine.admitted))
+                    said = (waited, str(exc), _firewall_hint(self._machine.ssh_cidrs))
                     raise self._failed("boot", 255, said) from exc
             patience = min(1.5 * patience, CONNECT_TIMEOUT_S)  # a busy machine may need more
             await asyncio.sleep(_AGAIN_S)
@@ -195,14 +194,14 @@ class Bootstrap:
         tests = "; ".join(f"test -e {path} || echo no wheel {number}" for number, path in enumerate(wheels))
         asked = time.time()
         done = await self._link.run(
-            f"lacks=0; lack() {{ echo lacks $1; lacks=1; }}; "
-            f"for tool in {' '.join(_TOOLS)}; do command -v $tool > /dev/null || lack $tool; done; "
-            f"[ -r /proc/$$/environ ] || lack /proc; [ $lacks = 0 ] || exit 1; "
+            f"missing=0; missing() {{ echo missing $1; missing=1; }}; "
+            f"for tool in {' '.join(_TOOLS)}; do command -v $tool > /dev/null || missing $tool; done; "
+            f"[ -r /proc/$$/environ ] || missing /proc; [ $missing = 0 ] || exit 1; "
             f"date +clock=%s; {claim}; {watch} || exit; {tests}"
         )
         lines = done.output.splitlines()
-        if lacks := [line.removeprefix("lacks ") for line in lines if line.startswith("lacks ")]:
-            raise self._failed("upload", 1, (f"it lacks {', '.join(lacks)}, which skyward needs: install it there",))
+        if missing := [line.removeprefix("missing ") for line in lines if line.startswith("missing ")]:
+            raise self._failed("upload", 1, (f"it lacks {', '.join(missing)}, which skyward needs: install it there",))
         if off := _clock_error(lines, asked, time.time()):
             raise self._failed("upload", 1, (off,))
         if claimed := [line.removeprefix("claimed ") for line in lines if line.startswith("claimed ")]:
@@ -309,7 +308,7 @@ class Bootstrap:
         )
 
 
-def _admitted(ranges: Sequence[str]) -> str:
+def _firewall_hint(ranges: Sequence[str]) -> str:
     """Return what a firewall has to do with a login that fails; empty where there is none."""
     if not ranges:
         return ""

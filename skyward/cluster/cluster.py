@@ -115,10 +115,10 @@ class AgentCluster(SchedulerCluster):
         except TimeoutError as exc:
             if isinstance(exc, PoolTimeoutError):
                 raise
-            raise await self._late() from None
+            raise await self._start_timeout() from None
         self._is_up = True
 
-    async def _late(self) -> BootstrapError:
+    async def _start_timeout(self) -> BootstrapError:
         """Return the error for scheduler and workers that did not start in time."""
         up = f"{len(self.scheduler_info['workers'])} of {self.expected} workers are up"
         logs = await asyncio.gather(*(agent.keep_log(WORKERS, up) for agent in self._agents))
@@ -153,7 +153,7 @@ class AgentCluster(SchedulerCluster):
         try:
             while True:
                 if error is not None:
-                    agent = await self._exchange(agent, error)
+                    agent = await self._replace_at_start(agent, error)
                 try:
                     await self._start_agent(agent)
                     break
@@ -165,13 +165,13 @@ class AgentCluster(SchedulerCluster):
             self._starting -= 1
             self.changed.set()
 
-    async def _exchange(self, failed: Agent, error: BootstrapError) -> Agent:  # noqa: ARG002
+    async def _replace_at_start(self, failed: Agent, error: BootstrapError) -> Agent:  # noqa: ARG002
         """Return an agent on another machine for a node that can't be made ready; raise `error` if there is none."""
         raise error
 
     async def _start_agent(self, agent: Agent) -> None:
         await agent.start(lambda event: self._heard(agent, event))
-        self._failures.passed()
+        self._failures.node_ready()
         self._failover.add(agent)
 
     # --- events ---------------------------------------------------------------------------------------------
@@ -183,8 +183,8 @@ class AgentCluster(SchedulerCluster):
                 self._exited[event["address"]].set()
             case "metrics" if agent.nodes:
                 node = min(agent.nodes)
-                figures = {name: value for name, value in event.items() if name != "event"}
-                self.listener.node_metrics(node, agent.instance_id(node), figures)
+                metrics = {name: value for name, value in event.items() if name != "event"}
+                self.listener.node_metrics(node, agent.instance_id(node), metrics)
             case "scheduler":
                 self._scheduler_started(agent, event["address"], event["dashboard"])
             case "scheduler-ended" if agent is self._failover.head:
@@ -196,7 +196,7 @@ class AgentCluster(SchedulerCluster):
             case "ended" if not self._stopping:
                 self._fail(agent_lost(self.name, agent, event["why"], silence=event.get("silence", False)))
 
-    def _excuse(self, nodes: Collection[int]) -> None:
+    def _mark_reclaimed(self, nodes: Collection[int]) -> None:
         self._reclaimed |= {address for address, node in self._places.items() if node in nodes}
 
     async def was_reclaimed(self, address: str) -> bool:
@@ -322,7 +322,7 @@ class AgentCluster(SchedulerCluster):
         """Remove nodes, by number. Dask's name for the argument; the work on them is run again elsewhere."""
         if gone := {n for n in workers if n != self.kept_node and n in self._nodes}:
             self._nodes -= gone
-            self._excuse(gone)
+            self._mark_reclaimed(gone)
             self._shrink(gone)
 
     def _shrink(self, gone: set[int]) -> None:

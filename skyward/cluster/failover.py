@@ -32,7 +32,7 @@ class Failover:
         self.address: str | None = None  # of the scheduler, as nodes reach it
         self.losses: int = 0  # of schedulers, in all
         self._most = most
-        self._story: list[str] = []  # of the losses since a call has ended
+        self._loss_reasons: list[str] = []  # of the losses since a call has ended
         self._ended = 0  # calls that had ended at the last loss
         self._started_at = 0.0  # when the scheduler was there
         self._ready: list[Agent] = []  # whose nodes can join
@@ -70,22 +70,22 @@ class Failover:
         Nodes end what they run for it, and wait.
         """
         if ended > self._ended or (self.address and time.monotonic() - self._started_at > _LONG_S):
-            self._story.clear()
+            self._loss_reasons.clear()
         if self.head is not None and self.address is None:
             self._failed.add(self.head)
         self._last, self.head, self.address = self.head, None, None
         self.losses += 1
         self._ended = ended
         if counts:
-            self._story.append(why)
+            self._loss_reasons.append(why)
         for agent in self._ready:
             agent.send({"do": "join", "address": ""})
-        return len(self._story) <= self._most
+        return len(self._loss_reasons) <= self._most
 
     @property
-    def story(self) -> str:
+    def loss_reasons(self) -> str:
         """The reasons for the losses since a call has ended, a line for each."""
-        return "".join(f"\n  {why}" for why in self._story)
+        return "".join(f"\n  {why}" for why in self._loss_reasons)
 
     async def appoint(self) -> None:
         """Have an agent that has the scheduler, or is to start it: on a node that answers, once there is one.

@@ -31,13 +31,13 @@ class StartFailures:
         self._nodes = nodes
         self._costly = costly
         self._errors: list[BootstrapError] = []
-        self._passed = asyncio.Event()
+        self._one_ready = asyncio.Event()
 
-    def passed(self) -> None:
+    def node_ready(self) -> None:
         """Note that a node is ready."""
-        self._passed.set()
+        self._one_ready.set()
 
-    async def judge(self, error: BootstrapError) -> None:
+    async def allow_replacement(self, error: BootstrapError) -> None:
         """Return when the node that failed so is to be replaced.
 
         Raises
@@ -49,13 +49,13 @@ class StartFailures:
         again = any(earlier.step == error.step for earlier in self._errors)
         self._errors.append(error)
         if len(self._errors) > max(1, self._nodes // 2):
-            raise self.noted(error)
+            raise self.with_earlier(error)
         if is_image and (again or (self._costly and self._nodes == 1)):
-            raise self.noted(error)
+            raise self.with_earlier(error)
         if is_image and self._costly:
-            await self._passed.wait()
+            await self._one_ready.wait()
 
-    def noted(self, error: BootstrapError) -> BootstrapError:
+    def with_earlier(self, error: BootstrapError) -> BootstrapError:
         """Return `error` with what has failed before it in its message."""
         if earlier := self.lines(but=error):
             error.args = ("\n  ".join([f"{error}\nBefore it failed:", *earlier]),)
@@ -93,11 +93,11 @@ def agent_lost(pool_id: str, agent: Agent, why: str, *, silence: bool) -> PoolEr
     )
 
 
-def schedulers_lost(pool_id: str, story: str) -> PoolError:
+def schedulers_lost(pool_id: str, reasons: str) -> PoolError:
     """Return the error for a Dask scheduler that was lost again and again."""
     return PoolError(
         f"pool {pool_id} has ended: its Dask scheduler was lost again and again, and no call has ended in between. "
-        f"Calls that had not finished are lost.{story}\nIf a call takes its machine down, give it a larger one; "
+        f"Calls that had not finished are lost.{reasons}\nIf a call takes its machine down, give it a larger one; "
         "otherwise raise retries=, or enter the pool again."
     )
 

@@ -6,10 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import asyncssh
-
-from skyward.cluster.ssh import Link
-from skyward.errors import BootstrapError, VolumeError
+from skyward.cluster.ssh import SSH_ERRORS, Link
+from skyward.errors import VolumeError
 from skyward.scripts.volumes import UNMOUNT, Left, read_left
 
 SILENT_S = 45.0
@@ -66,7 +64,7 @@ async def flush(
                 if running.result() == 0:
                     return
                 break
-        except (OSError, ValueError, asyncssh.Error, BootstrapError) as exc:
+        except (*SSH_ERRORS, ValueError) as exc:
             why = str(exc) or type(exc).__name__
         finally:
             running.cancel()

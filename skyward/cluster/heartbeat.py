@@ -16,11 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import asyncssh
-
-from skyward.cluster.ssh import Link, NotListening
+from skyward.cluster.ssh import SSH_ERRORS, Link, NotListening
 from skyward.cluster.tasks import end_tasks
-from skyward.errors import BootstrapError
 from skyward.node.watch import BEAT, SOCKET
 from skyward.providers.base import Login
 
@@ -30,7 +27,6 @@ _BEAT_S = 5.0
 _STOP_S = 5.0
 _ANSWER_S = 5.0
 _TICK_S = 1.0
-_TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
 
 class Heartbeats:
@@ -196,7 +192,7 @@ class Heartbeat:
     async def _tell_first_watch(self) -> None:
         """Tell the watch that runs on a machine before there is an agent."""
         sent_at = _now()
-        with contextlib.suppress(*_TROUBLE):
+        with contextlib.suppress(*SSH_ERRORS):
             if not (await self._link.run(touch(self._folder))).status:
                 self._delivered(sent_at)
 

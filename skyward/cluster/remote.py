@@ -23,7 +23,7 @@ from skyward.cluster.flush import flush
 from skyward.cluster.heartbeat import Heartbeat, Heartbeats, touch
 from skyward.cluster.listing import Listing
 from skyward.cluster.machine_commands import clean_command, logs_command, pool_folder
-from skyward.cluster.ssh import CONNECT_TIMEOUT_S, Link, NotListening
+from skyward.cluster.ssh import CONNECT_TIMEOUT_S, SSH_ERRORS, Link, NotListening
 from skyward.cluster.tasks import end_tasks
 from skyward.cluster.tunnel import Tunnel
 from skyward.errors import BootstrapError, VolumeError
@@ -51,7 +51,6 @@ _TELL_FLUSH_S = 5.0
 _LOG_S = 10.0
 """Seconds that the logs of a machine that failed may take to arrive.
 Chosen, not measured: nobody waits longer for bad news."""
-_TROUBLE = (OSError, asyncssh.Error, BootstrapError)
 
 
 class _Gone(Exception):  # noqa: N818 - it says what is the case
@@ -116,7 +115,7 @@ class RemoteAgent:
         try:
             async with asyncio.timeout(_ANSWER_S):
                 await self._link.run("true")
-        except (TimeoutError, *_TROUBLE):
+        except (TimeoutError, *SSH_ERRORS):
             return False
         return await self._is_there()
 
@@ -161,7 +160,7 @@ class RemoteAgent:
         if self._link.noise:
             heard += ["", "== printed by the login", self._link.noise]
         if self._bootstrap.has_begun:
-            with contextlib.suppress(TimeoutError, *_TROUBLE):  # what was heard has to do
+            with contextlib.suppress(TimeoutError, *SSH_ERRORS):  # what was heard has to do
                 async with asyncio.timeout(_LOG_S):
                     done = await self._link.run(logs_command(self._config.folder, cloud=not self.facts.outlives_pool))
                     heard += ["", done.output]
@@ -200,7 +199,7 @@ class RemoteAgent:
                     why += f"; its log is {path}"
                 heard(self._ended(why, silence_s, gone=gone))
                 return
-            except _TROUBLE as exc:
+            except SSH_ERRORS as exc:
                 why = f"out of reach for {UNREACHABLE_S:g} s: {str(exc) or 'no answer'}"
                 heard(self._ended(why, self._heartbeats.silence_s))
                 return
@@ -241,7 +240,7 @@ class RemoteAgent:
                     return await self._link.open_socket(f"{self._config.folder}/{SOCKET}")
             except NotListening:
                 raise
-            except _TROUBLE:
+            except SSH_ERRORS:
                 if is_last:
                     raise
             if time.monotonic() > deadline:
@@ -266,7 +265,7 @@ class RemoteAgent:
                 if event["event"] == "failed" and (path := await self.keep_log("workers", _words(event))):
                     event |= {"log": str(path)}
                 heard(event)
-        except (*_TROUBLE, ValueError) as exc:  # a ForceCommand may print at the end
+        except (*SSH_ERRORS, ValueError) as exc:  # a ForceCommand may print at the end
             logger.debug("lost the agent on %s: %s", self.machine, exc)
         finally:
             self._writer = None
@@ -291,7 +290,7 @@ class RemoteAgent:
         if self._talking is not None:
             self._write({"do": "beat"})
             return self._writer is not None
-        with contextlib.suppress(*_TROUBLE):  # whatever else is under way fails too, and says why
+        with contextlib.suppress(*SSH_ERRORS):  # whatever else is under way fails too, and says why
             return not (await self._link.run(touch(self._config.folder))).status
         return False
 
@@ -329,7 +328,7 @@ class RemoteAgent:
             return None
         try:
             await asyncio.wait_for(self._clean(), _STOP_S)
-        except (TimeoutError, *_TROUBLE) as exc:
+        except (TimeoutError, *SSH_ERRORS) as exc:
             why = str(exc) or type(exc).__name__
             if self.facts.outlives_pool:
                 why += f"; it cleans itself after {self._heartbeats.limit_s:g} s"

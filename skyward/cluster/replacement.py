@@ -108,7 +108,7 @@ class MachineCluster(AgentCluster):
                 agent, BootstrapError(said, machine=agent.machine, step=LOST, instance_id=agent.instance_id(node))
             )
 
-    async def _exchange(self, failed: Agent, error: BootstrapError) -> Agent:
+    async def _replace_at_start(self, failed: Agent, error: BootstrapError) -> Agent:
         """Return an agent on another machine for a node that can't be made ready.
 
         Raises
@@ -117,7 +117,7 @@ class MachineCluster(AgentCluster):
             There is none, or another machine would fail too: then the start of the pool has failed.
         """
         self._leave_out(failed, str(error))
-        await self._failures.judge(error)
+        await self._failures.allow_replacement(error)
         self._used += [failed.instance_id(node) for node in failed.nodes]
         async with self._growing:
             used = self._used + [agent.instance_id(node) for agent in self._agents for node in agent.nodes]
@@ -128,7 +128,7 @@ class MachineCluster(AgentCluster):
                 (agent,) = await self._ask_cloud(self._new_agents, nodes, used)
             except SkywardError as exc:
                 error.args = (f"{error}\nNo other machine could be had in its place: {exc}",)
-                raise self._failures.noted(error) from exc
+                raise self._failures.with_earlier(error) from exc
             self._nodes = self._nodes - failed.nodes | agent.nodes
             self._agents[self._agents.index(failed)] = agent
         logger.warning("%s is replaced by %s: %s", failed.machine, agent.machine, error, extra=TOLD_BY_EVENT)
@@ -158,7 +158,7 @@ class MachineCluster(AgentCluster):
         self._agents.remove(agent)
         self._used += [agent.instance_id(node) for node in agent.nodes]
         if gone:
-            self._excuse(agent.nodes)
+            self._mark_reclaimed(agent.nodes)
         was_counted = agent.nodes <= self._nodes
         self._nodes -= agent.nodes
         self._leave_out(agent, why, gone=gone)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _SCHEDULER_S = 60.0
 """Seconds that a node has to start a scheduler, before another one does. Chosen, not measured: it takes one or two."""
-_VERDICT_S = 5.0
+_ANSWER_S = 5.0
 """Seconds in which a scheduler answers, or its agent tells that it has ended. Chosen, not measured."""
 
 
@@ -128,7 +128,7 @@ class SchedulerCluster(SkyCluster):
         self._reclaimed |= {address for address, node in self._places.items() if node not in but}
         self._forget_scheduler()
         if not may_go_on:
-            self._fail(error or schedulers_lost(self.name, self._failover.story))
+            self._fail(error or schedulers_lost(self.name, self._failover.loss_reasons))
         else:
             logger.warning("the Dask scheduler is lost, another one is started: %s", why, extra=TOLD_BY_EVENT)
         if self._is_up:
@@ -180,13 +180,13 @@ class SchedulerCluster(SkyCluster):
         """Return when it is clear whether the scheduler was lost since it had been so many times."""
         if self._failover.losses == losses and not await self._has_answer():
             with contextlib.suppress(TimeoutError, PoolError):
-                async with asyncio.timeout(_VERDICT_S):
+                async with asyncio.timeout(_ANSWER_S):
                     await self._until(lambda: self._failover.losses > losses)
 
     async def _has_answer(self) -> bool:
         """Tell whether the scheduler answers."""
         try:
-            async with asyncio.timeout(_VERDICT_S):
+            async with asyncio.timeout(_ANSWER_S):
                 await self.scheduler_comm.identity(n_workers=0)
         except OSError:  # a time-out is one
             return False

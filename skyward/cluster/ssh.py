@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # asyncssh tells of every connection at INFO; its own name is used to find out more.
 logging.getLogger("asyncssh").setLevel(logging.WARNING)
 
+SSH_ERRORS = (OSError, asyncssh.Error, BootstrapError)
+"""What logging in, a command or a file transfer may raise."""
 CONNECT_TIMEOUT_S = 20.0
 _KEEPALIVE_S = 5
 _KEEPALIVES = 3

@@ -21,7 +21,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 _RUNNERS = frozenset({"dask", "distributed", "joblib", "skyward_joblib", "skyward.worker.runtime", __name__})
 """Libraries and modules that call a function in order to run it, which may be inside a partial or a bound method."""
-_BETWEEN = frozenset({"functools", "numpy", "pandas", "toolz"})
+_FORWARDERS = frozenset({"functools", "numpy", "pandas", "toolz"})
 """Libraries that call a function on behalf of those or of the user, as `pandas.Series.map` does."""
 
 
@@ -85,7 +85,7 @@ class ComputeFunction(NotCalled, Generic[P, R_co]):
 def _runs(module: str | None) -> bool | None:
     """Tell whether `module` runs the functions that it calls. None: it calls them for the code that called it."""
     library = (module or "").partition(".")[0]
-    return None if library in _BETWEEN else library in _RUNNERS or module in _RUNNERS
+    return None if library in _FORWARDERS else library in _RUNNERS or module in _RUNNERS
 
 
 def _signature(fn: Callable[..., Any]) -> str:

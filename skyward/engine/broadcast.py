@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 ISOLATION = "skyward_isolation"
 """Attribute of a function whose broadcasts run in processes of their own: what these need."""
-_VERDICT_S = 1.0
+_CAUSE_S = 1.0
 """Seconds after the first failure of a job in which the one that caused it may still arrive: when one ends, all others
 see their connections to it break. Chosen, not measured."""
 
@@ -87,7 +87,7 @@ class Broadcaster:
                         results[tasks[task]] = outcome
                     else:
                         failures.append(outcome)
-                        until = min(until, now() + (_VERDICT_S if is_job else 0.0))
+                        until = min(until, now() + (_CAUSE_S if is_job else 0.0))
                 gone = set(filter(None, addresses)) - self._roster.workers()
                 if pending and gone & {addresses[tasks[t]] for t in pending}:
                     raise MachineLostError(

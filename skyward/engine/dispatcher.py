@@ -26,16 +26,16 @@ from skyward.transfer.wire import Kind, Outcome, Outcomes
 
 logger = logging.getLogger(__name__)
 
-_VERDICT_S = 10.0
+_FAILURE_S = 10.0
 """Seconds to wait for the reason why the scheduler is out of reach. Chosen, not measured: usually known within one."""
 _CANCEL_CALLS = 5_000
 """Most cancelled calls that are dropped at once, a few milliseconds of work: then the loop has other turns."""
-_AHEAD = 2
+_CHUNKS_PER_SLOT = 2
 """Chunks in flight per slot: one that runs and one that waits on the worker, so that no slot idles in between."""
 
 
 _VALUE, _CANCELLED, _NOT_RUN = Kind.VALUE, Kind.CANCELLED, Kind.NOT_RUN  # looked up once: this is asked of every call
-_ITS_OWN = (Kind.ERROR, Kind.OPAQUE)
+_USER_ERRORS = (Kind.ERROR, Kind.OPAQUE)
 
 
 class Dispatcher:
@@ -139,7 +139,7 @@ class Dispatcher:
             waiting += 1
             if group.limit is not None and len(group.in_flight) >= group.limit:
                 continue
-            ahead = self._ahead(group.first())
+            ahead = self._chunks_per_slot(group.first())
             if is_joined:
                 address = None
                 if len(self.chunks) >= max(1, self._roster.count) * ahead:
@@ -155,14 +155,14 @@ class Dispatcher:
         elif self.chunks and not self._roster.count and self._transport.client.status == "running":
             self._roster.watch()
 
-    def _ahead(self, item: Item) -> int:
+    def _chunks_per_slot(self, item: Item) -> int:
         """Return how many chunks a slot may have when one that begins with `item` is sent there."""
         if self._reruns:
             return 1  # if it kills its worker, it takes no others with it
         if self._roster.is_joined:
             return self.estimates.chunks_shown(item.function.digest, item.size)
         # A long call does not wait behind another long one: the next free slot is soon enough.
-        return _AHEAD if self.estimates.is_short(item.function.digest) else 1
+        return _CHUNKS_PER_SLOT if self.estimates.is_short(item.function.digest) else 1
 
     def _send(self, group: Group, items: list[Item], address: str | None) -> None:
         key = f"{batch_label(items)}-{uuid.uuid4().hex}"
@@ -189,7 +189,7 @@ class Dispatcher:
         is_gone = isinstance(result, (WorkerGoneError, UnreachableError)) and not self._roster.is_joined
         if not (isinstance(result, Outcomes) or is_gone or is_running or sent.is_dropped):
             # The scheduler is out of reach. The pool usually finds out why and fails with that: a better error.
-            await self.wait_for_verdict()
+            await self.wait_for_failure()
         if isinstance(result, Outcomes) and result.is_outdated and sent.address is not None:
             self._ending.end(sent.address)
         is_free_retry = not sent.is_dropped and await self._sent.is_free_retry(sent, result)
@@ -213,9 +213,9 @@ class Dispatcher:
             self._lost(group, items, result, now() - began)
         self.pump()
 
-    async def wait_for_verdict(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait a little for the reason why the scheduler is out of reach, which becomes `failure`."""
-        await asyncio.wait([self._over], timeout=_VERDICT_S)
+        await asyncio.wait([self._over], timeout=_FAILURE_S)
 
     def workers_changed(self) -> None:
         """End the wait for chunks whose workers are gone, and send others to the new ones."""
@@ -239,7 +239,7 @@ class Dispatcher:
             seconds += outcome.seconds
             runs += 1
             self._reruns -= item.losses > 0
-            if kind in _ITS_OWN and item.attempts < item.call.retries:
+            if kind in _USER_ERRORS and item.attempts < item.call.retries:
                 item.attempts += 1
                 self._reruns += item.losses > 0
                 again.append(item)

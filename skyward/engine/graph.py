@@ -397,7 +397,7 @@ class Graph:
         if failure is None:
             return (await graphs.transport.outcomes(future)).items[0] if task.wanted is not None else None
         if self._client.status != "running":
-            await graphs.dispatcher.wait_for_verdict()
+            await graphs.dispatcher.wait_for_failure()
         if graphs.dispatcher.failure is not None:
             return graphs.dispatcher.failure
         key = vars(failure).get(graph.KEY, "")

@@ -28,7 +28,7 @@ from skyward.worker.graph import KEY
 
 logger = logging.getLogger(__name__)
 
-_GOES_ON = ("running", "connecting")
+_CONNECTED_OR_CONNECTING = ("running", "connecting")
 """States of a client that has a scheduler, or looks for one."""
 _LOOK_S = 0.05
 CLOSE_S = 1.0
@@ -90,7 +90,7 @@ class Transport:
     async def until_slots(self) -> bool:
         """Wait until there is a worker, if one is to come. False: none is needed any more, or there is none."""
         while not await self._has_slots():
-            if not self.scheduler_losses or self.client.status not in _GOES_ON:
+            if not self.scheduler_losses or self.client.status not in _CONNECTED_OR_CONNECTING:
                 return False
             await asyncio.sleep(_LOOK_S)  # they come to the next scheduler
         return True
@@ -330,7 +330,7 @@ class Transport:
             try:
                 answers = await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")
             except OSError:
-                if self.client.status not in _GOES_ON:
+                if self.client.status not in _CONNECTED_OR_CONNECTING:
                     raise
                 await asyncio.sleep(_LOOK_S)
                 continue

@@ -201,7 +201,7 @@ def _steps(
     provider: Cloud, offer: Offer, need: Need, want: Wanted, spec: PoolSpec
 ) -> tuple[list[Step], str]:
     """Return the ways to have all of a pool's machines from one offer; when there is none, why."""
-    why = _unfit(offer, need, want)
+    why = _mismatch(offer, need, want)
     if why:
         return [], why
     steps, reasons = [], []
@@ -213,7 +213,7 @@ def _steps(
     return steps, "; ".join(dict.fromkeys(reasons))
 
 
-def _unfit(offer: Offer, need: Need, want: Wanted) -> str:
+def _mismatch(offer: Offer, need: Need, want: Wanted) -> str:
     """Return why a type is not what is needed; empty when it is."""
     i = offer.instance
     if need.machine is not None and i.name != need.machine:
@@ -334,7 +334,7 @@ def _nothing(
 ) -> NoAvailableProviderError:
     names = " or ".join(p.name for p in providers)
     offers = [offer for offer, _ in refused]
-    fit = [(offer, why) for offer, why in refused if not _unfit(offer, need, want)]
+    fit = [(offer, why) for offer, why in refused if not _mismatch(offer, need, want)]
     if fit:
         offer, why = min(fit, key=lambda pair: _cheapest(pair[0]))
         i = offer.instance
@@ -349,12 +349,12 @@ def _nothing(
         text = f"{names}: there is no type machine={need.machine!r}{hint}"
     else:
         near_by = nearest([o.instance for o in offers], want, False)
-        text = f"{names}: no machine has {_wish(want, need, spec)}. {near_by}"
+        text = f"{names}: no machine has {_requirements(want, need, spec)}. {near_by}"
     text += "".join(f"\n  {name} could not be asked: {error}" for name, error in failed)
     return NoAvailableProviderError(text)
 
 
-def _wish(want: Wanted, need: Need, spec: PoolSpec) -> str:
+def _requirements(want: Wanted, need: Need, spec: PoolSpec) -> str:
     parts = [str(want)]
     if need.machine:
         parts.append(f"type {need.machine}")

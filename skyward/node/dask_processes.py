@@ -125,20 +125,20 @@ class DaskProcesses:
 
     def start_scheduler(self) -> None:
         """Start a scheduler here, in place of the present one, wherever that is, and have the workers join it."""
-        self._want(None)
+        self._switch_scheduler(None)
 
     def join(self, scheduler: str) -> None:
         """Have the workers join the scheduler at this address, unless it is the present one. Empty: have none."""
         if scheduler != self._wanted:
-            self._want(scheduler)
+            self._switch_scheduler(scheduler)
 
-    def _want(self, scheduler: str | None) -> None:
+    def _switch_scheduler(self, scheduler: str | None) -> None:
         self._wanted = scheduler
         if self._change is not None:
             self._change.cancel()
-        self._change = asyncio.get_running_loop().create_task(self._turn_to(scheduler))
+        self._change = asyncio.get_running_loop().create_task(self._switch_to(scheduler))
 
-    async def _turn_to(self, scheduler: str | None) -> None:
+    async def _switch_to(self, scheduler: str | None) -> None:
         """Leave the present scheduler for another: see `_wanted`. A later change cancels this."""
         try:
             await self._leave()
@@ -186,7 +186,7 @@ class DaskProcesses:
     def _scheduler_ended(self, why: str) -> None:
         if is_ending.is_set():
             return
-        self._want("")
+        self._switch_scheduler("")
         self._caller.tell("scheduler-ended", why=why)
 
     def _start_workers(self, scheduler: str) -> None:

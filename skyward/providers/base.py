@@ -75,7 +75,7 @@ class Machine:
         USD per hour, as agreed at the launch, and what it would cost as no spot machine; None: not known.
     launched
         When its cost began, in seconds since the epoch.
-    admitted
+    ssh_cidrs
         Ranges of addresses from which its firewall lets SSH in, as known at the launch.
     pool_id, owner, expires
         As its tags say, for machines that were found by them.
@@ -97,7 +97,7 @@ class Machine:
     price: float | None = None
     price_on_demand: float | None = None
     launched: float | None = None
-    admitted: tuple[str, ...] = ()
+    ssh_cidrs: tuple[str, ...] = ()
     pool_id: str | None = None
     owner: str | None = None
     expires: float | None = None

@@ -17,7 +17,7 @@ from distributed.dashboard.components import add_periodic_callback
 from distributed.dashboard.components.scheduler import BOKEH_THEME, env
 from distributed.dashboard.utils import update
 
-from skyward.scheduler.page_data import FIGURES, SHARES, PageDataPlugin
+from skyward.scheduler.page_data import PAGE_DATA, SHARES, PageDataPlugin
 
 PAGE = "skyward"
 _PERIOD_MS = 2000
@@ -132,9 +132,9 @@ def _number(value: float | None) -> float:
 
 
 def _document(scheduler: Any, extra: dict[str, Any], document: Any) -> None:
-    figures = _PageView(scheduler.plugins[FIGURES])
-    add_periodic_callback(document, figures, _PERIOD_MS)
-    document.add_root(figures.root)
+    view = _PageView(scheduler.plugins[PAGE_DATA])
+    add_periodic_callback(document, view, _PERIOD_MS)
+    document.add_root(view.root)
     document.title = "skyward"
     document.template = env.get_template("simple.html")
     document.template_variables.update(extra)

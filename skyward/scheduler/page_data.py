@@ -8,17 +8,17 @@ from typing import Any
 
 from distributed import SchedulerPlugin
 
-FIGURES = "skyward-figures"
-"""The message with which figures come, and the name of the plugin."""
+PAGE_DATA = "skyward-page-data"
+"""Name of the message that brings the page's data, and of the plugin that keeps them."""
 KEPT = 1440
 """Moments that are kept for the plots: two hours of one every five seconds."""
 SHARES = ("cpu", "memory", "gpu", "gpu_memory")
 
 
 class PageDataPlugin(SchedulerPlugin):  # type: ignore[misc]
-    """Keeps the latest figures of all nodes, and a history of their means: so it stays small whatever the pool."""
+    """Keeps the latest measurements of all nodes, and a history of their means, so that it stays small for any pool."""
 
-    name = FIGURES
+    name = PAGE_DATA
 
     def __init__(self) -> None:
         self.heading: Sequence[str] = ()
@@ -26,7 +26,7 @@ class PageDataPlugin(SchedulerPlugin):  # type: ignore[misc]
         self.history: deque[dict[str, float | None]] = deque(maxlen=KEPT)
 
     async def start(self, scheduler: Any) -> None:
-        scheduler.stream_handlers[FIGURES] = self.heard
+        scheduler.stream_handlers[PAGE_DATA] = self.heard
 
     def heard(
         self,

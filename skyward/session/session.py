@@ -73,8 +73,8 @@ class Session:
             is_here=isinstance(provider, (Local, Dask)),
         )  # fmt: skip
         # Not where the cluster was joined: its scheduler does not know what to do with them.
-        wants_figures = spec.collect_metrics and not isinstance(provider, Dask)
-        self._figures = DashboardData(self._info) if wants_figures else None
+        wants_page = spec.collect_metrics and not isinstance(provider, Dask)
+        self._page_data = DashboardData(self._info) if wants_page else None
         self._there: dict[int, str] = {}  # nodes that are no cloud's, and the names of their machines
         self.output: Output = Output(self._instance_id, self.emit)
         self._machines = Machines(
@@ -97,8 +97,8 @@ class Session:
     def emit(self, event: Any) -> None:
         if self._emitter is not None:
             self._emitter.emit(event)
-            if self._figures is not None:
-                self._figures.hear(event)
+            if self._page_data is not None:
+                self._page_data.hear(event)
 
     def _tell_error(self, error: BaseException) -> None:
         message, instance_id = str(error) or type(error).__name__, getattr(error, "instance_id", None)
@@ -106,7 +106,7 @@ class Session:
 
     def _tell_progress(self, engine: Engine) -> None:
         """Let the engine tell of its progress, if anybody hears it."""
-        if self._emitter.is_heard or self._figures is not None:
+        if self._emitter.is_heard or self._page_data is not None:
             engine.progress.tell = self._progress
 
     def _progress(self, done: int, total: int | None, failed: int) -> None:
@@ -212,8 +212,8 @@ class Session:
         )
         self._console = console
         console.link = str(cluster.dashboard_link)
-        if self._figures is not None:
-            self._figures.send = functools.partial(_send_figures, client)
+        if self._page_data is not None:
+            self._page_data.send = functools.partial(_send_page_data, client)
         self._is_up = True
         self.emit(events.PoolStarted())
 
@@ -325,16 +325,16 @@ class Session:
     def node_replaced(self, node: int, instance_id: str, replaced_id: str) -> None:
         self.emit(events.InstanceReplaced(instance_id=instance_id, node=node, replaced_id=replaced_id))
 
-    def node_metrics(self, node: int, instance_id: str, figures: dict[str, float]) -> None:
-        self.emit(events.Metrics(instance_id=instance_id, node=node, **figures))
+    def node_metrics(self, node: int, instance_id: str, metrics: dict[str, float]) -> None:
+        self.emit(events.Metrics(instance_id=instance_id, node=node, **metrics))
 
 
-def _send_figures(client: Client, message: dict[str, Any]) -> None:
-    from skyward.scheduler.page_data import FIGURES
+def _send_page_data(client: Client, message: dict[str, Any]) -> None:
+    from skyward.scheduler.page_data import PAGE_DATA
 
     def send() -> None:
         if client.status == "running":
-            client._send_to_scheduler({"op": FIGURES, **message})
+            client._send_to_scheduler({"op": PAGE_DATA, **message})
 
     client.loop.add_callback(send)
 

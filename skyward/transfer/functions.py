@@ -13,7 +13,7 @@ CONSTANTS = frozenset(
     {int, float, complex, bool, str, bytes, range, NoneType, EllipsisType, NotImplementedType, CodeType}
 )
 """Types whose instances can't change."""
-_WAYS_IN = frozenset(
+_HIDDEN_ASSIGNMENTS = frozenset(
     {"globals", "vars", "eval", "exec", "setattr", "delattr"}
     | {"__dict__", "__globals__", "__closure__", "__defaults__", "__kwdefaults__"}
 )
@@ -95,7 +95,7 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 
 def _leaves_traces(code: CodeType) -> bool:
     """Tell whether code assigns to globals or to variables around it, or may do so unseen."""
-    return not _WAYS_IN.isdisjoint(names_in(code)) or any(
+    return not _HIDDEN_ASSIGNMENTS.isdisjoint(names_in(code)) or any(
         step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
         or (step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in code.co_freevars)
         for part in _with_inner(code)

@@ -20,7 +20,7 @@ _TELL_S = 0.25
 """Seconds between two such events, unless there are warnings. Chosen, not measured: progress is shown as often."""
 KEY = "_skyward_key"
 """Attribute of an exception on its way to the caller: the key of the task that it ended."""
-_ITS_OWN = (Kind.ERROR, Kind.OPAQUE)
+_USER_ERRORS = (Kind.ERROR, Kind.OPAQUE)
 
 
 class CallFailedError(Exception):
@@ -110,7 +110,7 @@ def _run(retries: int, chunk: Chunk, needs: Sequence[Any], blobs: Sequence[Any],
         outcomes = runtime.run_batch(chunk, *blobs, needs=needs, pack=pack)
         if outcomes.is_outdated:
             _leave()
-        if outcomes.items[0].kind not in _ITS_OWN:
+        if outcomes.items[0].kind not in _USER_ERRORS:
             break
     return outcomes
 

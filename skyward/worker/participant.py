@@ -65,7 +65,7 @@ def run_isolated(
             machine=worker.address,
             losses=1,
         )
-        kind = Kind.ABORTED if exc.was_own_doing else Kind.DIED
+        kind = Kind.ABORTED if exc.ended_itself else Kind.DIED
         return [Outcome(kind, pickling.dumps(error)[0], machine=machine)]
     except Exception as exc:  # what is missing, or the process could not be started
         kind, data, buffers, text = raised.pack_outcome(exc, None)

@@ -47,7 +47,7 @@ class DiedError(Exception):
         return f"signal {-self.status}"
 
     @property
-    def was_own_doing(self) -> bool:
+    def ended_itself(self) -> bool:
         """Whether it ended itself, as some frameworks do when others of the job have gone."""
         return self.status >= 0 or self.status == -signal.SIGABRT
 

@@ -367,7 +367,7 @@ def test_several_ranges_are_let_in_and_known_of_each_machine(cloud: AwsCloud, ec
     rules, _ = _rules(ec2)
     [vpc] = ec2.describe_vpcs()["Vpcs"]
     sources = {source for _, port, source in rules if port == 22}
-    assert sources == {"203.0.113.7/32", "198.51.100.0/24", vpc["CidrBlock"]} == set(machine.admitted)
+    assert sources == {"203.0.113.7/32", "198.51.100.0/24", vpc["CidrBlock"]} == set(machine.ssh_cidrs)
 
 
 def test_the_variable_may_name_several_ranges(cloud: AwsCloud, ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:

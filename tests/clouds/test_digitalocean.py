@@ -282,8 +282,8 @@ def test_machines_are_what_was_ordered(cloud: DigitalOceanCloud) -> None:
         assert machine == Machine(
             id=machine.id, provider="digitalocean", login=replace(login, host=machine.public_ip or ""),
             public_ip=machine.public_ip, private_ip=machine.private_ip, instance_type=SMALL, region="nyc3",
-            price=0.03571, price_on_demand=0.03571, launched=machine.launched, admitted=("127.0.0.1/32",), pool_id=POOL,
-            owner="ann-b@laptop-local", expires=EXPIRES,
+            price=0.03571, price_on_demand=0.03571, launched=machine.launched, ssh_cidrs=("127.0.0.1/32",),
+            pool_id=POOL, owner="ann-b@laptop-local", expires=EXPIRES,
         )  # fmt: skip
         assert abs((machine.launched or 0) - before) < 5
     assert [cloud.droplets[int(m.id)].name for m in machines] == [f"skyward-{POOL}-a1b2c3d4-{i}" for i in range(3)]
@@ -348,8 +348,8 @@ def test_several_ranges_are_let_in_and_known_of_each_machine(
     (machine,) = provider.launch(_offer(), _order())
 
     (firewall,) = cloud.firewalls.values()
-    assert firewall["inbound_rules"][0]["sources"]["addresses"] == list(machine.admitted)
-    assert machine.admitted == ("203.0.113.7/32", "198.51.100.0/24")
+    assert firewall["inbound_rules"][0]["sources"]["addresses"] == list(machine.ssh_cidrs)
+    assert machine.ssh_cidrs == ("203.0.113.7/32", "198.51.100.0/24")
 
 
 def test_ranges_that_are_none_are_refused_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

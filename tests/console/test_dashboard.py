@@ -183,7 +183,7 @@ def test_the_dashboard_has_a_page_of_skyward_unless_metrics_are_off() -> None:
 
 def _history(pool: sky.ComputePool) -> list[dict[str, float | None]]:
     found: list[dict[str, float | None]] = pool.client.run_on_scheduler(
-        lambda dask_scheduler: list(dask_scheduler.plugins["skyward-figures"].history)
+        lambda dask_scheduler: list(dask_scheduler.plugins["skyward-page-data"].history)
     )
     return found
 

@@ -64,7 +64,7 @@ class Launch:
         self._doubtful: set[str] = set()  # what was asked for, and it is not known whether it was made
         self._ids: list[str] = []
         self._group: str | None = None
-        self.admitted: tuple[str, ...] = ()
+        self.ssh_cidrs: tuple[str, ...] = ()
         """Ranges of addresses from which SSH is let in."""
 
     def run(self) -> list[dict[str, Any]]:
@@ -92,9 +92,9 @@ class Launch:
             image = thread.submit(self._image)
             subnets = self._subnets()
             vpc = subnets[0]["VpcId"]
-            self.admitted = tuple(self._sources(vpc))
-            with self._doubting("group"):
-                self._group = make_group(ec2, vpc, order, self.admitted)
+            self.ssh_cidrs = tuple(self._sources(vpc))
+            with self._maybe_made("group"):
+                self._group = make_group(ec2, vpc, order, self.ssh_cidrs)
         data = self._template(image.result(), self._group)
         if order.volumes or self._access.use_ssm:
             profile = make_profile(self._api, self._region, order, use_ssm=self._access.use_ssm)
@@ -212,7 +212,7 @@ class Launch:
             # A request that has its answer is not made again under the same token: the answer would be the same.
             token = order.token if not number else f"{order.token}-{number}"
             order.creating()
-            with self._doubting("machines"):
+            with self._maybe_made("machines"):
                 answer: Mapping[str, Any] = self._ec2.create_fleet(ClientToken=token, **request)
             errors = answer.get("Errors", ())
             is_early = any(is_unready_profile(e.get("ErrorCode", ""), e.get("ErrorMessage", "")) for e in errors)
@@ -221,7 +221,7 @@ class Launch:
         return answer
 
     @contextmanager
-    def _doubting(self, what: str) -> Iterator[None]:
+    def _maybe_made(self, what: str) -> Iterator[None]:
         """Note that something may have been made, unless the block ends with an answer."""
         from botocore.exceptions import ClientError
 
@@ -286,11 +286,11 @@ class Launch:
         ours = of_order(order)
 
         def machines() -> None:
-            of.terminate(ec2, self._ids, young=self._ids)
+            of.terminate(ec2, self._ids, recent=self._ids)
             ended = set(self._ids)
             for _ in retry.looks(retry.LISTED_S if "machines" in self._doubtful else 0.0):
                 found = {raw["InstanceId"] for raw in of.find(ec2, ours, of.COSTS)} - ended
-                of.terminate(ec2, found, young=found)
+                of.terminate(ec2, found, recent=found)
                 ended |= found
                 if len(ended) >= order.count:
                     break

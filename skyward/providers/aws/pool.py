@@ -25,7 +25,7 @@ MOST = 1000
 _VALUES = 200
 """Values of one filter: "Resource filters", Amazon EC2 User Guide."""
 
-_YOUNG_S = 600.0  # that EC2 may not know a machine; from then on it may have forgotten it
+_RECENT_S = 600.0  # that EC2 may not know a machine; from then on it may have forgotten it
 _END_S = 120.0  # until a machine that was told to end is about to
 _GONE_S = 300.0  # until machines are off for good; those with GPUs take minutes
 
@@ -63,16 +63,16 @@ def pool_of(raw: Mapping[str, Any]) -> str | None:
     return tags.get(POOL) or (str(named[0]).removeprefix("skyward-") if named else None)
 
 
-def young(machines: Iterable[Machine]) -> set[str]:
+def recent(machines: Iterable[Machine]) -> set[str]:
     """Return the ids of machines that EC2 may not know yet."""
-    since = time.time() - _YOUNG_S
+    since = time.time() - _RECENT_S
     return {machine.id for machine in machines if machine.launched is None or machine.launched > since}
 
 
-def terminate(ec2: Any, ids: Iterable[str], *, young: Collection[str] = ()) -> None:
+def terminate(ec2: Any, ids: Iterable[str], *, recent: Collection[str] = ()) -> None:
     """Terminate machines, and return when none of them costs anything any more.
 
-    An id that EC2 does not know has ended long ago, unless it is one of `young`: then it may run all the same, and EC2
+    An id that EC2 does not know has ended long ago, unless it is one of `recent`: then it may run all the same, and EC2
     is asked again. See "Eventual consistency in the Amazon EC2 API", Amazon EC2 Developer Guide.
 
     Raises
@@ -85,7 +85,7 @@ def terminate(ec2: Any, ids: Iterable[str], *, young: Collection[str] = ()) -> N
         ended: set[str] = set()
         for start in range(0, len(left), MOST):
             ended |= _terminate(ec2, left[start : start + MOST])
-        left = [i for i in left if i not in ended and i in young]
+        left = [i for i in left if i not in ended and i in recent]
         if not left:
             return
     raise ProviderError(f"AWS: machines {', '.join(left)} were launched, but EC2 does not list them yet: they may run")

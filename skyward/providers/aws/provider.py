@@ -207,7 +207,7 @@ class AWS:
     def launch(self, offer: Offer, order: LaunchOrder) -> list[Machine]:
         launch = Launch(self._api(), self._access(), offer, order)
         found = [self._machine(raw, offer.region, offer=offer, order=order) for raw in launch.run()]
-        return [replace(machine, admitted=launch.admitted) for machine in found]
+        return [replace(machine, ssh_cidrs=launch.ssh_cidrs) for machine in found]
 
     def _access(self) -> Access:
         return Access(
@@ -268,13 +268,13 @@ class AWS:
     def terminate(self, machines: Sequence[Machine]) -> None:
         api = self._api()
         by_region: dict[str, list[str]] = {}
-        young = of.young(machines)
+        recent = of.recent(machines)
         for machine in machines:
             by_region.setdefault(machine.region or api.default_region(), []).append(machine.id)
 
         def end(region: str) -> list[str]:
             ids, ec2 = by_region[region], api.client("ec2", region)
-            return attempt(api, [(f"{len(ids)} machines in {region}", lambda: of.terminate(ec2, ids, young=young))])
+            return attempt(api, [(f"{len(ids)} machines in {region}", lambda: of.terminate(ec2, ids, recent=recent))])
 
         _everywhere(list(by_region), end)
 

@@ -139,7 +139,7 @@ def explained(doing: str) -> Iterator[None]:
     try:
         yield
     except HttpResponseError as exc:
-        raise _as_ours(exc, doing) from exc
+        raise _translate(exc, doing) from exc
     except ServiceRequestError as exc:
         raise ProviderError(f"DigitalOcean's API could not be reached to {doing}: {exc.message}") from exc
     except AzureError as exc:
@@ -148,7 +148,7 @@ def explained(doing: str) -> Iterator[None]:
         raise ProviderError(f"DigitalOcean's API sent an answer to {doing} that can't be read: {exc!r}") from exc
 
 
-def _as_ours(exc: HttpResponseError, doing: str) -> ProviderError:
+def _translate(exc: HttpResponseError, doing: str) -> ProviderError:
     status, words = exc.status_code, _words(exc)
     match status:
         case 401:

@@ -207,7 +207,7 @@ def launch(client: Client, offer: Offer, order: LaunchOrder, image: str) -> list
                 there = {raw["name"]: raw for raw in find(do, order.pool_id)}
                 made += [there[name] for name in names if name in there]
                 with others.lock:
-                    key, admitted = _prepare(client, order)
+                    key, ssh_cidrs = _prepare(client, order)
                 order.on_prepared()
                 body = {
                     "size": offer.instance.name,
@@ -220,7 +220,7 @@ def launch(client: Client, offer: Offer, order: LaunchOrder, image: str) -> list
                 _create(do, order, body, [name for name in names if name not in there], made, doubtful)
                 found = _await_addresses(client, order, names, made)
             others.has_machines = True
-            return [replace(_machine(raw, order.login, client), admitted=tuple(admitted)) for raw in found]
+            return [replace(_machine(raw, order.login, client), ssh_cidrs=tuple(ssh_cidrs)) for raw in found]
 
 
 def _prepare(client: Client, order: LaunchOrder) -> tuple[int, list[str]]:

@@ -44,7 +44,7 @@ _CREATES = 3
 # Error codes: api.verda.com/v1/docs, which has one that the SDK does not list.
 _TOO_FAST = "rate_limit_exceeded"
 _OUTAGES = (ErrorCodes.SERVER_ERROR, ErrorCodes.SERVICE_UNAVAILABLE, None, "")
-_NOT_SO = (ErrorCodes.INVALID_REQUEST, ErrorCodes.NOT_FOUND)
+_WRONG_STATE = (ErrorCodes.INVALID_REQUEST, ErrorCodes.NOT_FOUND)
 
 
 class Api:
@@ -106,16 +106,16 @@ class _Http(HTTPClient):  # type: ignore[misc] # the SDK is untyped
     """Sends as the SDK does, with time-outs, and again where that can do no harm."""
 
     def _request(self, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
-        once = partial(super()._request, method, url, *args, timeout=_TIMEOUTS_S, **kwargs)
+        send = partial(super()._request, method, url, *args, timeout=_TIMEOUTS_S, **kwargs)
         # A POST that may have arrived is its caller's affair; one that was refused for its pace has done nothing.
         again = _is_too_fast if method == "POST" else _may_pass
         try:
-            return retry.patiently(once, again, _PAUSES_S)
+            return retry.patiently(send, again, _PAUSES_S)
         except APIException as exc:
             if exc.code != ErrorCodes.UNAUTHORIZED_REQUEST:
                 raise
         self._auth_service.authenticate()  # the token has ended before its time
-        return retry.patiently(once, again, _PAUSES_S)
+        return retry.patiently(send, again, _PAUSES_S)
 
 
 def _is_too_fast(exc: Exception) -> bool:
@@ -133,9 +133,9 @@ def is_unclear(exc: Exception) -> bool:
     return isinstance(exc, (requests.RequestException, ValueError))
 
 
-def is_not_so(exc: Exception) -> bool:
+def is_wrong_state(exc: Exception) -> bool:
     """Tell whether a call was refused because something isn't there, or not in the state that it would have to be."""
-    return isinstance(exc, APIException) and exc.code in _NOT_SO
+    return isinstance(exc, APIException) and exc.code in _WRONG_STATE
 
 
 def is_no_capacity(exc: Exception) -> bool:
@@ -175,14 +175,14 @@ def explained(doing: str, *, creates: bool = False) -> Iterator[None]:
     try:
         yield
     except APIException as exc:
-        raise _as_ours(exc, doing, creates) from exc
+        raise _translate(exc, doing, creates) from exc
     except requests.RequestException as exc:
         raise ProviderError(f"Verda's API could not be reached to {doing}: {type(exc).__name__}: {exc}") from exc
     except (ValueError, KeyError) as exc:  # no JSON, or other JSON than the SDK expects
         raise ProviderError(f"Verda's API sent an answer to {doing} that can't be read: {exc!r}") from exc
 
 
-def _as_ours(exc: APIException, doing: str, creates: bool) -> ProviderError:
+def _translate(exc: APIException, doing: str, creates: bool) -> ProviderError:
     words = f"{exc.message or exc.code or 'no reason'}"
     if exc.code == ErrorCodes.UNAUTHORIZED_REQUEST:
         return _refused(exc)

@@ -19,7 +19,7 @@ from skyward.errors import CapacityError, CredentialsError, ProviderError
 from skyward.providers import retry
 from skyward.providers.base import LaunchOrder, Login, Machine, Offer
 from skyward.providers.launches import side_by_side, undone_by
-from skyward.providers.verda.api import Api, create_once, explained, is_not_so
+from skyward.providers.verda.api import Api, create_once, explained, is_wrong_state
 from skyward.spec.instance import InstanceSpec
 
 _LEAST_DISK_GB = 50
@@ -34,7 +34,7 @@ _MOST_CALLS = 16
 _PLACED = ("provisioning", "validating", "running")
 _ON_THE_WAY = ("new", "ordered", "pending", *_PLACED)
 _GONE = ("discontinued", "deleted", "notfound")
-_NEVER_WAS = "no_capacity"
+_NO_CAPACITY = "no_capacity"
 _HOSTNAME = re.compile(r"skyward-(?P<pool>.+)-[a-z0-9]+-\d+")
 _IMAGE = re.compile(r"ubuntu-(?P<release>\d\d\.04)(-cuda-(?P<cuda>[\d.]+))?(-open)?(?P<docker>-docker)?")
 
@@ -51,7 +51,7 @@ def found(api: Api) -> list[Machine]:
     return [
         _machine(i, Login(host=i.ip or "", port=22, user="root"))
         for i in there
-        if _pool_of(i) is not None and i.status not in (*_GONE, _NEVER_WAS)
+        if _pool_of(i) is not None and i.status not in (*_GONE, _NO_CAPACITY)
     ]
 
 
@@ -178,8 +178,8 @@ def _by_id(api: Api, one: str) -> Any:
     """
     try:
         return api.instances.get_by_id(one)
-    except Exception as exc:  # judged by `is_not_so`
-        if not is_not_so(exc):
+    except Exception as exc:  # judged by `is_wrong_state`
+        if not is_wrong_state(exc):
             raise
         return None
 
@@ -282,7 +282,7 @@ def _destroy(api: Api, is_ours: Callable[[Any], bool], *, known: Collection[str]
             asked = [i for one in unlisted if (i := _by_id(api, one)) is not None]
             there = [i for i in (*listed, *asked) if i.status not in _GONE]
             # Of what never was Verda may not let go, and it costs nothing: that is asked for and not waited for.
-            left = [i for i in there if i.status != _NEVER_WAS or number == 0]
+            left = [i for i in there if i.status != _NO_CAPACITY or number == 0]
             if not left:
                 return disks
             names = ", ".join(i.hostname for i in left)
@@ -308,8 +308,8 @@ def _ask_to_delete(api: Api, instances: Sequence[Any], *, is_first: bool) -> Any
         disks = [i.os_volume_id for i in group if i.os_volume_id and is_first] or None
         try:
             api.instances.action([i.id for i in group], "delete", volume_ids=disks, delete_permanently=True)
-        except Exception as exc:  # judged by `is_not_so`
-            if not is_not_so(exc):
+        except Exception as exc:  # judged by `is_wrong_state`
+            if not is_wrong_state(exc):
                 raise
             refusal = exc
     return refusal
@@ -329,8 +329,8 @@ def _delete_volumes(api: Api, is_ours: Callable[[Any], bool]) -> None:
             for one in [*(v.id for v in kept if v.status != "deleting"), *trash]:
                 try:
                     api.volumes.delete_by_id(one, is_permanent=True)
-                except Exception as exc:  # judged by `is_not_so`: attached still, or gone meanwhile
-                    if not is_not_so(exc):
+                except Exception as exc:  # judged by `is_wrong_state`: attached still, or gone meanwhile
+                    if not is_wrong_state(exc):
                         raise
     raise ProviderError(f"disks may be left and cost money: {', '.join(v.name for v in kept)}")
 
@@ -342,6 +342,6 @@ def _delete_texts(service: Any, is_name: Callable[[str], bool]) -> None:
             if is_name(there.name):
                 try:
                     service.delete_by_id(there.id)
-                except Exception as exc:  # judged by `is_not_so`: it was deleted meanwhile by another process
-                    if not is_not_so(exc):
+                except Exception as exc:  # judged by `is_wrong_state`: it was deleted meanwhile by another process
+                    if not is_wrong_state(exc):
                         raise
