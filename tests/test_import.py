@@ -9,6 +9,7 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,13 +40,14 @@ def test_import_of_the_joblib_package_is_left_to_those_who_use_it() -> None:
     assert {"joblib", "sklearn", "skyward_joblib"}.isdisjoint(loaded)
 
 
-def test_public_names_are_sorted_and_said_once_for_each_reader() -> None:
-    tree = ast.parse(Path(sky.__file__).read_text())
+@pytest.mark.parametrize("module", [sky, importlib.import_module("skyward.integrations")])
+def test_public_names_are_sorted_and_said_once_for_each_reader(module: Any) -> None:
+    tree = ast.parse(Path(module.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     imported = {alias.name for node in imports for alias in node.names if alias.asname}
 
-    assert sky.__all__ == sorted(set(sky.__all__))
-    assert imported - {"__version__"} == set(sky.__all__)
+    assert module.__all__ == sorted(set(module.__all__))
+    assert imported - {"__version__"} == set(module.__all__)
 
 
 @pytest.mark.parametrize("name", sky.__all__)
@@ -99,7 +101,6 @@ def test_an_unknown_name_is_told_the_nearest_one() -> None:
 def test_integrations_know_their_names() -> None:
     integrations = importlib.import_module("skyward.integrations")
 
-    assert sorted(integrations.__all__) == integrations.__all__
     assert [name for name in integrations.__all__ if not callable(getattr(integrations, name))] == []
     with pytest.raises(AttributeError, match="nothing"):
         _ = integrations.nothing

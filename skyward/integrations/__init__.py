@@ -6,6 +6,7 @@ only from `__getattr__`.
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,37 +21,18 @@ if TYPE_CHECKING:
     from skyward.integrations.frameworks import tensorflow as tensorflow
     from skyward.integrations.frameworks import torch as torch
     from skyward.integrations.frameworks import transformers as transformers
+else:  # as in skyward's own __init__, each name is written once, above
+    _SOURCE = __spec__.loader.get_source(__name__)
+    _IMPORT = re.compile(r"^    from (\S+) import (\w+) as \2$", re.MULTILINE)
+    _MODULES = {name: module for module, name in _IMPORT.findall(_SOURCE)}
+    __all__ = sorted(_MODULES)
 
-_HOME = {
-    **dict.fromkeys(["jax", "keras", "tensorflow", "torch", "transformers"], "skyward.integrations.frameworks"),
-    "JoblibPool": "skyward_joblib.pools",
-    "ScikitLearnPool": "skyward_joblib.pools",
-    "joblib_backend": "skyward_joblib.pools",
-    "sklearn_backend": "skyward_joblib.pools",
-}
-
-__all__ = [
-    "JoblibPool",
-    "ScikitLearnPool",
-    "jax",
-    "joblib_backend",
-    "keras",
-    "sklearn_backend",
-    "tensorflow",
-    "torch",
-    "transformers",
-]
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
-
-
-if not TYPE_CHECKING:  # a type checker that saw it would believe that every name exists
+    def __dir__() -> list[str]:
+        return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
     def __getattr__(name: str) -> Any:
-        home = _HOME.get(name)
-        if home is None:
+        module = _MODULES.get(name)
+        if module is None:
             raise AttributeError(f"module 'skyward.integrations' has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(home), name)
+        value = globals()[name] = getattr(import_module(module), name)
         return value
