@@ -20,6 +20,7 @@ import pytest
 
 import skyward as sky
 from skyward.worker import interrupts
+from tests.test_compute import Model
 from tests.waiting import wait_until
 
 
@@ -32,15 +33,6 @@ def double(x: Any) -> Any:
 async def later(x: int) -> int:
     await asyncio.sleep(0)
     return 3 * x
-
-
-class Model:
-    def __init__(self, factor: int) -> None:
-        self.factor = factor
-
-    @sky.compute
-    def scale(self, x: int) -> int:
-        return self.factor * x
 
 
 # --- functions of sky.compute in Dask -----------------------------------------------------------------------
