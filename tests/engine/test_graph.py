@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import dask
 import distributed
 import numpy as np
 import pytest
+from tornado import iostream
 
 import skyward as sky
 from tests.waiting import wait_until
@@ -181,6 +184,26 @@ def test_progress_of_a_graph_is_told_while_it_runs(pool: sky.ComputePool, tmp_pa
     wait_until(lambda: told and 1 <= told[-1].done < told[-1].total)
     go.touch()
     assert future.result() is None
+
+
+PROMISED = """\
+model  = train(0.1)                                                  # nothing runs yet
+scores = sky.gather(*[score(model, part) for part in parts]) >> pool   # train runs once; its value goes from worker to worker
+kept   = pool.persist(train(0.1))                                    # runs; the value stays on the cluster
+best   = score(kept, holdout) >> pool                                # no way back to the caller in between
+value  = kept.result()                                               # fetched only when wanted
+"""  # noqa: E501
+
+
+def test_the_promised_lines_run_as_they_are_written(any_pool: sky.ComputePool, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"sky": sky, "pool": any_pool, "parts": range(1, 4), "holdout": 10, "score": score}
+    names["train"] = lambda rate: train(rate, tmp_path)
+
+    exec(PROMISED, names)
+
+    assert names["scores"] == (0.1, 0.2, pytest.approx(0.3))
+    assert (names["best"], names["value"]) == (1.0, {"rate": 0.1})
+    assert len(list(tmp_path.iterdir())) == 2  # once for `model`, once for `kept`
 
 
 # --- failures -----------------------------------------------------------------------------------------------
@@ -396,6 +419,81 @@ def test_a_kept_value_goes_when_nothing_refers_to_it(any_pool: sky.ComputePool) 
         return key in dask_scheduler.tasks
 
     wait_until(lambda: not any_pool.client.run_on_scheduler(is_there))
+
+
+@sky.compute
+def ones_beside(n: int, others: int, here: Path) -> np.ndarray[Any, Any]:
+    (here / str(os.getpid())).touch()
+    wait_until(lambda: len(list(here.iterdir())) == others)  # each is made on another worker
+    return np.ones(n)
+
+
+@sky.compute
+def total_of(arrays: list[np.ndarray[Any, Any]], more: int = 0) -> float:
+    return float(sum(array.sum() for array in arrays)) + more
+
+
+_passed: list[int] = []
+"""Bytes of each read from and write to a connection of this process since `count_bytes`."""
+
+
+def count_bytes(dask_scheduler: Any = None) -> None:
+    for stream in (iostream.IOStream, iostream.SSLIOStream):
+        for name in ("read_from_fd", "write_to_fd"):
+            setattr(stream, name, _counted(vars(stream)[name]))
+
+
+def _counted(transfer: Any) -> Any:
+    @functools.wraps(transfer)
+    def counted(self: Any, data: Any) -> Any:
+        size = transfer(self, data)
+        _passed.append(size or 0)
+        return size
+
+    return counted
+
+
+def stop_counting(dask_scheduler: Any = None) -> int:
+    for stream in (iostream.IOStream, iostream.SSLIOStream):
+        for name in ("read_from_fd", "write_to_fd"):
+            setattr(stream, name, vars(stream)[name].__wrapped__)
+    size = sum(_passed)
+    _passed.clear()
+    return size
+
+
+@contextmanager
+def _traffic(pool: sky.ComputePool) -> Iterator[dict[str, int]]:
+    """Count the bytes that pass through this process and the scheduler while the block runs; known after it."""
+    found: dict[str, int] = {}
+    pool.client.run_on_scheduler(count_bytes)
+    count_bytes()
+    try:
+        yield found
+    finally:
+        found["caller"] = stop_counting()
+        found["scheduler"] = pool.client.run_on_scheduler(stop_counting)
+
+
+def test_a_kept_value_passes_neither_caller_nor_scheduler(pool: sky.ComputePool, tmp_path: Path) -> None:
+    size, slots = 20_000_000, pool.total_slots
+
+    with _traffic(pool) as traffic:
+        kept = pool.persist(sky.gather(*[ones_beside(size // 8, slots, tmp_path) for _ in range(slots)]))
+        arrays: Any = list(kept)
+        found = sky.gather(*[total_of(arrays, more) for more in range(6)]) >> pool
+        everywhere = total_of(arrays) @ pool
+        holders = set().union(*pool.client.who_has(kept).values())
+    with _traffic(pool) as control:
+        pool.client.gather(kept[:1], direct=False)  # by way of the scheduler
+
+    assert len(holders) == slots
+    assert found == tuple(slots * size // 8 + more for more in range(6))  # each of values from all workers
+    assert everywhere == (slots * size // 8,) * 2
+    assert 0 < traffic["caller"] < size / 10
+    assert 0 < traffic["scheduler"] < size / 10
+    assert control["caller"] > size
+    assert control["scheduler"] > 2 * size
 
 
 def test_a_kept_value_that_was_lost_is_computed_again(pool: sky.ComputePool, tmp_path: Path) -> None:
