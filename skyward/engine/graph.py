@@ -15,24 +15,20 @@ from typing import TYPE_CHECKING, Any
 import dask
 from distributed import CancelledError, Future
 
-from skyward.compute.pending import PendingCompute
-from skyward.engine.calls import Item, as_call, now
+from skyward.engine.calls import Item, now
 from skyward.engine.failures import died, not_run
 from skyward.engine.future import ItemOutcomes
-from skyward.engine.graph_task import GraphTask, add_needs, check_cycles, check_future
+from skyward.engine.graph_builder import GraphBuilder
+from skyward.engine.graph_task import GraphTask, add_needs
 from skyward.engine.packer import Packer
 from skyward.engine.persisted import Persisted
 from skyward.engine.transport import WorkerGoneError
-from skyward.errors import SpecError
 from skyward.scheduler.losses import LOSSES
 from skyward.transfer.wire import Kind, Outcome
 from skyward.worker import graph, raised
 
 if TYPE_CHECKING:
     from skyward.engine.graphs import Graphs
-
-_MOST_CALLS = 100_000
-"""Calls in one graph: Dask's scheduler takes about 1 ms and some kB for each. Chosen, not measured."""
 
 _WARN_BYTES = "distributed.admin.large-graph-warning-threshold"
 
@@ -46,28 +42,24 @@ class Graph:
     def __init__(self, graphs: Graphs, packer: Packer, deliver: Callable[[ItemOutcomes], None]) -> None:
         self._graphs = graphs
         self._client = graphs.transport.client
-        self._packer = packer
+        self._builder = GraphBuilder(self._client, packer)
         self._deliver = deliver
-        self._tasks: dict[int, GraphTask] = {}  # by the id of the pending call, as long as that is there
         self._live: dict[str, GraphTask] = {}  # by key: those that others may need or that have not ended
-        self._new: list[GraphTask] = []
         self._inner: dict[str, Future[Any]] = {}  # by key: whose values later calls may need
-        self._computed: dict[int, tuple[Any, Future[Any]]] = {}  # Dask's own delayed values, by their id
         self._waiting: set[GraphTask] = set()  # for whose ends
         self._is_closed = False
         self._losses = 0  # of large arguments
         self._sending_again = asyncio.Lock()
         self.warnings: list[Any] = []  # of calls whose values stay on the cluster, to be delivered with the next value
-        self._count = 0
         self.done: int = 0
         self.failed: int = 0
 
     def left(self) -> int:
         """Return how many calls have not ended."""
-        return 0 if self._is_closed else self._count - self.done
+        return 0 if self._is_closed else self._builder.count - self.done
 
     def __contains__(self, item: Item) -> bool:
-        return id(item.call.origin) in self._tasks
+        return item in self._builder
 
     # --- from the caller's thread ---------------------------------------------------------------------------
 
@@ -79,7 +71,7 @@ class Graph:
         SpecError
             It needs its own value or another pool's, or there are too many calls. Nothing of it runs.
         """
-        task = self._add(item)
+        task = self._builder.add(item)
         task.refuse_sent("is wanted")
         task.wanted = item
         if task.item is not item:
@@ -90,7 +82,7 @@ class Graph:
 
         The graph closes when all these futures are gone.
         """
-        tasks = [self._add(item) for item in items]
+        tasks = [self._builder.add(item) for item in items]
         futures = self._send_kept(tasks)
         kept: list[Persisted[Any]] = [Persisted(task.key, self._client) for task in tasks]
         futures.clear()
@@ -117,7 +109,7 @@ class Graph:
             What one of them raised.
         """
         outside = GraphTask(item, "")
-        self._resolve([outside])
+        self._builder.resolve([outside])
         tasks = [need for need in outside.needs if isinstance(need, GraphTask)]
         futures = self._send_kept(tasks)
         needs = [futures[need.key] if isinstance(need, GraphTask) else need for need in outside.needs]
@@ -137,52 +129,6 @@ class Graph:
             task.is_needed = True
         return self.send(kept=tasks)
 
-    def _add(self, item: Item) -> GraphTask:
-        task, new = self._task(item)
-        self._resolve(new)
-        return task
-
-    def _resolve(self, tasks: list[GraphTask]) -> None:
-        """Add what these calls need, and what that needs."""
-        for task in tasks:  # which grows
-            for need in task.item.needs:
-                if isinstance(need, PendingCompute):
-                    found, new = self._task(need)
-                    if not found.is_needed:
-                        found.refuse_sent(f"is needed by {task.item.call.label}()")
-                    found.is_needed = True
-                    found.dependents += 1
-                    task.needs.append(found)
-                    tasks += new
-                elif isinstance(need, Future):
-                    check_future(need, self._client, task.item.call.label)
-                    task.needs.append(need)
-                else:
-                    if id(need) not in self._computed:
-                        self._computed[id(need)] = need, self._client.compute(need)
-                    task.needs.append(self._computed[id(need)][1])
-        check_cycles(tasks)
-
-    def _task(self, call: Item | PendingCompute[Any]) -> tuple[GraphTask, list[GraphTask]]:
-        """Return the task of a call, and once more if it is new."""
-        origin: Any = call
-        if isinstance(call, Item) and call.call.origin is not None:
-            origin = call.call.origin
-        task = self._tasks.get(id(origin))
-        if task is not None:
-            return task, []
-        if len(self._tasks) >= _MOST_CALLS:
-            raise SpecError(
-                f"more than {_MOST_CALLS:,} calls feed one another: let each call do more, or send them in parts and "
-                "keep the values in between with pool.persist(...)"
-            )
-        item = call if isinstance(call, Item) else self._packer.pack(as_call(call))
-        task = self._tasks[id(origin)] = GraphTask(item, f"{item.call.label}-{uuid.uuid4().hex}")
-        self._count += 1
-        self._register(task)
-        self._new.append(task)
-        return task, [task]
-
     def _register(self, task: GraphTask) -> None:
         self._live[task.key] = task
         self._graphs.by_key[task.key] = self, task
@@ -192,7 +138,9 @@ class Graph:
 
         With `is_last`, the other values are dropped as soon as no call that was sent needs them.
         """
-        new, self._new = self._new, []
+        new = self._builder.take_new()
+        for task in new:
+            self._register(task)
         futures: dict[str, Future[Any]] = {}
         if new:
             self._graphs.are_sent.wait()
@@ -203,21 +151,21 @@ class Graph:
             futures = self._submit(dict.fromkeys(new), inner, self._graphs.arguments(new))
         if is_last:
             self._inner.clear()
-            self._computed.clear()
+            self._builder.clear_computed()
         else:
             self._inner |= futures
             for task in new:
-                self._let_go_with_origin(task)
+                self._release_with_origin(task)
         return futures
 
-    def _let_go_with_origin(self, task: GraphTask) -> None:
+    def _release_with_origin(self, task: GraphTask) -> None:
         """Let go of a call that was sent when its pending call is gone: then no other call can need its value."""
         origin = task.item.call.origin
         place = id(origin)
 
         def is_gone(_: object) -> None:
-            self._tasks.pop(place, None)  # here, before another pending call may have the same id
-            self._graphs.loop.call_soon(self._let_go, task)
+            self._builder.forget(place)
+            self._graphs.loop.call_soon(self._origin_gone, task)
 
         task.origin = weakref.ref(origin, is_gone)
         task.item.call = replace(task.item.call, args=(), kwargs={}, owner=None, origin=None)
@@ -308,12 +256,14 @@ class Graph:
             return
         self._is_closed = True
         self._inner.clear()
-        self._rest()
+        self._note_idle()
         self._graphs.closed(self)
+        for task in self._builder.take_new():  # of a call that was refused, or is not sent any more
+            self._graphs.store.release(task.item.refs)
         for task in list(self._live.values()):
             self._release(task)
 
-    def _let_go(self, task: GraphTask) -> None:
+    def _origin_gone(self, task: GraphTask) -> None:
         task.is_over = True
         self._inner.pop(task.key, None)
         self._release_if_over(task)
@@ -334,7 +284,7 @@ class Graph:
         self._graphs.store.release(task.item.refs)
         return True
 
-    def _rest(self) -> None:
+    def _note_idle(self) -> None:
         self._graphs.running.discard(self)
         self._graphs.dispatcher.last_activity = now()
         self._graphs.progress.note(self)
@@ -370,8 +320,8 @@ class Graph:
         if isinstance(outcome, Outcome) and self.warnings:
             outcome = outcome._replace(warnings=(*self.warnings, *outcome.warnings))
             self.warnings.clear()
-        if not self._waiting and not self._new:
-            self._rest()
+        if not self._waiting and not self._builder.has_new:
+            self._note_idle()
         if task.wanted is not None and outcome is not None:
             self._deliver([(task.wanted, outcome)])
 

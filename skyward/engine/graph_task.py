@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from distributed import Future
 from skyward.compute.pending import PendingBatch, PendingCompute, PendingGenerator, PendingStream
 from skyward.engine.calls import Item
 from skyward.engine.persisted import Persisted
-from skyward.errors import PoolError, SpecError
+from skyward.errors import SpecError
 from skyward.transfer.dependencies import STAND_INS, need_value, need_values
 from skyward.worker import graph
 
@@ -95,38 +95,3 @@ def add_needs(tasks: dict[GraphTask, None]) -> None:
         new = [need for need in task.needs if isinstance(need, GraphTask) and need not in tasks]
         found += new
         tasks.update(dict.fromkeys(new))
-
-
-def check_cycles(tasks: Sequence[GraphTask]) -> None:
-    """Raise if a call needs itself."""
-    checked: set[GraphTask] = set()
-    for start in tasks:
-        path: dict[GraphTask, Iterator[Any]] = {}
-        stack = [start]
-        while stack:
-            task = stack[-1]
-            if task not in path and task not in checked:
-                path[task] = iter([need for need in task.needs if isinstance(need, GraphTask)])
-            for need in path.get(task, ()):
-                if need in path:
-                    raise SpecError(f"{need.item.call.label}() needs its own value: calls can't feed one another so")
-                if need not in checked:
-                    stack.append(need)
-                    break
-            else:
-                checked.add(task)
-                path.pop(task, None)
-                stack.pop()
-
-
-def check_future(future: Future[Any], client: Any, label: str) -> None:
-    """Raise if a call of this name that runs through `client` can't get the value of `future`."""
-    if future.client.status == "closed":
-        raise PoolError(f"{label}() can't get {future!r}: its pool is closed")
-    if future.client is not client:
-        raise SpecError(
-            f"{label}() can't get {future!r}, which is on another cluster: fetch it with .result() and pass that, or "
-            "run the call in the pool that has the value"
-        )
-    if future.status == "cancelled":
-        raise PoolError(f"{label}() can't get {future!r}: it was cancelled")

@@ -574,7 +574,7 @@ def test_a_function_that_captures_a_call_is_refused(any_pool: sky.ComputePool) -
 def test_more_calls_than_a_graph_takes_are_refused(
     any_pool: sky.ComputePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skyward.engine.graph._MOST_CALLS", 10)
+    monkeypatch.setattr("skyward.engine.graph_builder._MOST_CALLS", 10)
     call: Any = add(0, 0)
     for _ in range(10):
         call = add(call, 1)
