@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, TypeVarTuple, overload
 
@@ -192,31 +191,14 @@ class ComputePool:
                 raise
 
     async def __aenter__(self) -> Self:
-        import asyncio
-
-        cancelled = threading.Event()
-
-        def start() -> None:
-            self._life.start()
-            if cancelled.is_set():  # before there was anything to end
-                self._life.end()
-
-        try:
-            await asyncio.to_thread(start)
-        except asyncio.CancelledError:
-            cancelled.set()
-            await asyncio.shield(asyncio.to_thread(self._life.end))
-            raise
+        await self._life.start_async()
         self._use()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        import asyncio
-
         self._unuse()
         try:
-            # Shielded: a task that is cancelled must not leave machines behind.
-            await asyncio.shield(asyncio.to_thread(self._life.end))
+            await self._life.end_async()
         except VolumeError:
             if exc_info[0] is None:
                 raise

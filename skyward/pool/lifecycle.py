@@ -82,6 +82,31 @@ class Lifecycle:
                 loss, self._loss = self._loss, None
                 raise loss
 
+    async def start_async(self) -> None:
+        """Do what `start` does, in a thread; end everything if the task is cancelled."""
+        import asyncio
+
+        cancelled = threading.Event()
+
+        def start() -> None:
+            self.start()
+            if cancelled.is_set():  # before there was anything to end
+                self.end()
+
+        try:
+            await asyncio.to_thread(start)
+        except asyncio.CancelledError:
+            cancelled.set()
+            await self.end_async()
+            raise
+
+    async def end_async(self) -> None:
+        """Do what `end` does, in a thread, even if the task is cancelled."""
+        import asyncio
+
+        # Shielded: a task that is cancelled must not leave machines behind.
+        await asyncio.shield(asyncio.to_thread(self.end))
+
     def _limit(self, session: Session, reason: BaseException) -> None:
         """End a session that has reached a limit, unless its user has ended it before."""
         with self._lock:
