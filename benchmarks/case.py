@@ -1,4 +1,4 @@
-"""What a case of `bench.py` consists of, and its clock and its scale. Imports nothing of skyward."""
+"""What a case of `bench.py` or `wan.py` consists of, and its clock and its scale. Imports nothing of skyward."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def limit(most: float, text: str) -> Target:
 class Row:
     """A line of the table: what each contestant does, returning its figure. Less is better.
 
-    `unit` is ``"s"``, ``"MB"``, or nothing for a plain number.
+    `unit` is ``"s"``, ``"MB"``, ``"kB"``, or nothing for a plain number.
     """
 
     title: str

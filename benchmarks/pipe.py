@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -57,6 +58,13 @@ class Link:
         sent, received = self._ask(f"carried {name}").split()
         return int(sent), int(received)
 
+    def echo_s(self) -> float:
+        """Return the seconds that a byte takes there and back, the median of 50: more than promised on a busy host."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = self.open("echo", *server.getsockname())
+            with socket.create_connection(("127.0.0.1", port)) as near, server.accept()[0] as far:
+                return statistics.median(_echo_s(near, far) for _ in range(50))
+
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -73,6 +81,14 @@ class Link:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+
+def _echo_s(near: socket.socket, far: socket.socket) -> float:
+    started = time.perf_counter()
+    near.sendall(b"?")
+    far.sendall(far.recv(1))
+    near.recv(1)
+    return time.perf_counter() - started
 
 
 class Direction:

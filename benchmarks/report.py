@@ -1,4 +1,4 @@
-"""What `bench.py` has found, as a table and as JSON: figures, ratios, targets, and what they were measured on."""
+"""What `bench.py` or `wan.py` has found, as a table and as JSON: figures, ratios, targets, and where it ran."""
 
 from __future__ import annotations
 

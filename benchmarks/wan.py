@@ -116,7 +116,7 @@ class Site:
         subprocess.run(["ssh", "-F", "none", *options, f"root@{machine.address}", quiet], check=True)
 
 
-# --- what they do -------------------------------------------------------------------------------------------
+# --- what they do: functions of this file, which are sent by value, so machines need no module of it --------
 
 
 def nothing(x: int) -> int:
@@ -333,6 +333,7 @@ def main() -> None:
         sys.exit(f"not measured: {reason}")
 
     facts = report.facts(options.rounds, quick=False)
+    facts["time.sleep(0.001)"] = report.show(timed(lambda: [time.sleep(0.001) for _ in range(500)])[0] / 500, "s")
     facts["link"] = f"{options.delay_ms:g} ms and {options.rate_mb_s:g} MB/s each way"
     missing: dict[str, str] = {}
     started = time.perf_counter()
@@ -344,6 +345,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="skyward-wan-")))
         os.environ["SKYWARD_DATA_DIR"] = str(folder / "data")  # its journal is not the user's
         link = stack.enter_context(Link(options.delay_ms / 1e3, options.rate_mb_s * 1e6))
+        facts["a byte there and back"] = report.show(link.echo_s(), "s")
         network = Network()
         stack.callback(network.close)
         bench = Bench(network, folder)
