@@ -1,8 +1,8 @@
 """Defaults for pools that users set outside of their programs: in files and environment variables.
 
 An argument comes before an environment variable, that before the project's file, that before the user's own, and all
-of them before what is built in. Files are read when a pool is made, never at import. Knows no provider: whether a name
-or a region is one of somebody's, those say who look it up.
+of them before what is built in. Files are read when a pool is made, never at import. Knows no provider: names and
+regions are checked where they are looked up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEYS: Mapping[str, Any] = {
     **{option: _DEFAULTS[option] for option in _OPTIONS},
     "allocation": "spot-if-available",
 }
-"""What can be set, and what holds where nobody has."""
+"""The keys that can be set, and their built-in values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is configured at present; keys that nobody has set are left out."""
+    """What is configured at present; keys that are not set are left out."""
 
     found: Mapping[str, Setting] = field(default_factory=dict)
 

@@ -316,7 +316,7 @@ class _Emitter:
             while (item := self._next()) is not None:
                 for listener in self._listeners:
                     self._queue(listener.hear(item[0]), item[1])
-        except BaseException:  # Ctrl-C in a callback: the next event must find somebody to deliver it
+        except BaseException:  # Ctrl-C in a callback: the next event must be delivered all the same
             with self._lock:
                 self._delivering = False
             raise

@@ -156,8 +156,8 @@ class SkywardBackend(ParallelBackendBase):  # type: ignore[misc]
         except BaseException as exc:
             if user_errors.ends_program(exc):
                 raise
-            # Unpicklable work, a pool that has ended: joblib may be in a thread where nobody would hear of it, so
-            # it is told as it is told of tasks that fail.
+            # Work that can't be pickled, or a pool that has ended. joblib may call this in a thread where an exception
+            # is lost, so it gets a failed task instead.
             future = concurrent.futures.Future()
             future.set_exception(exc)
         if callback is not None:

@@ -177,7 +177,7 @@ def _end(entry: Entry, owner: _Owner) -> int:
             return 0
         try:
             left = end_pool(entry)
-        except Exception:  # whatever it is, network or code, the next try may do better; there is nobody to tell
+        except Exception:  # network or code: the log has it, and the next try may succeed
             logger.exception("failed")
             left = ["see above"]
         if not left:

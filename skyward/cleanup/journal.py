@@ -59,8 +59,8 @@ class Entry:
     created, expires
         Seconds since the epoch. By `expires` the pool's own timers have ended it.
     pid, pid_started, host
-        The process that owns the pool. Its start tells it from a later one with the same number. No `pid`: nobody
-        knows, because it was not the journal that told of the pool but a cloud.
+        The process that owns the pool. Its start tells it from a later one with the same number. No `pid`: not
+        known, because the pool was found by its machines in a cloud, not in the journal.
     owner
         Who has started it, as ``user@host``.
     machines
@@ -134,7 +134,7 @@ def open_entry(
     Raises
     ------
     PoolError
-        The journal can't be written. Launching all the same would risk machines that nobody knows of.
+        The journal can't be written. Launching anyway could leave machines that no record names.
     """
     pid = os.getpid()
     entry = Entry(
@@ -270,7 +270,7 @@ def _without_keys(entry: Entry) -> tuple[Machine, ...]:
 
 
 def _absolute(path: str | None) -> str | None:
-    """Whoever reads it may be in another folder."""
+    """Return the path for readers in other folders."""
     return None if path is None else str(Path(path).expanduser().absolute())
 
 

@@ -87,7 +87,7 @@ def _kept(pool: str) -> list[Path]:
 
 
 def _in_order(entry: Entry) -> list[Machine]:
-    """Return the machines that are nodes, in order; all of them where nobody has numbered them."""
+    """Return the machines that are nodes, in order; all of them if none has a number."""
     numbered = [machine for machine in entry.machines if machine.id in entry.nodes]
     return sorted(numbered, key=lambda machine: entry.nodes[machine.id]) or list(entry.machines)
 
@@ -213,7 +213,7 @@ async def _follow_log(link: Link, path: str, pool_id: str, tell: Callable[[str],
             await link.connect()
             lost_at = None
             await link.lines(f"exec env {POOL}={pool_id} tail -n +{seen + 1} -F {path} 2> /dev/null", hear)
-            return  # somebody has ended it there
+            return  # it was ended on the machine
         except (SkywardError, OSError, asyncssh.Error):
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > UNREACHABLE_S:

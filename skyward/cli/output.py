@@ -35,9 +35,9 @@ def print_table(table: Table) -> None:
 
 
 def tell_failed(failed: Iterable[tuple[str, ProviderError]], what: str, *, meant: Collection[str]) -> None:
-    """Say which clouds failed, but for those that nobody uses here: no credentials are there, or no SDK is installed.
+    """Say which clouds failed, except those without credentials or without an installed SDK, which are not used here.
 
-    Of a lacking SDK it is said all the same for those in `meant`.
+    A missing SDK is reported for the clouds in `meant`.
     """
     for name, error in failed:
         unused = isinstance(error, CredentialsError) and error.missing

@@ -25,9 +25,9 @@ from skyward.console.wording import duration
 def ps(as_json: bool, here: bool) -> None:
     """List pools whose shutdown is not confirmed.
 
-    The list has the pools that were started on this computer, and all pools with machines in clouds for which you have
-    credentials, whoever started them. A pool whose owner is gone is "orphaned": its guardian tries to shut it down, and
-    `skyward down` can do so too.
+    The list has the pools that were started on this computer, and all pools, yours and those of others, with machines
+    in clouds for which you have credentials. A pool whose owner is gone is "orphaned": its guardian tries to shut it
+    down, and `skyward down` can do so too.
     """
     found = all_pools(here)
     if as_json:

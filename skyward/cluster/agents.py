@@ -98,9 +98,9 @@ class LocalAgent:
         return instance_id(self._config.pool_id, node)
 
     def spawn(self) -> None:
-        """Start its process before there is anyone to hear it: what we still have to import takes as long as it does.
+        """Start its process early, so that it starts while this process still imports modules.
 
-        Whoever calls also calls `stop`, or `kill` where there is no event loop.
+        The caller also calls `stop`, or `kill` where there is no event loop.
         """
         self._process = subprocess.Popen(
             [sys.executable, "-m", "skyward.node.agent"],

@@ -35,7 +35,7 @@ async def flush(
     Raises
     ------
     VolumeError
-        Something has not arrived, or nobody knows because the machine does not answer.
+        Some data has not arrived, or it is not known because the machine does not answer.
     """
     if not buckets:
         return

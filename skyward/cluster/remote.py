@@ -60,7 +60,7 @@ class _Gone(Exception):  # noqa: N818 - it says what is the case
 class RemoteAgent:
     """The agent on one machine, for one node.
 
-    `listing` knows whether a machine that is out of reach still exists. None: nobody knows.
+    `listing` tells whether a machine that is out of reach still exists; None: this can't be found out.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class RemoteAgent:
         return await self._is_there()
 
     async def _is_there(self) -> bool:
-        """Ask its cloud for the machine; where nobody is to be asked, it is taken to be there."""
+        """Ask the cloud whether the machine exists; without a cloud to ask, assume that it does."""
         return self._listing is None or await self._listing.has(self.facts)
 
     def instance_id(self, node: int) -> str:  # noqa: ARG002 - it has only one

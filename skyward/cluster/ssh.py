@@ -311,7 +311,7 @@ class Link:
         Raises
         ------
         NotListening
-            The machine answers, and nobody listens there.
+            The machine answers, but no process listens there.
         """
         if self._forwards is not False:
             try:
@@ -338,7 +338,7 @@ class Link:
         except asyncssh.ChannelOpenError as exc:
             if connection.is_closed():
                 raise ConnectionError(f"the connection to {self.login} was lost") from exc
-            raise NotListening(f"nobody listens at {path} on {self.login}") from exc
+            raise NotListening(f"no process listens at {path} on {self.login}") from exc
         self._forwards = True
         return opened
 
@@ -353,7 +353,7 @@ class Link:
                 if not line:
                     await process.wait()
                     self._status(process)
-                    raise NotListening(f"nobody listens at {path} on {self.login}")
+                    raise NotListening(f"no process listens at {path} on {self.login}")
         except BaseException:
             process.close()
             raise

@@ -14,8 +14,8 @@ from skyward.worker.capture import DROPPED
 LINES_KEPT = 10_000
 """Lines kept per node."""
 LINES_PER_S = 10_000
-"""Lines a second that are taken of a whole pool, when it goes on for long. Chosen, not measured: nobody reads as
-much, and it leaves most of the event loop's time to results."""
+"""Lines a second that are taken of a whole pool, when it goes on for long. Chosen, not measured: more than
+anyone reads, and it leaves most of the event loop's time to results."""
 _AT_ONCE = 2 * LINES_PER_S
 _LAST = 10
 """Lines at the end of each batch that are never dropped, so that the end of a storm is seen."""

@@ -2,8 +2,8 @@
 
 The cursor rests at the beginning of an empty line above them: what is written behind our back, by a child process or
 through an older reference to the stream, begins there, and the next drawing leaves it alone. What goes through
-`sys.stdout` and `sys.stderr` is let through between two drawings. Whoever holds the line (a bar of tqdm, a prompt) has
-the terminal to himself until he ends it.
+`sys.stdout` and `sys.stderr` is let through between two drawings. While other code holds the line (a bar of tqdm,
+a prompt), nothing is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skyward.console.streams import fitting, is_terminal
 
 _ERASE = "\x1b[J"  # from the cursor to the end of the screen
 _BAR_S = 1.0
-"""Seconds after a sign that somebody moves the cursor until we draw again.
+"""Seconds without drawing after other code has moved the cursor.
 Chosen, not measured: bars come more often."""
 
 
@@ -95,7 +95,7 @@ class Screen:
     # --- drawing --------------------------------------------------------------------------------------------
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Show these lines, none of them wider than the screen, at the bottom; not while somebody holds the line."""
+        """Show these lines, none of them wider than the screen, at the bottom, unless other code holds the line."""
         with self._lock:
             if self._is_held or time.monotonic() - self._moved_at < _BAR_S or _is_raw():
                 return
@@ -181,7 +181,7 @@ def _open_one(stream: Any) -> Any:
 
 
 def _is_raw() -> bool:
-    """Tell whether somebody edits a line on the terminal: then it gives what is typed at once, or doesn't show it."""
+    """Tell whether a line is being edited on the terminal, which then echoes nothing or passes on each key at once."""
     try:
         import termios
 

@@ -10,7 +10,7 @@ _DUMB = ("dumb", "unknown")
 
 
 class Streams:
-    """Writes whole lines. A stream that fails once, because nobody reads it any more, is left alone from then on."""
+    """Writes whole lines. A stream that fails, because its reader is gone, is not written to again."""
 
     def __init__(self) -> None:
         self._deaf: set[str] = set()

@@ -57,7 +57,7 @@ class Group:
         self.is_cancelled: bool = False
         self.expected: int | None = None  # calls still to come beyond the pending ones, where known
         self.size = size  # all its tasks, where that is known from the start
-        self.may_grow: Callable[[], bool] = _never  # by more calls, nobody knows how many
+        self.may_grow: Callable[[], bool] = _never  # by an unknown number of calls
         self.done = 0  # tasks that have ended, and those of them that failed
         self.failed = 0
         self._server = server

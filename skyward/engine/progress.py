@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 PERIOD_S = 0.25
-"""Seconds between two words at least. Chosen, not measured: more often than that nobody looks."""
+"""Least seconds between two reports. Chosen, not measured: readers need no more."""
 
 Tell = Callable[[int, int | None, int], None]
 """Hears how many calls have ended, of how many (None: not known), and how many of them failed."""

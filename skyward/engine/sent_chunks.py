@@ -40,7 +40,7 @@ class SentChunk:
     is_stolen: bool = False
     is_old: bool = False  # it runs long, or waits behind a Dask task
     is_lost: bool = False  # its worker is gone
-    is_dropped: bool = False  # nobody waits for it any more
+    is_dropped: bool = False  # its outcomes are not waited for any more
     has_ended: bool = False  # with outcomes
     behind: tuple[SentChunk, ...] = ()  # those that were sent to the same worker before, and have to end first
     placeholder: Any = None  # the Dask future by which the scheduler knows of it
@@ -59,7 +59,7 @@ class SentChunks:
         self._asking: set[asyncio.Task[None]] = set()
 
     def add(self, sent: SentChunk) -> None:
-        """Count a chunk as one of its worker's. Whoever calls also calls `result`."""
+        """Count a chunk as one of its worker's. The caller also calls `result`."""
         if sent.address is not None:
             self._placement.add(sent.address)
             sent.behind = tuple(self._at[sent.address])

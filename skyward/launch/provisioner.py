@@ -1,7 +1,7 @@
 """Machines for a pool from clouds: launched step by step of its plan, replaced, and destroyed.
 
 Whatever is launched is in the journal before. When the pool ends, launches under way make nothing more and destroy what
-they have made; the end waits for them, as a request to a cloud that nobody waits for may still make machines.
+they have made; the end waits for them, as a request that is under way may still make machines.
 """
 
 from __future__ import annotations

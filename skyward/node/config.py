@@ -42,7 +42,7 @@ class AgentConfig:
     heartbeat_s
         Seconds without a word from the caller after which the agent ends; 0: it ends with its standard input.
     power_off
-        Whether the machine is to be switched off when the agent ends because nobody is left.
+        Whether the machine is to be switched off when the agent ends because the caller is gone.
     metrics
         Whether it tells how busy the machine is.
     notice

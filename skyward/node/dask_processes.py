@@ -27,7 +27,7 @@ def start_forkserver(config: AgentConfig) -> None:
     from multiprocessing import forkserver
 
     if len(config.folder) < _SHORT:
-        # Its socket would lie in a separate folder, which nobody removes when we are killed.
+        # Otherwise its socket lies in a separate folder, which stays behind when this process is killed.
         multiprocessing.current_process()._config["tempdir"] = config.folder  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
     # What each child imports: for itself, and with the agent, its main module. That has its name in no command line but

@@ -75,7 +75,7 @@ class Relay:
     async def carry(self, reader: Any, writer: Any, confirmed: int) -> None:
         """Use a connection whose other end has received `confirmed` bytes; return when it is lost or all is done."""
         if self._remote is not None:
-            _abort(self._remote)  # nobody may wait any longer for one that is stuck
+            _abort(self._remote)  # it may be stuck, with callers that wait for it
         self._confirm(confirmed)
         writer.write(b"".join(_HEADER.pack(_DATA, len(data)) + data for data in self._kept))
         if self._ended_here:

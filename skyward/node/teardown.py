@@ -21,8 +21,8 @@ is_ending: threading.Event = threading.Event()
 def end(config: AgentConfig, *, alone: bool = False) -> None:
     """Remove all files, kill all that this agent has started, and itself: it leads its own process group.
 
-    `alone`: nobody has asked for it, so a machine that exists for the pool only sends what was written to its volumes
-    and is switched off.
+    `alone`: without a request, as the caller is gone. A machine that exists only for the pool then sends what was
+    written to its volumes and is switched off.
     """
     is_ending.set()
     for folder in (config.folder, *config.remove):

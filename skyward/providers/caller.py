@@ -1,4 +1,4 @@
-"""The addresses from which this computer logs in to machines, for the firewalls that admit nobody else."""
+"""The addresses from which this computer logs in to machines: firewalls admit no others."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def script(recipe: Recipe, *, ttl_s: int = 0, outlives_pool: bool = True) -> str
     """
     steps = [opening("bootstrap.log")]
     if ttl_s:
-        steps.append(timer_once(ttl_s))  # first: from here on the machine ends even if nobody is left to end it
+        steps.append(timer_once(ttl_s))  # first: from here on the machine ends even if the caller is gone
     if not outlives_pool:
         steps.append(_NO_UPGRADES)
     if recipe.apt:
@@ -223,7 +223,7 @@ install_packages() {{
     touch "$environment/complete"
 }}
 
-# What is there but not complete is made again from nothing: which of its packages are whole, nobody knows.
+# An incomplete environment is made again from nothing: it can't be told which of its packages are whole.
 if ! [ -e "$environment/complete" ] || ! "$environment/bin/python" -I -c '' > /dev/null 2>&1; then
     use_pip_settings
     ( may_execute ) >> "$log" 2>&1 || fail home "$?"

@@ -1,4 +1,4 @@
-"""The dead man's switch of a machine: timers that switch it off even if nobody is left to do so."""
+"""The dead man's switch of a machine: timers that switch it off even if the caller is gone."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def partition_script(accelerator: Accelerator, *, keep: bool) -> str:
     Parameters
     ----------
     keep
-        Whether to fail at a GPU that somebody has partitioned otherwise, instead of partitioning it again: right where
-        the machine is not ours.
+        Whether to fail at a GPU that is already partitioned differently, instead of partitioning it again: right for
+        machines that outlive the pool.
     """
     starts = catalog.placements(accelerator.facts, accelerator.memory, accelerator.mig)
     assert starts is not None, "an accelerator whose partitions don't fit can't be made"

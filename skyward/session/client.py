@@ -143,7 +143,7 @@ def connect(cluster: SkyCluster, *, direct: bool) -> Client:
 def _connect(cluster: SkyCluster, *, direct: bool) -> Client:
     with _filtering, warnings.catch_warnings():
         if not isinstance(cluster, JoinedCluster):
-            # Packages that must be the same on both sides are pinned; Dask also warns of those that nobody asked for.
+            # Packages that must be the same on both sides are pinned; Dask also warns of others.
             warnings.simplefilter("ignore", VersionMismatchWarning)
         client = Client.__new__(Client if isinstance(cluster, JoinedCluster) else PoolClient)
         try:

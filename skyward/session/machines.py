@@ -72,7 +72,7 @@ class Machines:
 
     @property
     def are_remote(self) -> bool:
-        """Whether they let nobody in but through the scheduler's tunnel."""
+        """Whether they are reached only through the scheduler's tunnel."""
         return self._record is not None
 
     def open(self) -> SkyCluster:
@@ -148,7 +148,7 @@ class Machines:
     def _end_launched(self, provisioner: Provisioner, record: PoolRecord, mounts: Sequence[str]) -> None:
         try:
             if self.cluster is not None and self.cluster.has_unsent:
-                # Ctrl-C, or the like, while data was being sent: nobody waits for it here, but it is not given up.
+                # Ctrl-C, or the like, while data was being sent: the guardian continues.
                 record.left = ["data is still being sent"]
                 self._emit(events.Error(message=str(_still_sending(self._pool_id, mounts))))
                 return

@@ -138,7 +138,7 @@ class Session:
     # --- life -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Bring everything up. Whoever calls also calls `stop`, whether or not this succeeds."""
+        """Bring everything up. The caller also calls `stop`, whether or not this succeeds."""
         try:
             self._start()
         except Exception as exc:

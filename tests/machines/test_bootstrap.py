@@ -316,7 +316,7 @@ def test_uv_is_taken_from_the_index_with_the_hash_that_is_known(pip: bool, fresh
     get = "use_pip_settings; find_uv || step uv get_uv; find_uv; echo $uv; exit\n"
 
     def run(text: str) -> list[str]:
-        definitions = text.rpartition("\n# What is there but not complete")[0]
+        definitions = text.rpartition("\n# An incomplete environment")[0]
         (Path(f"/proc/{machine.pid}/root/root/script.sh")).write_text(f"{definitions}\n{get}")
         return machine.run("HOME=/root sh /root/script.sh", check=False).splitlines()
 

@@ -44,7 +44,7 @@ def run_function(text: str, function: str, folder: Path) -> subprocess.Completed
     for name in ("uv", "apt-get", "dpkg-query", "sudo", "id"):
         (commands / name).write_text(f'#!/bin/sh\nfor a in "$@"; do printf \'%s\\n\' "$a"; done >> {folder}/{name}\n')
         (commands / name).chmod(0o755)
-    definitions = text.rpartition("\n# What is there but not complete")[0]
+    definitions = text.rpartition("\n# An incomplete environment")[0]
     calls = f'{definitions}\nuv={commands}/uv\nmkdir -p "$environment"\n{function}\n'
     environment = {
         "PATH": f"{commands}:{os.environ['PATH']}",

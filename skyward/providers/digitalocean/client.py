@@ -22,7 +22,7 @@ class Client:
 
     def sources(self) -> list[str]:
         """Return the addresses that may log in."""
-        # Private addresses are those of the droplet's own VPC: nobody else's reach it.
+        # Private addresses are those of the droplet's own VPC: no other network reaches it.
         private = _PRIVATE if self.private_ip else ()
         return caller_ranges("DigitalOcean", self.url, (".digitalocean.com",), self.cidrs, private=private)
 
