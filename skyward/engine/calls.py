@@ -70,7 +70,7 @@ class Item:
     buffers: tuple[BlobRef, ...]
     size: int  # bytes of the arguments, and of large buffers that were not stored before
     sink: Any = None  # what the group needs to deliver the outcome
-    needs: tuple[Any, ...] = ()  # what gives the values that it needs, see `skyward.engine.graph`
+    needs: tuple[Any, ...] = ()  # what gives the values that it needs, see `skyward.engine.graph_builder`
     attempts: int = 0  # runs that ended in the call's own exception
     losses: int = 0  # runs that ended with their worker
     chunk: str = ""  # key of the chunk that it was sent in last

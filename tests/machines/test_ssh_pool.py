@@ -25,6 +25,7 @@ import skyward as sky
 from tests import hostile
 from tests.cloudbox import Machine
 from tests.daemons import start_daemon
+from tests.engine.test_graph import PROMISED
 from tests.joblib.modes import MIB, SEEN, seen
 from tests.machines.conftest import IMAGE, Site
 
@@ -263,6 +264,23 @@ def test_values_go_from_machine_to_machine(pool: sky.ComputePool, machines: list
 
     assert where_sum(sky.ref(kept)) @ pool == tuple((m.name, float(MIB)) for m in machines)
     assert {total for _, total in sky.gather(*[where_sum(sky.ref(kept), n) for n in range(6)]) >> pool} == {MIB + 1}
+
+
+def test_the_promised_lines_run_on_machines(pool: sky.ComputePool) -> None:
+    @sky.compute
+    def train(rate: float) -> dict[str, float]:
+        return {"rate": rate}
+
+    @sky.compute
+    def score(model: dict[str, float], part: int) -> float:
+        return model["rate"] * part
+
+    names = {"sky": sky, "pool": pool, "train": train, "score": score, "parts": range(1, 4), "holdout": 10}
+
+    exec(PROMISED, names)
+
+    assert names["scores"] == (0.1, 0.2, pytest.approx(0.3))
+    assert (names["best"], names["value"]) == (1.0, {"rate": 0.1})
 
 
 def test_a_graph_takes_large_arguments_to_machines(pool: sky.ComputePool) -> None:
