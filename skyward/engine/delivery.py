@@ -76,11 +76,14 @@ class Delivery:
 
     async def _upload(self, digest: str, address: str) -> None:
         from distributed.protocol import to_serialize
+        from distributed.protocol.compression import maybe_compress
 
         data = memoryview(self._store.data(digest))
         for start in range(0, data.nbytes, PIECE):
-            piece = to_serialize(data[start : start + PIECE])
-            await self._ask(address, KEEP, digest=digest, start=start, total=data.nbytes, data=piece)
+            piece = data[start : start + PIECE]
+            name, packed = await asyncio.to_thread(maybe_compress, piece, compression="zstd")  # if that pays
+            what = {"start": start, "total": data.nbytes, "data": to_serialize(packed), "compression": name}
+            await self._ask(address, KEEP, digest=digest, **what)
 
     async def _ask(self, address: str, op: str, **what: Any) -> None:
         refusal = await self._send(address, op, **what)

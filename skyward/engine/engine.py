@@ -118,7 +118,7 @@ class Engine:
             parts_per_node=parts_per_node,
         )
         self._transport = transport = Transport(
-            client, self.store, roster.has_slots, direct=direct, on_output=on_output
+            client, self.store, roster.has_slots, direct=direct, on_output=on_output, measured=self._note_round_trip
         )
         ending = EndingWorkers(self.loop, roster, transport)
         sent = SentChunks(transport, roster.placement, was_reclaimed)
@@ -134,6 +134,8 @@ class Engine:
         self._futures_group = Group(self.dispatcher, self._callbacks.put)
         self._drop_later: asyncio.TimerHandle | None = None
         self.store.on_idle = functools.partial(self.loop.call_soon, self._drop_idle)
+        if not direct:
+            self.loop.call_soon(transport.open)
         self.roster_changed()
 
     def __repr__(self) -> str:
@@ -364,6 +366,9 @@ class Engine:
     def _read_roster(self) -> None:
         self._roster.read()
         self.dispatcher.workers_changed()
+
+    def _note_round_trip(self, seconds: float) -> None:
+        self.estimates.round_trip_s = seconds
 
     def _drop_idle(self) -> None:
         """Remove large buffers that no call needs, now and once more when others have been idle for long."""

@@ -10,6 +10,10 @@ class Estimates:
     """Seconds of work that a chunk should hold: much more than its overhead, little enough to share out evenly."""
     FLOOR_S = 0.005
     """A chunk is not made shorter than this for the sake of sharing; below it, overhead would rule."""
+    GUESS_S = 0.001
+    """Seconds that a call of an unknown function is thought to take where the next chunk is a round trip away."""
+    FAR_S = 0.01
+    """From a round trip of so many seconds on, slots would idle for want of chunks. Chosen, not measured."""
     LONG_S = 1.0
     """Beside a call of so many seconds, the wait for the next one is short, even where machines are far away."""
     BUDGET_S = 0.3
@@ -24,6 +28,7 @@ class Estimates:
 
     def __init__(self) -> None:
         self._totals: dict[str, tuple[float, float]] = {}  # seconds and calls
+        self.round_trip_s: float = 0.0  # to the scheduler and back, where that is far away
 
     def observe(self, digest: str, seconds: float, calls: int) -> None:
         if not calls:
@@ -40,14 +45,19 @@ class Estimates:
         return seconds / calls if calls else None
 
     def is_short(self, digest: str) -> bool:
-        """Tell whether calls of a function are known to take less than `LONG_S`."""
+        """Tell whether calls of a function take less than `LONG_S`. What is not known is thought to, far away."""
         seconds = self.mean(digest)
-        return seconds is not None and seconds < self.LONG_S
+        return self.round_trip_s >= self.FAR_S if seconds is None else seconds < self.LONG_S
 
     def chunk_calls(self, digest: str) -> int:
-        """Return how many calls of a function a chunk holds when there are plenty; 1 when nothing is known of it."""
+        """Return how many calls of a function a chunk holds when there are plenty.
+
+        Where nothing is known of it: 1, and as many as a round trip may take.
+        """
         seconds = self.mean(digest)
-        return 1 if seconds is None else max(1, int(self.TARGET_S / max(seconds, 1e-7)))
+        if seconds is None:
+            return max(1, int(self.round_trip_s / self.GUESS_S))
+        return max(1, int(self.TARGET_S / max(seconds, 1e-7)))
 
     def chunk_size(self, digest: str, remaining: int, slots: int) -> int:
         """Return how many of the `remaining` calls of one function the next chunk should hold; at least 1."""
@@ -55,8 +65,10 @@ class Estimates:
         seconds = self.mean(digest)
         if seconds is None:
             # Nothing is known. A few at a time when there are plenty; the budget mends a wrong guess.
-            return max(1, min(16, share // 8))
-        least = max(1, int(self.FLOOR_S / max(seconds, 1e-7)))
+            return max(1, min(15 + self.chunk_calls(digest), share // 8))
+        # A chunk runs while the next one is on its way.
+        floor = min(max(self.FLOOR_S, self.round_trip_s), self.TARGET_S)
+        least = max(1, int(floor / max(seconds, 1e-7)))
         return min(self.chunk_calls(digest), max(share, least))
 
     def chunks_shown(self, digest: str, size: int) -> int:

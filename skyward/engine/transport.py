@@ -20,9 +20,10 @@ from distributed.comm import CommClosedError
 from distributed.core import send_recv
 
 from skyward.engine.delivery import Delivery, succeeded
+from skyward.engine.relay import Relay
 from skyward.engine.store import Store
 from skyward.scheduler.losses import LOSSES
-from skyward.transfer.wire import INTERRUPT, LEAVE, RUN, TAKE_BACK, VALUES, Chunk, Outcome, Outcomes
+from skyward.transfer.wire import INTERRUPT, KEEP, LEAVE, RUN, TAKE_BACK, VALUES, Chunk, Outcome, Outcomes
 from skyward.worker import handlers, interrupts, ranks, runtime
 from skyward.worker.graph import KEY
 
@@ -57,6 +58,7 @@ class UnreachableError(Exception):
 class Transport:
     """Sends chunks through one Dask client. `direct`: the caller reaches workers without the scheduler's help.
 
+    Otherwise `measured` hears of the seconds that a round trip to the scheduler takes.
     `has_slots` waits for a worker; False: none is needed any more.
     `on_output` hears, in the loop, what tasks have printed, before their outcomes are returned.
     """
@@ -69,8 +71,10 @@ class Transport:
         *,
         direct: bool,
         on_output: Callable[[Any], None] = lambda _: None,
+        measured: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.client = client
+        self.relay: Relay | None = None if direct else Relay(client, measured)
         self._on_output = on_output
         self._store = store
         self._has_slots = has_slots
@@ -81,6 +85,11 @@ class Transport:
         self._connecting: set[asyncio.Future[Any]] = set()
         self.delivery: Delivery = Delivery(store, self._send)
         self.scheduler_losses: int = 0
+
+    def open(self) -> None:
+        """Connect ahead of the first request."""
+        if self.relay is not None:
+            self.relay.open()
 
     def lose_scheduler(self) -> None:
         """Take note that the scheduler is lost, and with it all that was scattered; another one comes."""
@@ -188,10 +197,10 @@ class Transport:
     async def _send(
         self, address: str, op: str, when_sent: Callable[[], None] | None = None, **arguments: Any
     ) -> Any:
-        if not self._direct:
-            if when_sent is not None:
-                when_sent()
-            return await self.client.scheduler.proxy(msg={"op": op, **arguments}, worker=address)
+        if self.relay is not None:
+            if op == KEEP:  # large: what is small does not wait behind it
+                return await self.client.scheduler.proxy(msg={"op": op, **arguments}, worker=address)
+            return await self.relay.ask(address, op, when_sent, **arguments)
         pool = self.client.rpc
         comm = await self._connect(address)
         if when_sent is not None:
@@ -342,6 +351,8 @@ class Transport:
         """Let go of what was scattered, and of what is on its way."""
         self._scattered.clear()
         self.delivery.close()
+        if self.relay is not None:
+            self.relay.close()
 
 
 def _unpacked(answer: Any) -> Outcomes:

@@ -182,6 +182,7 @@ async def _scheduler(config: AgentConfig) -> Any:
 
     from skyward.node.tls import Credentials
     from skyward.scheduler.barrier import barrier_plugin
+    from skyward.scheduler.link import LinkPlugin
     from skyward.scheduler.losses import LossesPlugin
     from skyward.scheduler.page_data import PageDataPlugin
     from skyward.scheduler.task_stream import ReportsPlugin
@@ -202,6 +203,7 @@ async def _scheduler(config: AgentConfig) -> Any:
             barrier_plugin(config.pool_id),
             ReportsPlugin(),
             LossesPlugin(),
+            LinkPlugin(),
             PageDataPlugin(),
             reach.meeting_plugin(),
         ],

@@ -128,6 +128,17 @@ class PoolClient(Client):  # type: ignore[misc]
                 raise OSError("the client is closed")
             await asyncio.sleep(_AGAIN_S)
 
+    async def connect_scheduler(self) -> Any:
+        """Return a connection to the scheduler that no other request uses; one that is lost is waited for.
+
+        Raises
+        ------
+        OSError
+            It is closed, or there is no connection.
+        """
+        await self.until_running()
+        return await self.rpc.connect(self.scheduler.addr)
+
 
 def connect(cluster: SkyCluster, *, direct: bool) -> Client:
     """Return a client of the cluster. `direct`: whether it may reach the workers without the scheduler."""

@@ -41,11 +41,13 @@ def install(worker: Any) -> None:
     """Let `worker`, a Dask worker in this process, keep buffers for its node."""
     from distributed.core import rpc
     from distributed.protocol import to_serialize
+    from distributed.protocol.compression import compressions
 
     # What goes wrong is returned: an exception that passes through the scheduler arrives as text alone.
-    async def keep(digest: str, start: int, total: int, data: Any) -> Refusal | None:
+    async def keep(digest: str, start: int, total: int, data: Any, compression: str | None = None) -> Refusal | None:
         try:
-            await asyncio.to_thread(_write, digest, start, total, memoryview(data).cast("B"))
+            plain = await asyncio.to_thread(compressions[compression].decompress, data)
+            await asyncio.to_thread(_write, digest, start, total, memoryview(plain).cast("B"))
         except OSError as exc:
             where = f"{socket.gethostname()}, in {path_of(digest).parent}"
             return "room", f"an argument of {total / 1e6:.0f} MB can't be kept on {where}: {exc.strerror or exc}"
