@@ -15,6 +15,8 @@ from typing import Any
 from skyward.engine.store import Store
 from skyward.transfer.wire import DROP, FETCH, KEEP, PIECE
 
+_PIECES = 3
+"""Pieces that are on their way to a node at once. Chosen, not measured: the link does not idle between two of them."""
 _READERS = 2
 """Nodes that a node sends a buffer to at once. Chosen, not measured: more would share its line."""
 
@@ -79,11 +81,23 @@ class Delivery:
         from distributed.protocol.compression import maybe_compress
 
         data = memoryview(self._store.data(digest))
-        for start in range(0, data.nbytes, PIECE):
-            piece = data[start : start + PIECE]
-            name, packed = await asyncio.to_thread(maybe_compress, piece, compression="zstd")  # if that pays
-            what = {"start": start, "total": data.nbytes, "data": to_serialize(packed), "compression": name}
-            await self._ask(address, KEEP, digest=digest, **what)
+        is_free = asyncio.Semaphore(_PIECES)
+
+        async def send(start: int) -> None:
+            async with is_free:
+                piece = data[start : start + PIECE]
+                name, packed = await asyncio.to_thread(maybe_compress, piece, compression="zstd")  # if that pays
+                what = {"start": start, "total": data.nbytes, "data": to_serialize(packed), "compression": name}
+                await self._ask(address, KEEP, digest=digest, **what)
+
+        *starts, last = range(0, data.nbytes, PIECE)
+        try:
+            async with asyncio.TaskGroup() as sending:
+                for start in starts:
+                    sending.create_task(send(start))
+        except ExceptionGroup as exc:
+            raise exc.exceptions[0] from None
+        await send(last)  # with it the buffer is complete
 
     async def _ask(self, address: str, op: str, **what: Any) -> None:
         refusal = await self._send(address, op, **what)

@@ -105,7 +105,7 @@ AHEAD_BYTES = 64 << 20
 """Values, and bytes of them, that a generator may be ahead of its consumer. Chosen, not measured."""
 KEEP, READ, FETCH, DROP = "skyward_keep", "skyward_read", "skyward_fetch", "skyward_drop"
 """What a worker is asked to do with a large buffer."""
-PIECE = 32 << 20
+PIECE = 8 << 20
 """Bytes of a large buffer that travel in one message."""
 
 

@@ -79,10 +79,10 @@ def _write(digest: str, start: int, total: int, data: memoryview) -> None:
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with part.open("r+b" if start else "wb") as file:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:  # pieces come in any order
             file.seek(start)
             file.write(data)
-        if start + data.nbytes >= total:
+        if start + data.nbytes >= total:  # sent after all others had arrived
             part.rename(path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self.have: dict[str, bytearray] = {}
+        self.arriving: dict[str, bytearray] = {}
         self.from_caller: Counter[str] = Counter()
         self.from_others: Counter[str] = Counter()
         self.reading: Counter[str] = Counter()
@@ -28,15 +30,17 @@ class Nodes:
         self.gone: set[str] = set()
 
     async def send(self, address: str, op: str, **what: Any) -> tuple[str, str] | None:
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001 * random.random())
         if address in self.gone:
             raise OSError(f"{address} is gone")
         if op == KEEP:
-            data = bytes(what["data"].data)
-            if not what["start"]:
-                self.have[address] = bytearray()
+            data, start = bytes(what["data"].data), what["start"]
+            if address not in self.arriving:
+                self.arriving[address] = bytearray(what["total"])
                 self.from_caller[address] += 1
-            self.have[address] += data
+            self.arriving[address][start : start + len(data)] = data
+            if start + len(data) == what["total"]:
+                self.have[address] = self.arriving.pop(address)
         elif op == FETCH:
             source = what["source"]
             if source in self.gone:
@@ -128,7 +132,8 @@ def test_a_file_has_its_name_when_it_is_complete(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(buffer_files.VARIABLE, str(tmp_path / "buffer-files"))
     digest = "0" * 32
 
-    buffer_files._write(digest, 0, 95, memoryview(DATA[:50]))
+    buffer_files._write(digest, 30, 95, memoryview(DATA[30:50]))
+    buffer_files._write(digest, 0, 95, memoryview(DATA[:30]))
     assert not buffer_files.path_of(digest).exists()
     buffer_files._write(digest, 50, 95, memoryview(DATA[50:]))
 
