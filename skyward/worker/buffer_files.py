@@ -79,7 +79,8 @@ def _write(digest: str, start: int, total: int, data: memoryview) -> None:
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:  # pieces come in any order
+        part.touch(0o600)
+        with part.open("r+b") as file:  # pieces come in any order
             file.seek(start)
             file.write(data)
         if start + data.nbytes >= total:  # sent after all others had arrived

@@ -60,15 +60,17 @@ class Site:
 @asynccontextmanager
 async def site() -> AsyncIterator[Site]:
     pool = await ConnectionPool()
-    async with Scheduler(port=0, dashboard=False, plugins=[LinkPlugin()]) as scheduler:
-        async with Worker(scheduler.address, nthreads=1, dashboard=False) as worker:
-            found = Site(scheduler, worker, pool)
-            try:
-                yield found
-            finally:
-                found.go.set()
-                found.relay.close()
-                await pool.close()
+    async with (
+        Scheduler(port=0, dashboard=False, plugins=[LinkPlugin()]) as scheduler,
+        Worker(scheduler.address, nthreads=1, dashboard=False) as worker,
+    ):
+        found = Site(scheduler, worker, pool)
+        try:
+            yield found
+        finally:
+            found.go.set()
+            found.relay.close()
+            await pool.close()
 
 
 def on_site(work: Callable[[Site], Awaitable[None]]) -> None:
