@@ -1,7 +1,7 @@
 """Large buffers on their way to nodes that share no files with the caller: each once per node.
 
-The caller sends a buffer to one node; the others have it from those that have it already, two at a time from each, so
-that a broadcast to many nodes takes no longer than a few.
+The caller sends a buffer to one node. Each node passes it on to two others at a time, piece by piece as it arrives:
+many nodes have it little later than one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from skyward.engine.store import Store
 from skyward.transfer.wire import DROP, FETCH, KEEP, PIECE
@@ -21,6 +21,16 @@ _READERS = 2
 """Nodes that a node sends a buffer to at once. Chosen, not measured: more would share its line."""
 
 
+class _Source(NamedTuple):
+    """A worker that sends a buffer on, and what receives it there."""
+
+    address: str
+    receiving: asyncio.Task[str]
+
+    def has_not_failed(self) -> bool:
+        return not self.receiving.done() or succeeded(self.receiving)
+
+
 class Delivery:
     """Brings buffers of `store` to nodes. `send` calls a handler of the worker at an address. In the event loop."""
 
@@ -28,7 +38,7 @@ class Delivery:
         self._store = store
         self._send = send
         self._there: dict[tuple[int, str], asyncio.Task[str]] = {}  # by node and digest; the worker that received it
-        self._sources: dict[str, asyncio.Queue[str | None]] = {}  # who may send it next; None: the caller
+        self._sources: dict[str, asyncio.Queue[_Source | None]] = {}  # who may send it next; None: the caller
         self._alive: Collection[str] = ()
         self._removals: dict[tuple[int, str], asyncio.Task[None]] = {}
 
@@ -59,22 +69,33 @@ class Delivery:
             sources = self._sources[digest] = asyncio.Queue()
             sources.put_nowait(None)
         source = await sources.get()
-        if source not in self._alive:
+        if source is not None and not (source.address in self._alive and source.has_not_failed()):
             source = None
+        itself = _Source(address, cast(asyncio.Task[str], asyncio.current_task()))
+        for _ in range(_READERS):
+            sources.put_nowait(itself)
         try:
             if source is None:
                 await self._upload(digest, address)
             else:
-                total = len(self._store.data(digest))
-                await self._ask(address, FETCH, digest=digest, total=total, source=source)
+                await self._fetch(digest, address, source)
+                sources.put_nowait(source)
         except BaseException:
             sources.put_nowait(None)  # the next one has it from the caller
             raise
-        for _ in range(_READERS):
-            sources.put_nowait(address)
-        if source is not None:
-            sources.put_nowait(source)
         return address
+
+    async def _fetch(self, digest: str, address: str, source: _Source) -> None:
+        """Have a worker fetch a buffer from another one, which may itself be receiving it."""
+        total = len(self._store.data(digest))
+        fetching = asyncio.ensure_future(self._ask(address, FETCH, digest=digest, total=total, source=source.address))
+        try:
+            await asyncio.wait([fetching, source.receiving], return_when=asyncio.FIRST_COMPLETED)
+            if not fetching.done() and not source.has_not_failed():
+                raise OSError(f"{source.address} has not received an argument")
+            await fetching
+        finally:
+            fetching.cancel()
 
     async def _upload(self, digest: str, address: str) -> None:
         from distributed.protocol import to_serialize

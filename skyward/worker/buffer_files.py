@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ Refusal = tuple[str, str]
 """Why a buffer is not there: "room" or "source", and a text."""
 _REACH_S = 5.0
 """Seconds to wait for a connection to another node. Chosen, not measured: nodes are near each other."""
+_ARRIVES_S = 600.0
+"""Seconds for which another node waits for the next piece of a buffer that is still on its way here. Chosen, not
+measured: the caller tells it before if nothing more comes."""
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
@@ -43,17 +47,25 @@ def install(worker: Any) -> None:
     from distributed.protocol import to_serialize
     from distributed.protocol.compression import compressions
 
+    arriving: dict[str, _Arriving] = defaultdict(_Arriving)
+
     # What goes wrong is returned: an exception that passes through the scheduler arrives as text alone.
     async def keep(digest: str, start: int, total: int, data: Any, compression: str | None = None) -> Refusal | None:
         try:
             plain = await asyncio.to_thread(compressions[compression].decompress, data)
             await asyncio.to_thread(_write, digest, start, total, memoryview(plain).cast("B"))
         except OSError as exc:
+            arriving.pop(digest, None)
             where = f"{socket.gethostname()}, in {path_of(digest).parent}"
             return "room", f"an argument of {total / 1e6:.0f} MB can't be kept on {where}: {exc.strerror or exc}"
+        arriving[digest].take(start)
+        if path_of(digest).exists():
+            del arriving[digest]
         return None
 
     async def read(digest: str, start: int) -> Any:
+        while not path_of(digest).exists() and start not in arriving[digest].pieces:
+            await arriving[digest].another()
         return to_serialize(await asyncio.to_thread(_read, digest, start))
 
     async def fetch(digest: str, total: int, source: str) -> Refusal | None:
@@ -70,8 +82,27 @@ def install(worker: Any) -> None:
     async def drop(digests: list[str]) -> None:
         for digest in digests:
             path_of(digest).unlink(missing_ok=True)
+            arriving.pop(digest, None)
 
     worker.handlers |= {KEEP: keep, READ: read, FETCH: fetch, DROP: drop}
+
+
+class _Arriving:
+    """The pieces of a buffer that have arrived, while others have not."""
+
+    def __init__(self) -> None:
+        self.pieces: set[int] = set()
+        self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def take(self, start: int) -> None:
+        self.pieces.add(start)
+        self._next.set_result(None)
+        self._next = asyncio.get_running_loop().create_future()
+
+    async def another(self) -> None:
+        """Wait until another piece arrives. Raises TimeoutError, an OSError, when none does."""
+        async with asyncio.timeout(_ARRIVES_S):
+            await asyncio.shield(self._next)
 
 
 def _write(digest: str, start: int, total: int, data: memoryview) -> None:
@@ -92,6 +123,11 @@ def _write(digest: str, start: int, total: int, data: memoryview) -> None:
 
 
 def _read(digest: str, start: int) -> bytes:
-    with path_of(digest).open("rb") as file:
+    path = path_of(digest)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        file = path.with_suffix(".part").open("rb")
+    with file:
         file.seek(start)
         return file.read(PIECE)

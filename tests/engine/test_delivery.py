@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from skyward.engine import delivery
 from skyward.engine.delivery import Delivery
 from skyward.engine.store import Store
-from skyward.transfer.wire import DROP, FETCH, KEEP
+from skyward.transfer.wire import DROP, FETCH, KEEP, READ
 from skyward.worker import buffer_files
 
 
@@ -45,6 +46,8 @@ class Nodes:
             source = what["source"]
             if source in self.gone:
                 return "source", f"{source} is gone"
+            while source not in self.have:
+                await asyncio.sleep(0.001)
             self.reading[source] += 1
             self.most_at_once = max(self.most_at_once, *self.reading.values())
             await asyncio.sleep(0.005)
@@ -85,6 +88,81 @@ def test_the_caller_sends_it_once_and_nodes_have_it_from_each_other(nodes: Nodes
     assert nodes.from_caller.total() == 1
     assert set(nodes.from_others.values()) == {1}
     assert nodes.most_at_once <= 2
+
+
+def test_nodes_fetch_what_their_source_is_still_receiving(nodes: Nodes, store: Store) -> None:
+    digest = store.put(memoryview(DATA)).digest
+    fetching = asyncio.Event()
+
+    async def send(address: str, op: str, **what: Any) -> tuple[str, str] | None:
+        if op == FETCH:
+            fetching.set()
+        elif what["start"] == 90:  # the last piece
+            await fetching.wait()
+        return await nodes.send(address, op, **what)
+
+    async def bring() -> None:
+        d = Delivery(store, send)
+        d.update({0, 1}, {"w0", "w1"})
+        async with asyncio.timeout(10):
+            await asyncio.gather(d.bring([digest], 0, "w0"), d.bring([digest], 1, "w1"))
+
+    asyncio.run(bring())
+
+    assert {bytes(nodes.have[w]) for w in ("w0", "w1")} == {DATA}
+
+
+def test_nodes_hear_when_their_source_receives_no_more(nodes: Nodes, store: Store) -> None:
+    digest = store.put(memoryview(DATA)).digest
+    fetching = asyncio.Event()
+    is_lost = True
+
+    async def send(address: str, op: str, **what: Any) -> tuple[str, str] | None:
+        if op == FETCH:
+            fetching.set()
+        elif what["start"] == 90 and is_lost:
+            await fetching.wait()
+            raise OSError("the connection is lost")
+        return await nodes.send(address, op, **what)
+
+    async def bring() -> None:
+        nonlocal is_lost
+        d = Delivery(store, send)
+        d.update({0, 1}, {"w0", "w1"})
+        async with asyncio.timeout(10):
+            ended = await asyncio.gather(
+                d.bring([digest], 0, "w0"), d.bring([digest], 1, "w1"), return_exceptions=True
+            )
+            assert [type(error) for error in ended] == [OSError, OSError]
+            is_lost = False
+            await d.bring([digest], 1, "w1")
+
+    asyncio.run(bring())
+
+    assert bytes(nodes.have["w1"]) == DATA
+
+
+def test_a_worker_reads_out_pieces_as_they_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(buffer_files.VARIABLE, str(tmp_path / "buffer-files"))
+    monkeypatch.setattr(buffer_files, "PIECE", 10)
+    digest = "0" * 32
+    worker = SimpleNamespace(handlers={})
+    buffer_files.install(worker)
+
+    async def keep(start: int) -> None:
+        assert await worker.handlers[KEEP](digest, start, 95, DATA[start : start + 10]) is None
+
+    async def main() -> None:
+        read = [asyncio.ensure_future(worker.handlers[READ](digest, start)) for start in range(0, 95, 10)]
+        for start in (10, 0, *range(20, 90, 10)):
+            await keep(start)
+            assert bytes((await read[start // 10]).data) == DATA[start : start + 10]
+        assert not read[-1].done()
+        await keep(90)
+        assert bytes((await read[-1]).data) == DATA[90:]
+        assert bytes((await worker.handlers[READ](digest, 40)).data) == DATA[40:50]
+
+    asyncio.run(main())
 
 
 def test_a_node_whose_source_is_gone_has_it_from_the_caller(nodes: Nodes, store: Store) -> None:
