@@ -262,6 +262,9 @@ class Graph:
             self._graphs.store.release(task.item.refs)
         for task in list(self._live.values()):
             self._release(task)
+        # This graph may refer to itself by `_deliver`: what it refers to must not stay until Python looks for cycles.
+        self._builder.clear()
+        self._deliver = lambda _: None
 
     def _origin_gone(self, task: GraphTask) -> None:
         task.is_over = True

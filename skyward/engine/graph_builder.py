@@ -96,6 +96,11 @@ class GraphBuilder:
         """Let go of Dask's delayed values, which the tasks that were sent need no more."""
         self._computed.clear()
 
+    def clear(self) -> None:
+        """Let go of all calls, and with them of their arguments."""
+        self._tasks.clear()
+        self._computed.clear()
+
 
 def check_cycles(tasks: Sequence[GraphTask]) -> None:
     """Raise if a call needs itself."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -419,6 +420,31 @@ def test_a_kept_value_goes_when_nothing_refers_to_it(any_pool: sky.ComputePool) 
         return key in dask_scheduler.tasks
 
     wait_until(lambda: not any_pool.client.run_on_scheduler(is_there))
+
+
+@pytest.mark.parametrize("way", ["run", "submit", "broadcast", "gather", "stream", "persist"])
+def test_a_kept_value_goes_when_the_calls_that_used_it_have_ended(any_pool: sky.ComputePool, way: str) -> None:
+    ways: dict[str, Callable[[Any], object]] = {
+        "run": any_pool.run,
+        "submit": lambda call: any_pool.submit(call).result(),
+        "broadcast": any_pool.broadcast,
+        "gather": lambda call: sky.gather(call, add(1, 1)) >> any_pool,
+        "stream": lambda call: list(sky.gather(iter([call]), stream=True) >> any_pool),
+        "persist": lambda call: any_pool.persist(call).result(),
+    }
+    gc.disable()  # which would also take what refers to itself, some time
+    try:
+        kept = any_pool.persist(ones(100))
+        ways[way](total(kept))
+        key = kept.key
+        del kept
+
+        def is_there(dask_scheduler: Any = None) -> bool:
+            return key in dask_scheduler.tasks
+
+        wait_until(lambda: not any_pool.client.run_on_scheduler(is_there), 10)
+    finally:
+        gc.enable()
 
 
 @sky.compute
