@@ -73,6 +73,7 @@ class AgentCluster(SchedulerCluster):
         self.folder = ""  # where it is all on this host: what ends with it
         self.demand: Callable[[], int] = lambda: 0  # calls that wait or run; the engine's, for adapt
         self.busy: Callable[[], set[str]] = set  # workers that have some; the engine's too
+        self._departing: set[int] = set()  # nodes that get new work as long as no other node has a worker
         self._exited: dict[str, asyncio.Event] = defaultdict(asyncio.Event)  # set when its agent has told its end
         self.left: list[str] = []  # what may still run on machines that could not be cleaned
         self.losses: list[VolumeError] = []  # data that could not be sent
@@ -259,7 +260,7 @@ class AgentCluster(SchedulerCluster):
     @property
     def expected(self) -> int:
         """How many slots there should be, counting those whose worker is being restarted; 0: no node is left."""
-        return len(self._nodes) * self._per_node
+        return len(self._nodes or self._departing) * self._per_node
 
     def instance_id(self, node: int) -> str:
         found = [agent.instance_id(node) for agent in self._agents if node in agent.nodes]
@@ -272,9 +273,9 @@ class AgentCluster(SchedulerCluster):
         found: list[Slot] = []
         for address, worker in self.scheduler_info["workers"].items() if self._has_scheduler else ():
             node, _, index = str(worker["name"]).partition("-")
-            if int(node) in self._nodes:
-                found.append(Slot(address, int(node), int(index), worker["nthreads"]))
-        return sorted(found, key=lambda s: (s.node, s.number))
+            found.append(Slot(address, int(node), int(index), worker["nthreads"]))
+        found.sort(key=lambda s: (s.node, s.number))
+        return [s for s in found if s.node in self._nodes] or [s for s in found if s.node in self._departing]
 
     # --- more and fewer nodes -------------------------------------------------------------------------------
 

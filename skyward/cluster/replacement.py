@@ -23,6 +23,9 @@ _EVACUATION_MARGIN_S = 15.0
 """Seconds before a machine is taken away by which its work has been moved. Chosen, not measured."""
 _FLUSH_MARGIN_S = 45.0
 """The same for a machine that also has to send what was written to volumes. Chosen, not measured."""
+_LAST_CALLS_S = 15.0
+"""Seconds before that in which the only machine of a pool gets no new work, so that what it runs may end. Chosen, not
+measured."""
 _CLOUD_CALLS = 6
 """Calls to clouds at a time that launch or destroy single machines of a pool that runs. Chosen, not measured."""
 _LOOK_S = 2.0
@@ -185,26 +188,42 @@ class MachineCluster(AgentCluster):
     async def _evacuate(self, agent: Agent, seconds: float) -> None:
         """Take the work off a machine that its provider will take away in so many seconds.
 
-        It gets nothing new, what it holds is moved away, what it runs may end; the rest is run again elsewhere. If it
-        has the scheduler, that is moved at last, when all have had time to end what they run.
+        It gets nothing new once another node has workers. What it holds is moved away, what it runs may end; the rest
+        is run again elsewhere. If it has the scheduler, that is moved at last, when all have had time to end what they
+        run.
         """
         if agent not in self._agents or not agent.nodes <= self._nodes:
             return
         logger.warning("%s will be taken away by its provider in %.0f s: its work is moved", _named(agent), seconds)
         self._nodes -= agent.nodes
-        self._failover.remove(agent)
-        self.listener.workers_changed()
         self._replace(agent)
+        margin = _FLUSH_MARGIN_S if agent.has_unsent else _EVACUATION_MARGIN_S
+        until = asyncio.get_running_loop().time() + seconds - margin
+        await self._use_alone(agent, until - _LAST_CALLS_S)
+        self._failover.remove(agent)
         addresses = self._addresses(agent)
         with contextlib.suppress(Exception):  # it may be gone already, or a worker on its way out
-            margin = _FLUSH_MARGIN_S if agent.has_unsent else _EVACUATION_MARGIN_S
-            async with asyncio.timeout(max(0.0, seconds - margin)):
+            async with asyncio.timeout_at(until):
                 await self.scheduler_comm.retire_workers(
                     workers=addresses, close_workers=False, remove=False, stimulus_id="machine-leaves"
                 )
                 while await self._is_busy(addresses):
                     await asyncio.sleep(_LOOK_S)
         await self._drop(agent, "its provider took it back", gone=True)
+
+    async def _use_alone(self, agent: Agent, until: float) -> None:
+        """Let a machine that will be taken away get new work until then, as long as no other node has a worker."""
+        self._departing |= agent.nodes
+        try:
+            async with asyncio.timeout_at(until):
+                await self._until(
+                    lambda: agent not in self._agents or any(slot.node in self._nodes for slot in self.slots())
+                )
+        except Exception:  # the time is over, or the pool has failed
+            logger.debug("%s gets no new work", agent.machine, exc_info=True)
+        finally:
+            self._departing -= agent.nodes
+            self.listener.workers_changed()
 
     async def _is_busy(self, addresses: Sequence[str]) -> bool:
         """Tell whether workers run something, as they said within the last second or two."""

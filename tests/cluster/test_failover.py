@@ -297,6 +297,20 @@ def test_a_notice_moves_the_scheduler_when_what_runs_there_has_ended(make: Start
     assert cluster.sync(cluster.was_reclaimed, leaves)
 
 
+def test_after_its_notice_the_only_machine_may_start_another_scheduler(make: Start) -> None:
+    cloud = Cloud(spare("spare", ready=threading.Event()))
+    cluster = make(cloud, agents := machines(None))
+    cluster.start()
+    tell(cluster, agents[0], "notice", seconds=3600)
+    wait_until(lambda: cloud.asked)
+
+    tell(cluster, agents[0], "scheduler-ended", why="signal 9")
+    wait_until(has_moved(cluster))
+    worker = cluster.add_worker(0)
+
+    assert [slot.address for slot in cluster.slots()] == [worker]
+
+
 def test_a_scheduler_that_is_lost_again_and_again_ends_the_pool(make: Start) -> None:
     cluster = make(Cloud(), agents := machines(None, None), retries=2)
     cluster.start()

@@ -314,6 +314,71 @@ def test_a_machine_that_will_be_taken_away_ends_its_calls_first(make: Start) -> 
 
 
 @pytest.mark.usefixtures("prompt")
+def test_the_only_machine_works_on_after_its_notice_until_another_does(make: Start) -> None:
+    ready = threading.Event()
+    cloud, agents = Cloud(spare("spare", ready=ready)), machines(None)
+    cluster = make(cloud, agents)
+    cluster.start()
+    leaves = cluster.add_worker(0)
+    busy = {leaves}
+    cluster.busy = lambda: busy
+
+    tell(cluster, agents[0], "notice", seconds=3600)
+    wait_until(lambda: cloud.asked)
+    assert [slot.address for slot in cluster.slots()] == [leaves]
+    assert (cluster.plan, cluster.expected) == (set(), 1)
+    ready.set()
+    wait_until(lambda: cluster.listener.of("node_replaced"))
+    assert [slot.address for slot in cluster.slots()] == [leaves]  # the other has no worker yet
+    comes = cluster.add_worker(1)
+    assert [slot.address for slot in cluster.slots()] == [comes]
+    wait_until(lambda: cluster.scheduler_comm.retired == [leaves])
+    assert cloud.discarded == []  # its last calls may end
+    busy.clear()
+    wait_until(lambda: cloud.discarded == ["m0"] and cluster.has_scheduler)
+
+    assert cluster.machines == {1: "spare"}
+    assert cluster.sync(cluster.was_reclaimed, leaves)
+
+
+@pytest.mark.usefixtures("prompt")
+def test_the_only_machine_gets_nothing_new_shortly_before_it_goes(make: Start) -> None:
+    cloud, agents = Cloud(spare("spare", ready=threading.Event())), machines(None)
+    cluster = make(cloud, agents)
+    cluster.start()
+    leaves = cluster.add_worker(0)
+    busy = {leaves}
+    cluster.busy = lambda: busy
+
+    tell(cluster, agents[0], "notice", seconds=replacement._EVACUATION_MARGIN_S + replacement._LAST_CALLS_S)
+    wait_until(lambda: cluster.scheduler_comm.retired == [leaves])
+
+    assert cluster.slots() == []
+    assert cluster.listener.of("node_lost") == []  # its last calls may end
+    busy.clear()
+    wait_until(lambda: cluster.listener.of("node_lost"))
+
+
+@pytest.mark.usefixtures("prompt")
+def test_the_only_machine_may_go_before_its_notice_said(make: Start) -> None:
+    ready = threading.Event()
+    cloud, agents = Cloud(spare("spare", ready=ready), spare("one too many")), machines(None)
+    cluster = make(cloud, agents)
+    cluster.start()
+    leaves = cluster.add_worker(0)
+    tell(cluster, agents[0], "notice", seconds=3600)
+    wait_until(lambda: cloud.asked)
+
+    tell(cluster, agents[0], "ended", why="its provider has taken it away", gone=True)
+    ready.set()
+    wait_until(lambda: cluster.listener.of("node_replaced") and cluster.has_scheduler)
+
+    assert cluster.machines == {1: "spare"}
+    assert len(cloud.asked) == 1
+    assert cluster.sync(cluster.was_reclaimed, leaves)
+
+
+@pytest.mark.usefixtures("prompt")
 @pytest.mark.parametrize(("has_unsent", "seconds"), [(False, 15.0), (True, 45.0)])
 def test_a_machine_is_left_in_time_to_send_its_data(make: Start, has_unsent: bool, seconds: float) -> None:
     cloud, agents = Cloud(), machines(None, None)
