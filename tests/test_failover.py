@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 
 import skyward as sky
 from tests.waiting import wait_until
@@ -123,6 +125,25 @@ def test_calls_that_feed_calls_go_on(pool: sky.ComputePool, tmp_path: Path) -> N
     kill_scheduler(pool)
 
     assert running.result(60) == sum(i * i for i in range(16))
+
+
+def test_a_connection_that_breaks_before_the_loss_is_known_fails_no_call(
+    pool: sky.ComputePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathering = threading.Event()
+
+    async def gather(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        gathering.set()
+        raise CommClosedError("the stream is closed")
+
+    monkeypatch.setattr(pool.client, "gather", gather)
+    with ThreadPoolExecutor() as threads:
+        total = threads.submit(lambda: add(square(2), square(3)) >> pool)
+        assert gathering.wait(30)
+        kill_scheduler(pool)
+
+        assert total.result(60) == 13
 
 
 def test_a_kept_value_is_computed_again(pool: sky.ComputePool) -> None:

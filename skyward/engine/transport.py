@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _CONNECTED_OR_CONNECTING = ("running", "connecting")
 """States of a client that has a scheduler, or looks for one."""
 _LOOK_S = 0.05
+_LOST_S = 10.0
+"""Seconds until a scheduler whose connections are broken is known to be lost. Chosen, not measured: usually one."""
 CLOSE_S = 1.0
 """Seconds that connections have to be made at the end. Chosen, not measured: it takes milliseconds."""
 
@@ -96,6 +98,17 @@ class Transport:
         self.scheduler_losses += 1
         self._scattered.clear()
 
+    async def _is_lost_since(self, losses: int, error: Exception) -> bool:
+        """Tell whether the scheduler has been lost since there were so many losses.
+
+        A connection that breaks is the first sign of that, so the answer takes a moment after such an `error`.
+        """
+        looks = _LOST_S / _LOOK_S if isinstance(error, OSError) else 0
+        while self.scheduler_losses == losses and self.client.status in _CONNECTED_OR_CONNECTING and looks > 0:
+            await asyncio.sleep(_LOOK_S)
+            looks -= self.client.status == "running"  # otherwise the client waits for another one, too
+        return self.scheduler_losses != losses
+
     async def until_slots(self) -> bool:
         """Wait until there is a worker, if one is to come. False: none is needed any more, or there is none."""
         while not await self._has_slots():
@@ -137,8 +150,8 @@ class Transport:
             try:
                 (future,) = await self.client._scatter([self._store.data(digest)], hash=False)
                 return future
-            except Exception:  # Dask's, of several kinds
-                if self.scheduler_losses == losses:
+            except Exception as exc:  # Dask's, of several kinds
+                if not await self._is_lost_since(losses, exc):
                     raise
 
     def forget_dropped(self) -> None:
@@ -272,7 +285,7 @@ class Transport:
         try:
             return self._heard(await asyncio.shield(gathering))
         except Exception as exc:
-            if self.scheduler_losses != losses:  # all workers are gone with their scheduler
+            if await self._is_lost_since(losses, exc):  # all workers are gone with their scheduler
                 raise WorkerGoneError("") from exc
             if type(exc).__name__ != "KilledWorker":
                 raise
