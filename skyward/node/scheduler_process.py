@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -171,8 +172,12 @@ def _hear(pipe: Any, show: asyncio.Event) -> None:
 
 
 async def _beat(pipe: Any, beat_s: float) -> None:
+    """Send beats, but none into a pipe that fills up because the agent is suspended: the loop must not wait for it."""
+    writable = select.poll()
+    writable.register(pipe.fileno(), select.POLLOUT)
     while True:
-        pipe.send("beat")
+        if writable.poll(0):
+            pipe.send("beat")
         await asyncio.sleep(beat_s)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import queue
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from skyward.node import descendants
+from skyward.node import descendants, scheduler_process
 from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.tls import Credentials, make_credentials
 from tests.waiting import wait_until
@@ -195,6 +196,27 @@ def test_an_agent_that_was_suspended_takes_no_scheduler_for_hung(first: Agent) -
     first.do("remove", nodes=[])
     assert first.until("removed")
     assert first.scheduler(address).is_running()
+
+
+def test_beats_that_nobody_reads_block_nothing_and_go_on_when_read() -> None:
+    ours, theirs = multiprocessing.Pipe()
+
+    async def beat() -> None:
+        beats = asyncio.create_task(scheduler_process._beat(theirs, 0.0))
+        for _ in range(2_000):  # more than the pipe has room for
+            await asyncio.sleep(0)
+        while ours.poll():
+            ours.recv()
+        while not ours.poll():
+            await asyncio.sleep(0)
+        beats.cancel()
+
+    beating = threading.Thread(target=asyncio.run, args=[beat()], daemon=True)
+    beating.start()
+    beating.join(TIMEOUT_S)
+
+    assert not beating.is_alive()
+    assert ours.recv() == "beat"
 
 
 def test_workers_move_to_another_scheduler_and_back(first: Agent, second: Agent, security: Any) -> None:
