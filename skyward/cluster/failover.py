@@ -82,6 +82,12 @@ class Failover:
             agent.send({"do": "join", "address": ""})
         return len(self._loss_reasons) <= self._most
 
+    def count(self, why: str, ended: int) -> bool:
+        """Count the loss for which `lose` had `ended`, and did not count it. False: once too often."""
+        if ended == self._ended:  # otherwise calls have ended since
+            self._loss_reasons.append(why)
+        return len(self._loss_reasons) <= self._most
+
     @property
     def loss_reasons(self) -> str:
         """The reasons for the losses since a call has ended, a line for each."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from skyward.cluster.agents import Agent
 from skyward.cluster.base import TOLD_BY_EVENT
 from skyward.cluster.cluster import AgentCluster
-from skyward.cluster.failures import LOST, WORKERS, StartFailures, no_machine_left, workers_error
+from skyward.cluster.failures import LOST, WORKERS, StartFailures, no_machine_left, schedulers_lost, workers_error
 from skyward.errors import BootstrapError, NoMatchingInstanceError, SkywardError
 from skyward.providers.base import Machine
 
@@ -30,7 +30,7 @@ _CLOUD_CALLS = 6
 """Calls to clouds at a time that launch or destroy single machines of a pool that runs. Chosen, not measured."""
 _LOOK_S = 2.0
 _BREAK_S = 0.5
-"""Seconds after the end of a worker within which its machine is gone too, if that was why."""
+"""Seconds after the end of a worker or scheduler within which its machine is gone too, if that was why."""
 _REPLACEMENT_PAUSES_S = (1.0, 15.0, 60.0, 120.0, 300.0)
 """Pauses before attempts to find a replacement for a lost machine.
 Chosen, not measured: capacity comes back in minutes."""
@@ -62,6 +62,7 @@ class MachineCluster(AgentCluster):
         self._failures = StartFailures(len(agents), costly=discard is not None)
         self._growing = asyncio.Lock()
         self._used: list[str] = []  # machines that have failed, or are lost
+        self._taken_away: set[Agent] = set()  # those whose providers do so, or have done so
         self._searches = 0  # for replacements, under way
         # Not the event loop's threads, which connections need: a cloud may keep all of these waiting.
         self._cloud_threads = ThreadPoolExecutor(_CLOUD_CALLS, thread_name_prefix="skyward-cloud")
@@ -82,6 +83,10 @@ class MachineCluster(AgentCluster):
                 self._workers_failed(agent, event)
             case "ended" if not (self._stopping or (has_scheduler and event.get("silence", False))):
                 self._agent_ended(agent, event["why"], gone=event.get("gone", False))
+            case "scheduler-ended" if has_scheduler and not self._stopping:
+                why, ended = f"{agent.machine}: {event['why']}", self.ended()
+                self._scheduler_lost(why, gone=True)  # as far as is known now
+                self._spawn_growth(self._count_loss(agent, why, ended))
             case "notice":
                 self._spawn(self._evacuate(agent, event["seconds"]))
             case _:
@@ -102,6 +107,8 @@ class MachineCluster(AgentCluster):
             self._begin(agent, error)
 
     def _agent_ended(self, agent: Agent, why: str, *, gone: bool) -> None:
+        if gone:
+            self._taken_away.add(agent)
         if self._is_up:
             self._spawn(self._drop(agent, why, gone=gone))
         elif agent in self._agents:
@@ -110,6 +117,14 @@ class MachineCluster(AgentCluster):
             self._begin(
                 agent, BootstrapError(said, machine=agent.machine, step=LOST, instance_id=agent.instance_id(node))
             )
+
+    async def _count_loss(self, agent: Agent, why: str, ended: int) -> None:
+        """Count the end of a scheduler against `retries`, once it is known that its machine is not taken away."""
+        await asyncio.sleep(_BREAK_S)
+        while agent in self._agents and not await agent.answers():
+            await asyncio.sleep(_BREAK_S)
+        if agent not in self._taken_away and not self._failover.count(why, ended):
+            self._fail(schedulers_lost(self.name, self._failover.loss_reasons))
 
     async def _replace_at_start(self, failed: Agent, error: BootstrapError) -> Agent:
         """Return an agent on another machine for a node that can't be made ready.
@@ -195,6 +210,7 @@ class MachineCluster(AgentCluster):
         if agent not in self._agents or not agent.nodes <= self._nodes:
             return
         logger.warning("%s will be taken away by its provider in %.0f s: its work is moved", _named(agent), seconds)
+        self._taken_away.add(agent)
         self._nodes -= agent.nodes
         self._replace(agent)
         margin = _FLUSH_MARGIN_S if agent.has_unsent else _EVACUATION_MARGIN_S

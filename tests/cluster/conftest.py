@@ -28,6 +28,7 @@ def make() -> Iterator[Callable[..., FakeCluster]]:
 
 @pytest.fixture
 def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let clusters look for replacements at once."""
+    """Let clusters look for replacements, and whether machines are gone, at once."""
+    monkeypatch.setattr(replacement, "_BREAK_S", 0.01)
     monkeypatch.setattr(replacement, "_REPLACEMENT_PAUSES_S", (0.0, 0.0, 0.0))
     monkeypatch.setattr(replacement, "_LOOK_S", 0.01)

@@ -352,6 +352,23 @@ def test_machines_that_are_taken_away_do_not_count_against_retries(make: Start) 
     assert cluster.listener.of("cluster_lost") == []
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_the_end_of_a_scheduler_counts_unless_its_machine_is_taken(make: Start, gone: bool) -> None:
+    cluster = make(Cloud(sold_out), agents := machines(None, None), retries=0)
+    cluster.start()
+    agents[0].has_answers = False  # it is being shut down
+
+    tell(cluster, agents[0], "scheduler-ended", why="signal 15")
+    wait_until(has_moved(cluster))
+    assert cluster.listener.of("cluster_lost") == []
+    tell(cluster, agents[0], "ended", why="not there any more", gone=gone)
+    wait_until(lambda: cluster.listener.of("node_lost") and not cluster._growth)
+
+    assert cluster.scheduler == agents[1].scheduler
+    wait_until(lambda: gone or cluster.listener.of("cluster_lost"))
+    assert len(cluster.listener.of("cluster_lost")) == (0 if gone else 1)
+
+
 @pytest.mark.parametrize("hosts", [True, False])
 def test_the_pool_ends_when_no_machine_is_left_and_none_can_be_had(make: Start, hosts: bool) -> None:
     cluster = make(Cloud(error=NoMatchingInstanceError("no more of them")), agents := machines(None), hosts=hosts)
