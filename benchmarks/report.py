@@ -44,7 +44,7 @@ class Found:
         met = "met" if ours <= target.factor * theirs else "**missed**"
         if target.peer is None:
             return show(ours, self.row.unit), met
-        ratio = ours / theirs
+        ratio = ours / theirs if theirs else float("inf")
         return (f"{1 / ratio:.3g} × as fast" if "as fast" in target.text else f"{ratio:.3g} ×"), met
 
 
