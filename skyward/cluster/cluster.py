@@ -192,6 +192,8 @@ class AgentCluster(SchedulerCluster):
                 self._scheduler_lost(f"{agent.machine}: {event['why']}")
             case "dashboard" if agent is self._failover.head:
                 self.has_dashboard.set()
+            case "warning":
+                logger.warning("%s: %s", agent.machine, event["text"])
             case "failed":
                 self._fail(workers_error(self.name, agent, event))
             case "ended" if not self._stopping:

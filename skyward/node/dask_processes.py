@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from skyward.node import reach
+from skyward.node import descriptors, reach
 from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.scheduler_process import SchedulerProcess
 from skyward.node.teardown import is_ending
@@ -23,6 +23,7 @@ _SHORT = 80
 
 def start_forkserver(config: AgentConfig) -> None:
     """Start the warm parent of scheduler and workers now, so that its imports run beside ours."""
+    _raise_limit(config.nodes)  # before it has a copy of it
     import multiprocessing
     from multiprocessing import forkserver
 
@@ -36,6 +37,10 @@ def start_forkserver(config: AgentConfig) -> None:
     preload += ["skyward.node.dask_processes", "skyward.node.metrics", "skyward.node.relay", "skyward.node.watch"]
     context.set_forkserver_preload(preload)
     forkserver.ensure_running()
+
+
+def _raise_limit(nodes: Iterable[NodeSpec]) -> str:
+    return descriptors.raise_limit(descriptors.AGENT_PER_SLOT * sum(len(node.environments) for node in nodes))
 
 
 class DaskProcesses:
@@ -103,6 +108,7 @@ class DaskProcesses:
         config = self._config
         self._security = Credentials(config.ca, config.certificate, config.key).security()
         self._nodes = {node.node: node for node in config.nodes}
+        self._raise_limit(*config.nodes)
         if config.scheduler is None:
             self.start_scheduler()
         elif config.scheduler:
@@ -111,8 +117,13 @@ class DaskProcesses:
 
     def add(self, node: NodeSpec) -> None:
         self._nodes[node.node] = node
+        self._raise_limit(node)
         if self._address:
             self._start_slots(node)
+
+    def _raise_limit(self, *new: NodeSpec) -> None:
+        if problem := _raise_limit(new):
+            self._caller.tell("warning", text=f"the agent {problem}")
 
     async def remove(self, nodes: Sequence[int]) -> None:
         for node in nodes:

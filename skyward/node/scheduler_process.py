@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from skyward.node import reach
+from skyward.node import descriptors, reach
 from skyward.node.config import AgentConfig
 
 BEAT_S = 5.0
@@ -141,6 +141,7 @@ def run(config: AgentConfig, options: dict[str, Any], beat_s: float, pipe: Any) 
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    descriptors.raise_limit(descriptors.SCHEDULER)
     dask.config.set(options)
     logging.getLogger("distributed").setLevel(logging.WARNING)  # the parent has imported it without our options
     asyncio.run(_run(config, beat_s, pipe))

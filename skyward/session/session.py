@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import importlib
+import logging
 import secrets
 import threading
 import time
@@ -20,6 +21,7 @@ from skyward.console.dashboard import DashboardData
 from skyward.console.logfile import LogFile
 from skyward.console.output import Output
 from skyward.errors import PoolError, VolumeError
+from skyward.node import descriptors
 from skyward.providers import Resolved, provider_names
 from skyward.providers.base import Machine
 from skyward.providers.dask import Dask
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from skyward.cluster.base import SkyCluster
     from skyward.engine import Engine
 
+
+logger = logging.getLogger(__name__)
 
 _left: list[Session] = []
 """Sessions of the parent, in a process that was forked."""
@@ -203,6 +207,7 @@ class Session:
             client.is_kept = engine.is_value
         self._tell_progress(engine)
         engine.wait_ready()
+        self._raise_limit(engine.slots)
         self.emit(events.TaskPoolInitCompleted(slots=engine.slots))
         client.subscribe_topic(LOG_TOPIC, lambda event: self.output.receive(event[1]))
         joblib.join()
@@ -310,7 +315,13 @@ class Session:
             self._there[event.node] = event.instance_id
         self.emit(event)
 
+    def _raise_limit(self, slots: int) -> None:
+        """Make room for connections to so many new slots, where this process reaches them directly."""
+        if not self._machines.are_remote and (problem := descriptors.raise_limit(slots * descriptors.CALLER_PER_SLOT)):
+            logger.warning("this process %s", problem)
+
     def node_added(self, node: int, instance_id: str, machine: Machine | None) -> None:
+        self._raise_limit(self._spec.slots_per_node)
         provider = machine.provider if machine is not None else provider_names(self._provider)
         self._emit_here(provisioned(node, instance_id, provider, machine))
 
