@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,6 +22,9 @@ from skyward.cluster.joined import JoinedCluster
 logger = logging.getLogger(__name__)
 
 _AGAIN_S = 0.05
+_TRIES = 4
+"""Times that a new client looks for a scheduler that is not known to be lost. Dask's limit for each is 30 s, and a
+machine that does not answer is missed within 45."""
 _MOST_CHUNKS = 16_384
 """Chunks that may be in flight at once, each with its own connection: two for each of many thousand slots."""
 _around: WeakKeyDictionary[Client, Client | None] = WeakKeyDictionary()
@@ -141,14 +145,31 @@ class PoolClient(Client):  # type: ignore[misc]
 
 
 def connect(cluster: SkyCluster, *, direct: bool) -> Client:
-    """Return a client of the cluster. `direct`: whether it may reach the workers without the scheduler."""
+    """Return a client of the cluster. `direct`: whether it may reach the workers without the scheduler.
+
+    If the scheduler is lost meanwhile, this waits for the next one.
+
+    Raises
+    ------
+    SkywardError
+        The cluster has failed.
+    OSError
+        The scheduler does not answer.
+    """
+    failed = 0
     while True:
         address = cluster.scheduler_address
         try:
             return _connect(cluster, direct=direct)
         except OSError:
-            if cluster.scheduler_address == address:  # otherwise it was lost just then, and there is another one
+            # One that is lost has another address, or none; it may take a while until its loss is known.
+            failed = failed + 1 if cluster.scheduler_address == address else 0
+            if isinstance(cluster, JoinedCluster) or failed == _TRIES:
                 raise
+        while not cluster.is_connected.is_set():
+            if cluster.failure is not None:
+                raise cluster.failure
+            time.sleep(_AGAIN_S)
 
 
 def _connect(cluster: SkyCluster, *, direct: bool) -> Client:
