@@ -18,6 +18,7 @@ from distributed.versions import VersionMismatchWarning
 
 from skyward.cluster.base import SkyCluster
 from skyward.cluster.joined import JoinedCluster
+from skyward.errors import PoolError
 
 logger = logging.getLogger(__name__)
 
@@ -152,20 +153,22 @@ def connect(cluster: SkyCluster, *, direct: bool) -> Client:
     Raises
     ------
     SkywardError
-        The cluster has failed.
+        The cluster has failed, or its scheduler does not answer.
     OSError
-        The scheduler does not answer.
+        The scheduler of a joined cluster does not answer.
     """
     failed = 0
     while True:
         address = cluster.scheduler_address
         try:
             return _connect(cluster, direct=direct)
-        except OSError:
+        except OSError as exc:
+            if isinstance(cluster, JoinedCluster):
+                raise
             # One that is lost has another address, or none; it may take a while until its loss is known.
             failed = failed + 1 if cluster.scheduler_address == address else 0
-            if isinstance(cluster, JoinedCluster) or failed == _TRIES:
-                raise
+            if failed == _TRIES:
+                raise PoolError(f"the Dask scheduler at {address} does not answer: {exc!r}") from exc
         while not cluster.is_connected.is_set():
             if cluster.failure is not None:
                 raise cluster.failure
