@@ -183,11 +183,11 @@ def test_calls_that_wait_when_the_block_ends_are_told() -> None:
 
 
 def test_the_timeout_ends_everything() -> None:
-    pool = small(timeout=8)
+    pool = small(timeout=15)
 
     with pool:
         there = pid() >> pool
-        with pytest.raises(sky.PoolTimeoutError, match=r"timeout of 8 s has passed") as info:
+        with pytest.raises(sky.PoolTimeoutError, match=r"timeout of 15 s has passed") as info:
             sky.compute(time.sleep)(60) >> pool
         wait_until(lambda: not psutil.pid_exists(there))
         with pytest.raises(sky.PoolTimeoutError):

@@ -303,7 +303,7 @@ def test_a_failed_start_names_a_log_with_what_workers_wrote(
     (tmp_path / "sitecustomize.py").write_text(_NO_LUCK.format(does))
     monkeypatch.syspath_prepend(tmp_path)
     if "wait" in does:
-        monkeypatch.setattr("skyward.cluster.cluster.START_TIMEOUT_S", 4)
+        monkeypatch.setattr("skyward.cluster.cluster.START_TIMEOUT_S", 10)
 
     with pytest.raises(sky.PoolError) as caught, sky.ComputePool(display="quiet"):
         pass
