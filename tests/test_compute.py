@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import functools
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextvars import Context, copy_context
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -17,6 +19,7 @@ import pytest
 
 import skyward as sky
 from skyward.current import current_pool, enter, leave
+from tests.waiting import wait_until
 
 
 @sky.compute
@@ -277,6 +280,39 @@ def test_a_call_over_its_time_raises_a_timeout_error(pool: sky.ComputePool) -> N
         forever() >> pool
 
     assert double(1) >> pool == 2
+
+
+def test_native_code_that_holds_the_interpreter_lock_has_its_time_limit(
+    pool: sky.ComputePool
+) -> None:
+    @sky.compute(timeout=0.5)
+    def hold() -> None:
+        ctypes.PyDLL(None).sleep(600)
+
+    with pytest.raises(TimeoutError, match=r"hold.*0\.5 s"):
+        hold() >> pool
+
+    assert double(1) >> pool == 2
+    assert any("in hold" in line for line in pool.logs())  # where it hung
+
+
+def test_a_cancelled_call_that_holds_the_interpreter_lock_frees_its_slot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("skyward.engine.transport._SILENT_S", 1.0)
+    begun = tmp_path / "begun"
+
+    @sky.compute
+    def hold() -> None:
+        begun.touch()
+        ctypes.PyDLL(None).sleep(600)
+
+    with sky.ComputePool("local", display="quiet") as pool:
+        held = pool.submit(hold())
+        wait_until(begun.exists)
+        held.cancel()
+
+        assert pool.submit(double(1)).result(timeout=60) == 2
 
 
 # --- the current pool ---------------------------------------------------------------------------------------

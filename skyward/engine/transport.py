@@ -23,7 +23,7 @@ from skyward.engine.delivery import Delivery, succeeded
 from skyward.engine.relay import Relay
 from skyward.engine.store import Store
 from skyward.scheduler.losses import LOSSES
-from skyward.transfer.wire import INTERRUPT, KEEP, LEAVE, RUN, TAKE_BACK, VALUES, Chunk, Outcome, Outcomes
+from skyward.transfer.wire import INTERRUPT, KEEP, KILL, LEAVE, RUN, TAKE_BACK, VALUES, Chunk, Outcome, Outcomes
 from skyward.worker import handlers, interrupts, ranks, runtime
 from skyward.worker.graph import KEY
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _CONNECTED_OR_CONNECTING = ("running", "connecting")
 """States of a client that has a scheduler, or looks for one."""
 _LOOK_S = 0.05
+_SILENT_S = 10.0
+"""Seconds that a worker has to answer when a call is interrupted. Chosen: a busy link takes one or two."""
 _LOST_S = 10.0
 """Seconds until a scheduler whose connections are broken is known to be lost. Chosen, not measured: usually one."""
 CLOSE_S = 1.0
@@ -332,11 +334,22 @@ class Transport:
             if address is None:
                 found = await self.client._run(interrupts.interrupt, keys, on_error="ignore")
             else:
-                found = {address: await self._send(address, INTERRUPT, keys=keys)}
+                found = {address: await self._interrupt_there(address, keys)}
         except Exception:  # the worker or the cluster is going away, and the chunks with it
             logger.debug("interrupt of %d chunks failed", len(keys), exc_info=True)
             return set()
         return {address for address, hit in found.items() if hit}
+
+    async def _interrupt_there(self, address: str, keys: list[str]) -> int:
+        try:
+            async with asyncio.timeout(_SILENT_S):
+                hits: int = await self._send(address, INTERRUPT, keys=keys)
+                return hits
+        except TimeoutError:
+            # Native code holds its interpreter lock, or the process is stopped.
+            logger.warning("the worker at %s does not answer and is killed, because its call is cancelled", address)
+            await self.client.scheduler.broadcast(msg={"op": KILL}, workers=[address], nanny=True)
+            return len(keys)
 
     async def end_processes(self, keys: list[str], *, is_good: bool) -> None:
         """End the processes of their own that chunks had: their job is over."""

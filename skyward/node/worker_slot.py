@@ -24,6 +24,9 @@ _AGAIN_S = 1.0
 _CLOSE_S = 2.0
 """Seconds that a worker has to close before it is killed."""
 _LOOK_S = 0.02
+_STOPPED_LOOK_S, _STOPPED_LOOKS = 5.0, 6
+"""A worker process that is stopped at so many looks in a row, so many seconds apart, is killed. Chosen, not measured: a
+debugger stops it in another way."""
 
 
 class Caller(Protocol):
@@ -101,7 +104,7 @@ class WorkerSlot:
                             address=nanny.worker_address,
                             pid=nanny.pid,
                         )
-                        await nanny.finished()
+                        await self._until_finished(nanny)
                 except Exception as exc:  # whatever keeps a process from starting, its own death at once included
                     error = exc
                 if await self._waited_for_scheduler() or error is None:
@@ -111,6 +114,17 @@ class WorkerSlot:
                     self._caller.fail(f"worker {self._name} did not start: {reach.reason(error)}")
                     return
                 await asyncio.sleep(0 if failures < _ATTEMPTS else _AGAIN_S)
+
+    async def _until_finished(self, nanny: Any) -> None:
+        watching = asyncio.create_task(kill_if_stopped(lambda: nanny.pid, self._stopped))
+        try:
+            await nanny.finished()
+        finally:
+            watching.cancel()
+
+    def _stopped(self) -> None:
+        looks = f"{_STOPPED_LOOKS * _STOPPED_LOOK_S:g} s"
+        self._caller.tell("warning", text=f"worker {self._name} has been stopped (SIGSTOP) for {looks}: it is killed")
 
     async def _waited_for_scheduler(self) -> bool:
         """Return when the scheduler answers, and whether it did not at first: then a failure is not the worker's."""
@@ -163,6 +177,25 @@ class WorkerSlot:
             dashboard=False,
             dashboard_address="127.0.0.1:0",  # its HTTP server has no TLS
         )
+
+
+async def kill_if_stopped(
+    pid: Callable[[], int], killed: Callable[[], None], look_s: float = _STOPPED_LOOK_S
+) -> None:
+    """Kill a process that stays stopped, as by SIGSTOP: it runs nothing and holds what it has. Until cancelled."""
+    import psutil
+
+    looks = 0
+    while True:
+        await asyncio.sleep(look_s)
+        try:
+            process = psutil.Process(pid())
+            looks = looks + 1 if process.status() == psutil.STATUS_STOPPED else 0
+            if looks == _STOPPED_LOOKS:
+                process.kill()
+                killed()
+        except psutil.Error:  # it has ended
+            looks = 0
 
 
 def _last_lines(node: int, output: capture.Reader) -> dict[str, Any]:

@@ -98,6 +98,8 @@ RUN, TAKE_BACK, INTERRUPT, RAN = "skyward_run", "skyward_take_back", "skyward_in
 """What a worker is asked to do with a chunk, and what it tells the scheduler afterwards."""
 LEAVE = "skyward_leave"
 """What a worker is asked to do when its own modules are outdated: end its process."""
+KILL = "skyward_kill"
+"""What the nanny of a worker is asked to do when that does not answer."""
 VALUES = "skyward_values"
 """What a worker is asked for the values of a generator."""
 AHEAD_VALUES = 8

@@ -17,6 +17,7 @@ import distributed.nanny
 from distributed.nanny import WorkerProcess
 from distributed.threadpoolexecutor import ThreadPoolExecutor, _worker
 
+from skyward.transfer.wire import KILL
 from skyward.worker import interrupts
 
 _LEAVE_S = 0.2
@@ -29,10 +30,16 @@ class SlotNanny(distributed.nanny.Nanny):  # type: ignore[misc]
     def __init__(self, *args: Any, on_exit: Callable[[str | None], None], **options: Any) -> None:
         super().__init__(*args, **options)
         self._on_exit = on_exit
+        self.handlers[KILL] = self._kill
 
     async def instantiate(self) -> Any:
         distributed.nanny.WorkerProcess = SlotProcess  # the name by which a nanny makes its process
         return await super().instantiate()
+
+    async def _kill(self) -> None:
+        """Kill the worker process, which does not answer; another one is started."""
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)
 
     def _on_worker_exit_sync(self, exitcode: int) -> None:
         self._on_exit(self.worker_address)  # before the next process reads the pipes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,19 @@ from skyward.worker import interrupts
 _local = threading.local()  # the limit of the chunk that runs in this thread
 
 
+_MARGIN_S = 0.5
+"""Seconds after which a process that had to end by itself is ended from outside of Python. Chosen, not measured."""
+_ends: dict[_TimeLimit, float] = {}
+"""When the chunks with a limit that run here have to have ended, by `time.monotonic`."""
+_lock = threading.Lock()
+
+
 class _TimeLimit:
-    """Interrupts the chunk `key` when it has run for `seconds`."""
+    """Interrupts the chunk `key` when it has run for `seconds`, and ends this process if it does not stop then.
+
+    If native code holds the interpreter lock, no Python code can do that: `faulthandler` can. It prints where the code
+    hangs. On a joined cluster the process is left alone.
+    """
 
     def __init__(self, key: str, seconds: float) -> None:
         self._key = key
@@ -25,10 +37,25 @@ class _TimeLimit:
         self._timer = threading.Timer(self._left, interrupts.interrupt, [[self._key], Kind.TIMEOUT])
         self._timer.daemon = True
         self._timer.start()
+        with _lock:
+            _ends[self] = self._began + self._left + interrupts.GRACE_S + _MARGIN_S
+            _watch()
 
     def stop(self) -> None:
+        with _lock:
+            _ends.pop(self, None)
+            _watch()
         self._timer.cancel()
         self._left = max(0.0, self._left - (time.monotonic() - self._began))
+
+
+def _watch() -> None:
+    """Have this process ended when the first of the chunks has to have ended."""
+    if not interrupts.may_restart:
+        return
+    faulthandler.cancel_dump_traceback_later()
+    if _ends:
+        faulthandler.dump_traceback_later(max(0.001, min(_ends.values()) - time.monotonic()), exit=True, file=2)
 
 
 @contextlib.contextmanager
