@@ -111,7 +111,8 @@ class Broadcaster:
                 await self._transport.interrupt(unfinished)
                 self._ending.add_chunks(unfinished)
             if is_job:
-                await self._transport.end_processes(keys, is_good=len(results) == len(targets))
+                workers = [*filter(None, addresses)]
+                await self._transport.end_processes(keys, workers, is_good=len(results) == len(targets))
         self.ended += 1
         return [results[i] for i in range(len(targets))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from skyward.engine.calls import now
 from skyward.engine.loop import Loop
@@ -30,7 +30,8 @@ class EndingWorkers:
         self._roster = roster
         self._transport = transport
         self._workers: dict[str, float] = {}  # that may end at our request, and until when
-        self._chunks: deque[tuple[float, str]] = deque()  # until when interrupted ones may still run, oldest first
+        # Those that were interrupted, oldest first: until when they may still run, and where.
+        self._chunks: deque[tuple[float, str, str | None]] = deque()
 
     def __contains__(self, address: str) -> bool:
         """Tell whether a worker may have ended at the engine's request, and not because of the call that it ran."""
@@ -61,16 +62,17 @@ class EndingWorkers:
         if hit:
             self.add_chunks(places)
 
-    def add_chunks(self, interrupted: Iterable[str]) -> None:
+    def add_chunks(self, interrupted: Mapping[str, str | None]) -> None:
         """Let the next broadcast wait until these chunks have ended: they may take their workers along."""
         began = now()
         while self._chunks and self._chunks[0][0] <= began:
             self._chunks.popleft()
-        self._chunks += ((began + RESTART_S, key) for key in interrupted)
+        self._chunks += ((began + RESTART_S, key, address) for key, address in interrupted.items())
 
     async def wait_for_chunks(self) -> None:
-        """Return when no interrupted chunk runs any more and all workers answer."""
-        keys = [key for until, key in self._chunks if until > now()]
+        """Return when no interrupted chunk runs any more and the workers that had one answer."""
+        here = {None, *self._roster.workers()}
+        places = {key: address for until, key, address in self._chunks if until > now() and address in here}
         self._chunks.clear()
-        if keys:
-            await self._transport.wait_ended(keys, self._roster.workers)
+        if places:
+            await self._transport.wait_ended(places, self._roster.workers)

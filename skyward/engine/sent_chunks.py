@@ -123,7 +123,7 @@ class SentChunks:
         if sent.is_dropped and not sent.is_direct:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interrupts.GRACE_S):
-                    await self._transport.wait_ended([sent.key], tuple)
+                    await self._transport.wait_ended({sent.key: sent.address}, tuple)
 
     def _start_placeholder(self, sent: SentChunk) -> None:
         assert sent.address is not None

@@ -351,25 +351,31 @@ class Transport:
             await self.client.scheduler.broadcast(msg={"op": KILL}, workers=[address], nanny=True)
             return len(keys)
 
-    async def end_processes(self, keys: list[str], *, is_good: bool) -> None:
-        """End the processes of their own that chunks had: their job is over."""
+    async def end_processes(self, keys: list[str], workers: list[str], *, is_good: bool) -> None:
+        """End the separate processes that chunks had on these workers: their job is over."""
         try:
-            await self.client._run(ranks.end, keys, is_good=is_good, on_error="ignore")
+            await self.client._run(ranks.end, keys, is_good=is_good, workers=workers, on_error="ignore")
         except Exception:  # the cluster is going away, and they with it
             logger.debug("the end of %d processes was not told", len(keys), exc_info=True)
 
-    async def wait_ended(self, keys: list[str], workers: Callable[[], Collection[str]]) -> None:
-        """Return when none of the chunks runs any more and all `workers` answer: one may have ended with its chunk."""
+    async def wait_ended(self, places: Mapping[str, str | None], workers: Callable[[], Collection[str]]) -> None:
+        """Return when none of the chunks runs any more and each worker that had one answers, if it is in `workers`.
+
+        `places` is as for `interrupt`. A worker may have ended with its chunk.
+        """
         losses = self.scheduler_losses
+        addresses = set(places.values())
+        asked = None if None in addresses else [*addresses]
         while self.scheduler_losses == losses:  # otherwise all have ended
             try:
-                answers = await self.client._run(interrupts.runs_one_of, keys, on_error="ignore")
+                answers = await self.client._run(interrupts.runs_one_of, [*places], workers=asked, on_error="ignore")
             except OSError:
                 if self.client.status not in _CONNECTED_OR_CONNECTING:
                     raise
                 await asyncio.sleep(_LOOK_S)
                 continue
-            if not any(answers.values()) and answers.keys() >= set(workers()):
+            here = set(workers()) if asked is None else addresses.intersection(workers())
+            if not any(answers.values()) and answers.keys() >= here:
                 return
             await asyncio.sleep(_LOOK_S)
 

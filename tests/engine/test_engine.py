@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import distributed
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,8 +23,9 @@ import skyward as sky
 from skyward.engine import Call, broadcast, run
 from skyward.engine.estimates import Estimates
 from skyward.engine.store import Store
+from skyward.integrations.frameworks import Distributed
 from skyward.transfer import pickling
-from skyward.transfer.wire import INTERRUPT
+from skyward.transfer.wire import INTERRUPT, Isolation
 from tests.waiting import wait_until
 
 
@@ -225,6 +227,49 @@ def test_only_the_worker_that_runs_a_cancelled_call_is_asked_to_stop_it(
 
     wait_until(lambda: not pool.engine.busy())
     assert len(asked) == 1
+
+
+@pytest.fixture
+def asked(pool: sky.ComputePool, monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, ...]]:
+    """Which workers are asked, by each request to several. All: an empty tuple."""
+    found: set[tuple[str, ...]] = set()
+    run = pool.client._run
+
+    async def note(*args: Any, workers: list[str] | None = None, **options: Any) -> Any:
+        found.add(tuple(sorted(workers or ())))
+        return await run(*args, workers=workers, **options)
+
+    monkeypatch.setattr(pool.client, "_run", note)
+    return found
+
+
+def test_a_broadcast_asks_only_the_worker_of_a_cancelled_call(
+    pool: sky.ComputePool, asked: set[tuple[str]], tmp_path: Path
+) -> None:
+    @sky.compute
+    def work() -> None:
+        (tmp_path / "begun").touch()
+        time.sleep(60)
+
+    sky.compute(int)() @ pool  # which asks the workers of calls that were cancelled before
+    asked.clear()
+    future = pool.submit(work())
+    wait_until((tmp_path / "begun").exists)
+    (sent,) = pool.engine.dispatcher.chunks.values()
+    future.cancel()
+    wait_until(lambda: not pool.engine.busy())
+
+    sky.compute(int)() @ pool
+
+    assert asked == {(sent.address,)}
+
+
+def test_the_end_of_a_job_is_told_only_to_its_workers(pool: sky.ComputePool, asked: set[tuple[str]]) -> None:
+    addresses = sky.compute(lambda: distributed.get_worker().address)() @ pool
+
+    sky.compute(Distributed(square, Isolation("tests.plain_setup", {}, ())))(1) @ pool
+
+    assert asked == {tuple(sorted(addresses))}
 
 
 def test_a_chunk_that_is_interrupted_before_it_begins_does_not_run() -> None:
