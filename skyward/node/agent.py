@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from skyward.node import descendants, metrics, reach, spot_notice
+from skyward.node import descendants, log_size, metrics, reach, spot_notice
 from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.dask_processes import DaskProcesses, start_forkserver
 from skyward.node.relay import INTERPRETER, RelayServer
@@ -137,6 +137,7 @@ class _Agent:
         self.tell("failed", error=error, last_lines=lines[-KEPT_LINES:], **facts)
 
     async def run(self) -> None:
+        self.spawn(log_size.watch(Path(self._config.folder) / LOG))
         async with contextlib.AsyncExitStack() as stack:
             if self._pipe is None:
                 folder = Path(self._config.folder)
