@@ -100,7 +100,7 @@ def make_chunk(
     isolation: Isolation | None = None,
     access: Access | None = None,
 ) -> Chunk:
-    """Return the chunk of these calls: the pickled `Layout`, and `Sources.facts`, go with each."""
+    """Return the chunk of these calls: `Roster.pickled_layout` and `Sources.facts` go with each."""
     functions = {item.function.digest: item.function for item in items}
     order = {digest: i for i, digest in enumerate(functions)}
     return Chunk(

@@ -123,7 +123,7 @@ class Chunk:
     key: str
     functions: tuple[FunctionRef, ...]
     calls: list[WireCall]
-    layout: bytes  # a pickled `Layout`; bytes, because it's the same for many chunks and cached by the worker
+    layout: bytes  # a pickled `Layout`, compressed; the same for many chunks and cached by the worker
     budget_s: float | None  # begin no further call after this many seconds: the rest goes back
     timeout_s: float | None = None  # for the single call of a chunk with a time limit
     participant: Participant | None = None

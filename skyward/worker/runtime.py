@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -189,5 +190,5 @@ def _load_layout(data: bytes) -> Layout:
     layout = _layouts.get(data)
     if layout is None:
         _layouts.clear()  # the layout changes when nodes come and go: the last one is enough
-        layout = _layouts[data] = pickling.loads(data)
+        layout = _layouts[data] = pickling.loads(zlib.decompress(data))
     return layout

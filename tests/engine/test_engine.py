@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import pickle
+import random
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +24,11 @@ from hypothesis import strategies as st
 import skyward as sky
 from skyward.engine import Call, broadcast, run
 from skyward.engine.estimates import Estimates
+from skyward.engine.roster import Roster
 from skyward.engine.store import Store
 from skyward.integrations.frameworks import Distributed
 from skyward.transfer import pickling
-from skyward.transfer.wire import INTERRUPT, Isolation
+from skyward.transfer.wire import INTERRUPT, Isolation, Slot
 from tests.waiting import wait_until
 
 
@@ -272,11 +275,29 @@ def test_the_end_of_a_job_is_told_only_to_its_workers(pool: sky.ComputePool, ask
     assert asked == {tuple(sorted(addresses))}
 
 
+def test_a_chunk_carries_less_than_10_kb_about_a_thousand_slots(pool: sky.ComputePool) -> None:
+    from skyward.worker import runtime
+
+    numbers = random.Random(1)
+    hosts = [f"172.31.{numbers.randrange(256)}.{numbers.randrange(256)}" for _ in range(125)]
+    roster = Roster(
+        pool.engine.loop,
+        lambda: [Slot(f"tls://{hosts[i // 8]}:{numbers.randrange(32768, 61000)}", i // 8, i % 8) for i in range(1000)],
+        pool_id="pool", expected=lambda: 1000, alive=None, wait_for_worker=None, is_needed=lambda: False,
+        head_port=29500, accelerator=None, accelerators_per_node=0, parts_per_node=1,
+    )  # fmt: skip
+
+    roster.read()
+
+    assert len(roster.pickled_layout) < 10_000
+    assert runtime._load_layout(roster.pickled_layout) == roster.layout
+
+
 def test_a_chunk_that_is_interrupted_before_it_begins_does_not_run() -> None:
     from skyward.transfer.wire import Chunk, Kind, Layout, WireCall
     from skyward.worker import interrupts, runtime
 
-    layout, _ = pickling.dumps(Layout("pool", (), "", 0))
+    layout = zlib.compress(pickling.dumps(Layout("pool", (), "", 0))[0])
     chunk = Chunk("early-key", (), [WireCall(0, b"", ())], layout, None)
 
     assert interrupts.interrupt(["early-key"]) == 0
