@@ -17,7 +17,7 @@ import psutil
 
 from benchmarks.case import Row, Target
 
-COLUMNS = ("skyward", "Dask", "loky", "processes", "Ray", "ideal", "TLS socket", "floor", "distinct")
+COLUMNS = ("skyward", "Dask", "loky", "processes", "Ray", "ideal", "TLS socket", "no preload", "floor", "distinct")
 EXPLANATION = """\
 Medians; less is better. In brackets: skyward's figure divided by this one, so below 1 skyward is ahead. In rows that
 begin with "Parallel", and for scikit-learn, each column is that peer's joblib backend."""

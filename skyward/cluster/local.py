@@ -58,6 +58,7 @@ def local_cluster(
         certificate=credentials.certificate,
         key=credentials.key,
         metrics=spec.collect_metrics,
+        preload=tuple(spec.image.preload),
         nodes=tuple(make_node(n) for n in range(spec.nodes)),
         environment={
             **thread_environment(max(1, cores // slots)),

@@ -86,6 +86,7 @@ def machine_cluster(
             certificate=credentials.certificate,
             key=credentials.key,
             metrics=spec.collect_metrics,
+            preload=tuple(spec.image.preload),
             scheduler=None if is_first else "",
             environment=spec.environment,
         )

@@ -45,6 +45,8 @@ class AgentConfig:
         Whether the machine is to be switched off when the agent ends because the caller is gone.
     metrics
         Whether it tells how busy the machine is.
+    preload
+        Modules of the image, which the process that workers are forked from imports.
     notice
         Cloud whose notices of taking the machine away it is to watch for, such as ``"aws"``; empty: none.
     """
@@ -64,6 +66,7 @@ class AgentConfig:
     power_off: bool = False
     metrics: bool = False
     remove: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
     notice: str = ""
 
     def to_json(self) -> str:
@@ -73,5 +76,5 @@ class AgentConfig:
     def from_json(text: str) -> AgentConfig:
         raw = json.loads(text)
         nodes = tuple(NodeSpec.from_dict(n) for n in raw.pop("nodes"))
-        raw |= {name: tuple(raw[name]) for name in ("networks", "remove")}
+        raw |= {name: tuple(raw[name]) for name in ("networks", "remove", "preload")}
         return AgentConfig(nodes=nodes, **raw)

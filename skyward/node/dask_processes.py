@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from skyward.node.config import AgentConfig, NodeSpec
 from skyward.node.scheduler_process import SchedulerProcess
 from skyward.node.teardown import is_ending
 from skyward.node.worker_slot import Caller, WorkerSlot
+from skyward.worker import warm_parent
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ def start_forkserver(config: AgentConfig) -> None:
     # its own, by which it is known.
     preload = ["skyward.node.adoption", "distributed.worker", "skyward.worker.preload"]
     preload += ["skyward.node.dask_processes", "skyward.node.metrics", "skyward.node.relay", "skyward.node.watch"]
+    if config.preload:
+        os.environ[warm_parent.VARIABLE] = " ".join(config.preload)
+        preload.append("skyward.node.image_modules")
     context.set_forkserver_preload(preload)
     forkserver.ensure_running()
 
@@ -57,6 +62,7 @@ class DaskProcesses:
         self._proven: set[tuple[int, int]] = set()  # slots in which a worker has come up
         self._wanted: str | None = ""  # address of the scheduler to join; None: it is to start here
         self._address = ""  # of the scheduler that the workers join now
+        self._imports: asyncio.Task[str] | None = None  # the image's modules; returns what went wrong
         self._change: asyncio.Task[None] | None = None  # from the earlier scheduler to the one that is wanted
         self._scheduler: SchedulerProcess | None = None
         self._security: Any = None
@@ -109,11 +115,12 @@ class DaskProcesses:
         self._security = Credentials(config.ca, config.certificate, config.key).security()
         self._nodes = {node.node: node for node in config.nodes}
         self._raise_limit(*config.nodes)
+        if config.preload:
+            self._imports = asyncio.get_running_loop().create_task(self._import())
         if config.scheduler is None:
             self.start_scheduler()
         elif config.scheduler:
-            self._wanted = config.scheduler
-            self._start_workers(config.scheduler)
+            self.join(config.scheduler)
 
     def add(self, node: NodeSpec) -> None:
         self._nodes[node.node] = node
@@ -153,6 +160,9 @@ class DaskProcesses:
         """Leave the present scheduler for another: see `_wanted`. A later change cancels this."""
         try:
             await self._leave()
+            if self._imports is not None and (error := await asyncio.shield(self._imports)):
+                self._caller.fail(error)
+                return
             if scheduler is None:
                 scheduler = await self._start_scheduler()
             elif scheduler:
@@ -199,6 +209,12 @@ class DaskProcesses:
             return
         self._switch_scheduler("")
         self._caller.tell("scheduler-ended", why=why)
+
+    async def _import(self) -> str:
+        error, warnings = await asyncio.to_thread(warm_parent.outcome)
+        for text in warnings:
+            self._caller.tell("warning", text=text)
+        return error
 
     def _start_workers(self, scheduler: str) -> None:
         self._address = scheduler

@@ -56,6 +56,9 @@ class Dask:
                 problems.note(option, getattr(spec, option), f"{getattr(usual, option)!r} {theirs}")
         if spec.env:
             problems.note("env", sorted(spec.env), f"None {theirs}")
+        if spec.image.preload:
+            accepted = f"() {theirs}; start its workers with `dask worker --preload` instead"
+            problems.note("image.preload", spec.image.preload, accepted)
         for field_ in ("python", "apt", "env", "include"):
             if value := getattr(spec.image, field_):
                 problems.note(f"image.{field_}", sorted(value), f"nothing {theirs}")

@@ -13,6 +13,7 @@ from skyward.spec.validation import (
     check_count,
     check_env,
     check_index_urls,
+    check_modules,
     check_pip,
     check_python,
     check_strings,
@@ -42,6 +43,10 @@ class Image:
         Environment variables of the workers. Their values are kept out of `repr`.
     include
         Files and folders to copy to the working directory of the workers.
+    preload
+        Modules that each machine imports once, before its worker processes are forked: these start with the modules
+        loaded and share their memory. A module must be installed on the machines, or be in `include`. One that can't be
+        imported, or initialises CUDA when it is imported, makes the start of the pool fail with `BootstrapError`.
     constraints
         Versions of packages that are installed only if others need them, as in pip's constraints files.
     wheels
@@ -62,6 +67,7 @@ class Image:
     apt: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     include: Sequence[str] = ()
+    preload: Sequence[str] = ()
     constraints: Sequence[str] = ()
     wheels: Sequence[Wheel] = ()
     not_reproduced: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -74,6 +80,7 @@ class Image:
         apt = problems.check("apt", self.apt, check_apt)
         env = problems.check("env", self.env, check_env, secret=True)
         include = problems.check("include", self.include, _check_include)
+        preload = problems.check("preload", self.preload, check_modules)
         constraints = problems.check("constraints", self.constraints, check_pip)
         wheels = problems.check("wheels", self.wheels, _check_wheels) if self.wheels else ()
         missing = problems.check("not_reproduced", self.not_reproduced, _check_reasons)
@@ -82,6 +89,7 @@ class Image:
         object.__setattr__(self, "apt", apt)
         object.__setattr__(self, "env", env)
         object.__setattr__(self, "include", include)
+        object.__setattr__(self, "preload", preload)
         object.__setattr__(self, "pip_extra_index_url", indexes)
         object.__setattr__(self, "constraints", constraints)
         object.__setattr__(self, "wheels", wheels)
@@ -97,6 +105,7 @@ class Image:
         apt: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         include: Sequence[str] = (),
+        preload: Sequence[str] = (),
     ) -> Image:
         """Return the image of the environment that this program runs in.
 
@@ -113,7 +122,7 @@ class Image:
             Further requirements. One for a package of this environment replaces it.
         pip_extra_index_url
             Package indexes in front of those that the environment here names.
-        apt, env, include
+        apt, env, include, preload
             As of `Image`.
 
         Raises
@@ -138,7 +147,7 @@ class Image:
         indexes = dict.fromkeys([*([given] if isinstance(given, str) else given or ()), *found.indexes])
         return cls(
             pip=[*found.pip, *pip], pip_extra_index_url=tuple(indexes) or None, apt=apt,
-            env={} if env is None else env, include=include,
+            env={} if env is None else env, include=include, preload=preload,
             constraints=found.constraints, wheels=tuple(found.wheels.values()), not_reproduced=found.not_reproduced,
         )  # fmt: skip
 
@@ -149,7 +158,10 @@ class Image:
         return (given,) if isinstance(given, str) else tuple(given or ())
 
     def content_hash(self) -> str:
-        """Return 12 hex digits that are equal for images with the same content, in whatever order it is listed."""
+        """Return 12 hex digits that are equal for images with the same content, in whatever order it is listed.
+
+        `preload` doesn't count: it changes nothing that is installed.
+        """
         import hashlib  # here, because loading it takes as long as all of this module
 
         parts = [
@@ -203,7 +215,7 @@ class Image:
     def __repr__(self) -> str:
         shown = {
             "python": self.python, "pip": self.pip, "apt": self.apt, "env": sorted(self.env), "include": self.include,
-            "constraints": self.constraints, "wheels": [wheel.name for wheel in self.wheels],
+            "preload": self.preload, "constraints": self.constraints, "wheels": [wheel.name for wheel in self.wheels],
             "not_reproduced": dict(self.not_reproduced),
         }  # fmt: skip
         return f"Image({', '.join(f'{k}={v!r}' for k, v in shown.items() if v)})"

@@ -182,6 +182,16 @@ def check_strings(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def check_modules(value: Any) -> tuple[str, ...]:
+    from keyword import iskeyword
+
+    names = check_strings(value)
+    for name in names:
+        if not all(part.isidentifier() and not iskeyword(part) for part in name.split(".")):
+            raise ValueError(f"names of modules such as 'sklearn.ensemble', which {name!r} is not")
+    return names
+
+
 def check_env(value: Any) -> Mapping[str, str]:
     import re
 

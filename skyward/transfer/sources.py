@@ -32,6 +32,8 @@ seconds (https://docs.python.org/3/reference/import.html, "Cached bytecode inval
 
 is_outdated: bool = False
 """Whether this process has imported an older version of an own module, and has to end before another call runs."""
+preloaded_at: float | None = None
+"""When, since the epoch, the process that this one was forked from began to import modules; None: it imports none."""
 _id = uuid.uuid4().hex
 _latest = b""
 _places: dict[str, str] = {}  # where archives were unpacked, by module
@@ -129,7 +131,8 @@ def install(data: bytes, read: Callable[[BlobRef], Any], folder: str, *, may_res
                 place = str(_unpack(source.archive, read, Path(folder)))
                 source = source._replace(file=f"{place}/{source.file}")
                 _put_on_path(source.name, place)
-            if not _is_from(sys.modules.get(source.name), source.file):
+            was_edited = source.name not in known and _changed_since_fork(source.name)
+            if was_edited or not _is_from(sys.modules.get(source.name), source.file):
                 _forget(source.name)
             known[source.name] = source
         sys.path += [entry for entry in facts.path if entry not in sys.path]
@@ -154,6 +157,19 @@ def _forget(name: str) -> None:
     for loaded in list(sys.modules):
         if loaded == name or loaded.startswith(f"{name}."):
             del sys.modules[loaded]
+
+
+def _changed_since_fork(name: str) -> bool:
+    """Tell whether a file of a package has changed since the process that this one was forked from imported it."""
+    if preloaded_at is None:
+        return False
+    for loaded, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is not None and (loaded == name or loaded.startswith(f"{name}.")):
+            with contextlib.suppress(OSError):  # gone, or in a zip file
+                if Path(file).stat().st_mtime >= preloaded_at:
+                    return True
+    return False
 
 
 def _is_from(module: ModuleType | None, file: str) -> bool:

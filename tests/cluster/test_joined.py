@@ -302,6 +302,11 @@ def test_options_that_would_change_the_workers_are_refused(option: str, value: A
         joined("tcp://127.0.0.1:1", **{option: value})
 
 
+def test_modules_to_preload_are_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(sky.SpecError, match=r"image\.preload=.*start its workers with `dask worker --preload`"):
+        joined("tcp://127.0.0.1:1", image=sky.Image(preload=["numpy"]))
+
+
 def test_packages_that_the_workers_lack_are_told_in_a_table(cluster: LocalCluster) -> None:
     image = sky.Image(pip=("dask>=2024.1", "no-such-package>=3", "not-wanted; python_version < '3'"))
 

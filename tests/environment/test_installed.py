@@ -230,9 +230,10 @@ def test_a_local_version_label_is_dropped_and_named(site: Path) -> None:
 
 
 def test_other_options_of_an_image_are_kept(site: Path) -> None:
-    image = sky.Image.from_here(apt=["git"], env={"A": "1"}, include=["data"])
+    image = sky.Image.from_here(apt=["git"], env={"A": "1"}, include=["data"], preload=["json"])
 
     assert (image.apt, dict(image.env), image.include) == (("git",), {"A": "1"}, ("data",))
+    assert image.preload == ("json",)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,14 @@ def test_the_image_has_the_version_that_is_installed_here() -> None:
     assert set(pool.spec.image.pip) == {"pandas", f"joblib=={joblib_here}", f"scikit-learn=={sklearn_here}"}
 
 
+def test_only_machines_of_the_pool_preload_what_scikit_learn_needs() -> None:
+    image = sky.Image(preload=["pandas"])
+
+    assert ScikitLearnPool("local", image=image).spec.image.preload == ("sklearn.ensemble", "pandas")
+    assert ScikitLearnPool(sky.Dask("tcp://127.0.0.1:1")).spec.image.preload == ()
+    assert JoblibPool("local").spec.image.preload == ()
+
+
 def test_a_version_other_than_the_local_one_is_refused_before_the_start() -> None:
     with pytest.raises(sky.VersionMismatchError, match=r"joblib_version='0\.1', but joblib .* is installed here"):
         JoblibPool("local", joblib_version="0.1")

@@ -152,6 +152,36 @@ def test_files_arrive_in_the_working_directory(
     assert all(m.run("ls -d /tmp/skyward-* 2> /dev/null || true") == "" for m in pair)
 
 
+def test_modules_of_an_image_are_imported_once_on_each_machine(
+    site: Site, pair: list[Machine], tmp_path: Path
+) -> None:
+    (tmp_path / "included.py").write_text("import os\nPID = os.getpid()\n")
+
+    @sky.compute
+    def where() -> tuple[bool, int, int]:
+        return "sklearn.ensemble" in sys.modules, sys.modules["included"].PID, os.getpid()  # type: ignore[attr-defined]
+
+    preload, include = ["sklearn.ensemble", "included"], [str(tmp_path / "included.py")]
+    image = Image(pip=IMAGE.pip, include=include, preload=preload)
+    with open_pool(site.provider(*pair), image, concurrency=2) as pool:
+        found = where() @ pool.slots
+
+    assert all(is_loaded for is_loaded, _, _ in found)
+    for node in (found[:2], found[2:]):
+        assert len({pid for _, pid, _ in node}) == 1
+        assert len({pid for _, *pids in node for pid in pids}) == 3
+
+
+def test_a_module_that_a_machine_cant_import_fails_the_start(site: Site, pair: list[Machine]) -> None:
+    pool = open_pool(site.provider(*pair), Image(pip=IMAGE.pip, preload=["no_such_module"]))
+
+    with pytest.raises(sky.BootstrapError, match=r"no_such_module can't be imported: ModuleNot") as caught, pool:
+        pass
+
+    assert "No module named 'no_such_module'" in caught.value.last_lines[-1]
+    assert all(m.run("ls -d /tmp/skyward-* 2> /dev/null || true") == "" for m in pair)
+
+
 def test_include_paths_cannot_be_options_of_the_archiver() -> None:
     with pytest.raises(sky.SpecError, match=r"paths of files and folders"):
         Image(include=["--checkpoint-action=exec=reboot"])

@@ -191,6 +191,16 @@ def test_images_with_the_same_content_have_the_same_hash() -> None:
     assert pickle.loads(pickle.dumps(a)).content_hash() == a.content_hash()
 
 
+def test_modules_to_preload_are_no_part_of_the_environment() -> None:
+    image = sky.Image(pip=["numpy"], preload=["numpy", "sklearn.ensemble"])
+
+    assert image.content_hash() == sky.Image(pip=["numpy"]).content_hash()
+    assert pickle.loads(pickle.dumps(image)) == image != sky.Image(pip=["numpy"])
+    assert "preload=('numpy', 'sklearn.ensemble')" in repr(image)
+    with pytest.raises(sky.SpecError, match=r"preload=.* is invalid: expected names of modules .*'two words' is not"):
+        sky.Image(preload=["two words"])
+
+
 def test_requirement_names_compare_as_in_indexes_and_addresses_verbatim() -> None:
     def digest(requirement: str) -> str:
         return sky.Image(pip=[requirement]).content_hash()
@@ -262,6 +272,12 @@ def test_values_of_environment_variables_are_not_shown() -> None:
         {"include": [""]},
         {"include": ["-rf"]},
         {"include": "src"},
+        {"preload": "numpy"},
+        {"preload": ["numpy;id"]},
+        {"preload": ["sklearn..svm"]},
+        {"preload": ["a b"]},
+        {"preload": ["from.x"]},
+        {"preload": [""]},
     ],
     ids=str,
 )
