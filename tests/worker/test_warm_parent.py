@@ -181,3 +181,23 @@ def test_a_module_that_initialises_cuda_is_refused(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
 
     assert "importing uses_cuda initialises CUDA" in done.stdout
+
+
+def test_a_parent_of_workers_that_is_started_again_imports_the_same(tmp_path: Path) -> None:
+    code = (
+        "from multiprocessing import forkserver\n"
+        "from distributed.utils import get_mp_context\n"
+        "from skyward.node import dask_processes\n"
+        "from skyward.node.config import AgentConfig\n"
+        "forkserver.ensure_running = lambda: None\n"
+        f"config = AgentConfig('feed0001', {str(tmp_path)!r}, 60, '', '', '', preload=('json',))\n"
+        "dask_processes.start_forkserver(config)\n"
+        "dask_processes.DaskProcesses(config, None).configure()\n"
+        "get_mp_context()\n"
+        "print(forkserver._forkserver._preload_modules)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "'skyward.node.adoption'" in done.stdout
+    assert "'skyward.node.image_modules'" in done.stdout
