@@ -27,7 +27,7 @@ class _Source(NamedTuple):
     address: str
     receiving: asyncio.Task[str]
 
-    def has_not_failed(self) -> bool:
+    def is_usable(self) -> bool:
         return not self.receiving.done() or succeeded(self.receiving)
 
 
@@ -69,7 +69,7 @@ class Delivery:
             sources = self._sources[digest] = asyncio.Queue()
             sources.put_nowait(None)
         source = await sources.get()
-        if source is not None and not (source.address in self._alive and source.has_not_failed()):
+        if source is not None and not (source.address in self._alive and source.is_usable()):
             source = None
         itself = _Source(address, cast(asyncio.Task[str], asyncio.current_task()))
         for _ in range(_READERS):
@@ -91,7 +91,7 @@ class Delivery:
         fetching = asyncio.ensure_future(self._ask(address, FETCH, digest=digest, total=total, source=source.address))
         try:
             await asyncio.wait([fetching, source.receiving], return_when=asyncio.FIRST_COMPLETED)
-            if not fetching.done() and not source.has_not_failed():
+            if not fetching.done() and not source.is_usable():
                 raise OSError(f"{source.address} has not received an argument")
             await fetching
         finally:

@@ -126,9 +126,12 @@ class _Connection:
             _, error, traceback = clean_exception(**message["error"])
             raise error.with_traceback(traceback)
         if "frames" in message:
-            frames = [compressions[name].decompress(frame) for name, frame in message["frames"]]
-            return deserialize(message["header"], frames)
+            return deserialize(message["header"], await asyncio.to_thread(_decompress, message["frames"]))
         return message.get("answer", data)
+
+
+def _decompress(frames: list[tuple[str | None, Any]]) -> list[Any]:
+    return [compressions[name].decompress(frame) for name, frame in frames]
 
 
 def _is_open(opening: asyncio.Task[_Connection]) -> bool:
