@@ -170,7 +170,8 @@ def compute(fn: Any = None, /, *, retries: int = 0, timeout: float | None = None
     Parameters
     ----------
     retries
-        How often a call is run again after it raised an exception. Not for generator functions.
+        How often a call is run again after it raised an exception, but not after its `timeout`. Not for generator
+        functions.
     timeout
         Seconds of run time after which a call is interrupted and `TimeoutError` is raised; None: no limit. The time in
         which a generator waits for its consumer does not count.

@@ -26,9 +26,10 @@ def died(item: Item, worker: str) -> WorkerDiedError:
 
 def lost_midway(call: Call, count: int, worker: str) -> WorkerDiedError:
     """Return the error for a generator that was lost with its worker, which has this name."""
+    limit = "" if call.timeout is None else f" Or it exceeded its timeout of {call.timeout:g} s in native code."
     return WorkerDiedError(
         f"{call.label}() was lost with its worker process, on worker {worker}, after its first {count} values; it is "
-        f"not run again, because these have been used. {WHY_DIED}",
+        f"not run again, because these have been used. {WHY_DIED}{limit}",
         machine=worker,
         losses=1,
     )

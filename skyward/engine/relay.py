@@ -11,8 +11,8 @@ from typing import Any
 
 from distributed.comm import CommClosedError
 from distributed.core import clean_exception
-from distributed.protocol import deserialize
-from distributed.protocol.compression import compressions
+from distributed.protocol.compression import compressions, decompress
+from distributed.protocol.serialize import merge_and_deserialize
 
 from skyward.transfer.link import LINK, Link
 
@@ -126,12 +126,16 @@ class _Connection:
             _, error, traceback = clean_exception(**message["error"])
             raise error.with_traceback(traceback)
         if "frames" in message:
-            return deserialize(message["header"], await asyncio.to_thread(_decompress, message["frames"]))
+            return await asyncio.to_thread(_restore, message["header"], message["frames"])
         return message.get("answer", data)
 
 
-def _decompress(frames: list[tuple[str | None, Any]]) -> list[Any]:
-    return [compressions[name].decompress(frame) for name, frame in frames]
+def _restore(header: dict[str, Any], frames: list[tuple[str | None, Any]]) -> Any:
+    """Return what Dask has serialized: compressed here, and there too if it is set so, and split where it is large."""
+    plain = [compressions[name].decompress(frame) for name, frame in frames]
+    if "compression" in header:
+        plain = decompress(header, plain)
+    return merge_and_deserialize(header, plain)
 
 
 def _is_open(opening: asyncio.Task[_Connection]) -> bool:

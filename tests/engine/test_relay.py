@@ -126,14 +126,19 @@ def test_what_was_sent_before_costs_a_few_bytes(monkeypatch: pytest.MonkeyPatch)
     on_site(work)
 
 
-@pytest.mark.parametrize("content", [os.urandom(3 << 20), b"compressible " * (1 << 18)], ids=["random", "text"])
-def test_large_buffers_of_an_answer_arrive_as_they_were(content: bytes) -> None:
+@pytest.mark.parametrize("compression", ["zstd", False])
+@pytest.mark.parametrize(
+    "content", [os.urandom(3 << 20), b"compress" * (1 << 19), bytes(70 << 20)], ids=["random", "text", "split by Dask"]
+)
+def test_large_buffers_of_an_answer_arrive_as_they_were(content: bytes, compression: Any) -> None:
+
     async def work(site: Site) -> None:
         outcomes = await site.ask("large", data=content)
         assert outcomes.items[0].data == b"pickle"
         assert bytes(outcomes.items[0].buffers[0]) == content
 
-    on_site(work)
+    with dask.config.set({"distributed.comm.compression": compression}):
+        on_site(work)
 
 
 def test_errors_of_a_request_come_back_and_the_others_go_on() -> None:
