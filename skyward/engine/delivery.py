@@ -103,22 +103,27 @@ class Delivery:
 
         data = memoryview(self._store.data(digest))
         is_free = asyncio.Semaphore(_PIECES)
+        failures: list[Exception] = []
 
         async def send(start: int) -> None:
             async with is_free:
+                if failures:
+                    return
                 piece = data[start : start + PIECE]
                 name, packed = await asyncio.to_thread(maybe_compress, piece, compression="zstd")  # if that pays
                 what = {"start": start, "total": data.nbytes, "data": to_serialize(packed), "compression": name}
-                await self._ask(address, KEEP, digest=digest, **what)
+                try:
+                    await self._ask(address, KEEP, digest=digest, **what)
+                except (OSError, RuntimeError) as exc:
+                    failures.append(exc)
 
         *starts, last = range(0, data.nbytes, PIECE)
-        try:
-            async with asyncio.TaskGroup() as sending:
-                for start in starts:
-                    sending.create_task(send(start))
-        except ExceptionGroup as exc:
-            raise exc.exceptions[0] from None
+        await asyncio.gather(*map(send, starts))
         await send(last)  # with it the buffer is complete
+        if failures:
+            if isinstance(failures[0], RuntimeError):
+                await self._remove(address, digest)  # pieces that came after the one for which there was no room
+            raise failures[0]
 
     async def _ask(self, address: str, op: str, **what: Any) -> None:
         refusal = await self._send(address, op, **what)

@@ -228,7 +228,7 @@ class Transport:
     async def _connect(self, address: str) -> Any:
         """Return a connection to a worker, for `reuse`. One that is being made when this is cancelled is kept."""
         pool = self.client.rpc
-        connecting = asyncio.ensure_future(pool.connect(address))
+        connecting = asyncio.ensure_future(connect_to(pool, address))
         self._connecting.add(connecting)
         connecting.add_done_callback(self._connecting.discard)
         try:
@@ -385,6 +385,20 @@ class Transport:
         self.delivery.close()
         if self.relay is not None:
             self.relay.close()
+
+
+async def connect_to(pool: Any, address: str) -> Any:
+    """Return a connection of Dask's `pool`.
+
+    Raises
+    ------
+    OSError
+        There is none.
+    """
+    try:
+        return await pool.connect(address)
+    except ValueError as exc:  # the other side has closed it before TLS began (tornado 6.6, `IOStream.start_tls`)
+        raise OSError(f"no connection to {address}: {exc}") from exc
 
 
 def _unpacked(answer: Any) -> Outcomes:

@@ -10,6 +10,7 @@ from typing import Any
 
 PATIENCE_S = 10.0
 """Seconds that a node may take to answer another one. Chosen, not measured: three lost packets at the beginning fit."""
+_AGAIN_S = 0.05
 MEET = "skyward_meet"
 _ADVICE = (
     "Let all TCP ports through between the nodes. Where hosts have several addresses, say in which networks they reach "
@@ -90,8 +91,13 @@ async def meet(scheduler: str, node: int, host: str, security: Any) -> asyncio.S
         port = door.sockets[0].getsockname()[1]
         arguments = security.get_connection_args("worker")
         try:
-            async with rpc(scheduler, timeout=PATIENCE_S, connection_args=arguments) as there:
-                answer = await getattr(there, MEET)(node=node, host=host, port=port)
+            while True:
+                try:
+                    async with rpc(scheduler, timeout=PATIENCE_S, connection_args=arguments) as there:
+                        answer = await getattr(there, MEET)(node=node, host=host, port=port)
+                    break
+                except ValueError:  # tornado's, see `answers`
+                    await asyncio.sleep(_AGAIN_S)
         except OSError as exc:
             raise UnreachableError(
                 f"node {node} at {host} can't reach the scheduler's node, at {scheduler}: {reason(exc)}. {_ADVICE}"
@@ -121,7 +127,7 @@ async def answers(scheduler: str, security: Any) -> bool:
     try:
         async with asyncio.timeout(PATIENCE_S), rpc(scheduler, connection_args=arguments) as there:
             await there.identity(n_workers=0)
-    except OSError:  # a time-out is one
+    except (OSError, ValueError):  # a time-out; or it has closed the connection at once (tornado 6.6, `start_tls`)
         return False
     return True
 

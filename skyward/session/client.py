@@ -18,6 +18,7 @@ from distributed.versions import VersionMismatchWarning
 
 from skyward.cluster.base import SkyCluster
 from skyward.cluster.joined import JoinedCluster
+from skyward.engine.transport import connect_to
 from skyward.errors import PoolError
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class PoolClient(Client):  # type: ignore[misc]
             It is closed, or there is no connection.
         """
         await self.until_running()
-        return await self.rpc.connect(self.scheduler.addr)
+        return await connect_to(self.rpc, self.scheduler.addr)
 
 
 def connect(cluster: SkyCluster, *, direct: bool) -> Client:
@@ -162,7 +163,7 @@ def connect(cluster: SkyCluster, *, direct: bool) -> Client:
         address = cluster.scheduler_address
         try:
             return _connect(cluster, direct=direct)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # see `connect_to`
             if isinstance(cluster, JoinedCluster):
                 raise
             # One that is lost has another address, or none; it may take a while until its loss is known.

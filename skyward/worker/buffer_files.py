@@ -81,7 +81,9 @@ def install(worker: Any) -> None:
 
     async def drop(digests: list[str]) -> None:
         for digest in digests:
-            path_of(digest).unlink(missing_ok=True)
+            path = path_of(digest)
+            for file in (path, path.with_suffix(".part")):
+                file.unlink(missing_ok=True)
             arriving.pop(digest, None)
 
     worker.handlers |= {KEEP: keep, READ: read, FETCH: fetch, DROP: drop}

@@ -230,6 +230,23 @@ def test_a_node_without_room_is_reported_and_not_retried(nodes: Nodes, store: St
         asyncio.run(Delivery(store, full).bring([digest], 0, "w0"))
 
 
+def test_pieces_that_came_after_a_full_disk_are_removed(nodes: Nodes, store: Store) -> None:
+    digest = store.put(memoryview(DATA)).digest
+    said: list[tuple[str, int]] = []
+
+    async def send(address: str, op: str, **what: Any) -> tuple[str, str] | None:
+        said.append((op, what.get("start", -1)))
+        await asyncio.sleep(0.01)
+        said.append((f"{op} answered", what.get("start", -1)))
+        return ("room", "no space left") if what.get("start") == 0 else None
+
+    with pytest.raises(RuntimeError, match="no space left"):
+        asyncio.run(Delivery(store, send).bring([digest], 0, "w0"))
+
+    assert said[-2:] == [(DROP, -1), (f"{DROP} answered", -1)]
+    assert len([op for op, _ in said if op == KEEP]) == len([op for op, _ in said if op == f"{KEEP} answered"]) <= 3
+
+
 def test_only_digests_become_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(buffer_files.VARIABLE, str(tmp_path))
     for name in ("../x", "", "A" * 32, "0" * 31):
