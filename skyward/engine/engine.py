@@ -17,6 +17,7 @@ from typing import Any
 from skyward.engine.broadcast import Broadcaster
 from skyward.engine.calls import Call, Item, now
 from skyward.engine.decoder import Decoder
+from skyward.engine.direct import CLOSE_S
 from skyward.engine.dispatcher import Dispatcher
 from skyward.engine.ending import EndingWorkers
 from skyward.engine.estimates import Estimates
@@ -32,7 +33,7 @@ from skyward.engine.roster import Roster, WaitForWorker
 from skyward.engine.sent_chunks import SentChunks
 from skyward.engine.sources import Sources
 from skyward.engine.store import Store
-from skyward.engine.transport import CLOSE_S, Transport
+from skyward.engine.transport import Transport
 from skyward.engine.value_stream import ValueStream
 from skyward.errors import PoolError
 from skyward.transfer.wire import Access, Kind, Outcome, Slot

@@ -17,9 +17,9 @@ from typing import Any
 
 import dask
 from distributed.comm import CommClosedError
-from distributed.core import send_recv
 
-from skyward.engine.delivery import Delivery, succeeded
+from skyward.engine.delivery import Delivery
+from skyward.engine.direct import Direct
 from skyward.engine.relay import Relay
 from skyward.engine.store import Store
 from skyward.scheduler.losses import LOSSES
@@ -36,8 +36,6 @@ _SILENT_S = 10.0
 """Seconds that a worker has to answer when a call is interrupted. Chosen: a busy link takes one or two."""
 _LOST_S = 10.0
 """Seconds until a scheduler whose connections are broken is known to be lost. Chosen, not measured: usually one."""
-CLOSE_S = 1.0
-"""Seconds that connections have to be made at the end. Chosen, not measured: it takes milliseconds."""
 
 
 class WorkerGoneError(Exception):
@@ -78,22 +76,20 @@ class Transport:
         measured: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.client = client
-        self.relay: Relay | None = None if direct else Relay(client, measured)
+        self._workers: Direct | Relay = Direct(client) if direct else Relay(client, measured)
         self._on_output = on_output
         self._store = store
         self._has_slots = has_slots
-        self._direct = direct
         self._scattered: dict[str, asyncio.Task[Any]] = {}
         self.streams_topic: str = f"skyward-streams-{client.id}"  # of Dask's events, where generators begin
         self._streams: dict[str, Callable[[str], None]] = {}
-        self._connecting: set[asyncio.Future[Any]] = set()
         self.delivery: Delivery = Delivery(store, self._send)
         self.scheduler_losses: int = 0
 
     def open(self) -> None:
         """Connect ahead of the first request."""
-        if self.relay is not None:
-            self.relay.open()
+        if isinstance(self._workers, Relay):
+            self._workers.open()
 
     def lose_scheduler(self) -> None:
         """Take note that the scheduler is lost, and with it all that was scattered; another one comes."""
@@ -212,35 +208,14 @@ class Transport:
     async def _send(
         self, address: str, op: str, when_sent: Callable[[], None] | None = None, **arguments: Any
     ) -> Any:
-        if self.relay is not None:
-            if op == KEEP:  # large: what is small does not wait behind it
-                return await self.client.scheduler.proxy(msg={"op": op, **arguments}, worker=address)
-            return await self.relay.ask(address, op, when_sent, **arguments)
-        pool = self.client.rpc
-        comm = await self._connect(address)
-        if when_sent is not None:
-            when_sent()
-        try:
-            return await send_recv(comm, op=op, **arguments)
-        finally:
-            pool.reuse(address, comm)
-
-    async def _connect(self, address: str) -> Any:
-        """Return a connection to a worker, for `reuse`. One that is being made when this is cancelled is kept."""
-        pool = self.client.rpc
-        connecting = asyncio.ensure_future(connect_to(pool, address))
-        self._connecting.add(connecting)
-        connecting.add_done_callback(self._connecting.discard)
-        try:
-            return await asyncio.shield(connecting)
-        except asyncio.CancelledError:
-            connecting.add_done_callback(lambda done: succeeded(done) and pool.reuse(address, done.result()))
-            raise
+        if op == KEEP and isinstance(self._workers, Relay):  # large: what is small does not wait behind it
+            return await self.client.scheduler.proxy(msg={"op": op, **arguments}, worker=address)
+        return await self._workers.ask(address, op, when_sent, **arguments)
 
     async def finish_connecting(self) -> None:
         """Wait for connections that are being made: cut short, they would stay half open."""
-        if self._connecting:
-            await asyncio.wait(self._connecting, timeout=CLOSE_S)
+        if isinstance(self._workers, Direct):
+            await self._workers.finish_connecting()
 
     async def take_back(self, address: str, keys: list[str]) -> None:
         """Ask a worker to give back chunks that it has not begun: they come back as not run."""
@@ -281,7 +256,8 @@ class Transport:
     async def outcomes(self, future: Any) -> Outcomes:
         """Return what the task of a future returns: outcomes. Raises as `run` does."""
         # Shielded, because a gather that is cut short leaves tasks that complain about it on the terminal.
-        gathering = asyncio.ensure_future(self.client.gather(future, direct=self._direct, asynchronous=True))
+        direct = isinstance(self._workers, Direct)
+        gathering = asyncio.ensure_future(self.client.gather(future, direct=direct, asynchronous=True))
         gathering.add_done_callback(_retrieve)
         losses = self.scheduler_losses
         try:
@@ -383,22 +359,8 @@ class Transport:
         """Let go of what was scattered, and of what is on its way."""
         self._scattered.clear()
         self.delivery.close()
-        if self.relay is not None:
-            self.relay.close()
-
-
-async def connect_to(pool: Any, address: str) -> Any:
-    """Return a connection of Dask's `pool`.
-
-    Raises
-    ------
-    OSError
-        There is none.
-    """
-    try:
-        return await pool.connect(address)
-    except ValueError as exc:  # the other side has closed it before TLS began (tornado 6.6, `IOStream.start_tls`)
-        raise OSError(f"no connection to {address}: {exc}") from exc
+        if isinstance(self._workers, Relay):
+            self._workers.close()
 
 
 def _unpacked(answer: Any) -> Outcomes:

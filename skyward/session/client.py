@@ -18,7 +18,7 @@ from distributed.versions import VersionMismatchWarning
 
 from skyward.cluster.base import SkyCluster
 from skyward.cluster.joined import JoinedCluster
-from skyward.engine.transport import connect_to
+from skyward.engine.direct import connect_to
 from skyward.errors import PoolError
 
 logger = logging.getLogger(__name__)
