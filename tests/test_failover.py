@@ -55,10 +55,12 @@ def moved(pool: sky.ComputePool) -> list[sky.SchedulerMoved]:
 
 
 @sky.compute
-def square(i: int, begun: Path | None = None) -> int:
+def square(i: int, begun: Path | None = None, gate: Path | None = None) -> int:
     if begun is not None:
         with begun.open("a") as file:
             file.write(f"{i}\n")
+    while gate is not None and not gate.exists():
+        time.sleep(0.02)
     time.sleep(0.2)
     return i * i
 
@@ -90,12 +92,15 @@ def has_begun(path: Path, lines: int = 1) -> Callable[[], bool]:
 def test_calls_run_again_and_each_value_arrives_once(
     pool: sky.ComputePool, moved: list[sky.SchedulerMoved], tmp_path: Path
 ) -> None:
-    begun, found = tmp_path / "begun", []
+    begun, found, gate = tmp_path / "begun", [], tmp_path / "gate"
+    calls = [square(i, begun, gate if i >= 5 else None) for i in range(24)]
 
-    for value in sky.gather(*[square(i, begun) for i in range(24)], stream=True, ordered=False) >> pool:
+    for value in sky.gather(*calls, stream=True, ordered=False) >> pool:
         found.append(value)
         if len(found) == 5:
+            wait_until(has_begun(begun, 6))
             kill_scheduler(pool)
+            gate.touch()
 
     assert sorted(found) == [i * i for i in range(24)]
     again = len(begun.read_text().splitlines()) - 24
