@@ -10,8 +10,10 @@ from typing import Any
 
 PATIENCE_S = 10.0
 """Seconds that a node may take to answer another one. Chosen, not measured: three lost packets at the beginning fit."""
-_AGAIN_S = 0.05
 MEET = "skyward_meet"
+_NO_CONNECTION = (OSError, ValueError)
+"""Raised when there is no connection: a time-out is an OSError, and tornado 6.6 raises ValueError
+(`IOStream.start_tls`) if the other side closes the connection before TLS begins."""
 _ADVICE = (
     "Let all TCP ports through between the nodes. Where hosts have several addresses, say in which networks they reach "
     "each other: sky.SSH(addresses=...)"
@@ -91,14 +93,9 @@ async def meet(scheduler: str, node: int, host: str, security: Any) -> asyncio.S
         port = door.sockets[0].getsockname()[1]
         arguments = security.get_connection_args("worker")
         try:
-            while True:
-                try:
-                    async with rpc(scheduler, timeout=PATIENCE_S, connection_args=arguments) as there:
-                        answer = await getattr(there, MEET)(node=node, host=host, port=port)
-                    break
-                except ValueError:  # tornado's, see `answers`
-                    await asyncio.sleep(_AGAIN_S)
-        except OSError as exc:
+            async with rpc(scheduler, timeout=PATIENCE_S, connection_args=arguments) as there:
+                answer = await getattr(there, MEET)(node=node, host=host, port=port)
+        except _NO_CONNECTION as exc:
             raise UnreachableError(
                 f"node {node} at {host} can't reach the scheduler's node, at {scheduler}: {reason(exc)}. {_ADVICE}"
             ) from exc
@@ -127,7 +124,7 @@ async def answers(scheduler: str, security: Any) -> bool:
     try:
         async with asyncio.timeout(PATIENCE_S), rpc(scheduler, connection_args=arguments) as there:
             await there.identity(n_workers=0)
-    except (OSError, ValueError):  # a time-out; or it has closed the connection at once (tornado 6.6, `start_tls`)
+    except _NO_CONNECTION:
         return False
     return True
 

@@ -254,12 +254,12 @@ def test_a_join_that_is_overtaken_changes_nothing(first: Agent, second: Agent, s
     address = first.start_scheduler()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         second.do("join", address=f"tls://127.0.0.1:{silent.getsockname()[1]}")
-        silent.accept()[0].close()  # it tries
-        second.do("scheduler")
-        second.do("join", address=f"tls://127.0.0.1:{silent.getsockname()[1]}")
-        second.do("join", address=address)
+        with silent.accept()[0]:  # it tries
+            second.do("scheduler")
+            second.do("join", address=f"tls://127.0.0.1:{silent.getsockname()[1]}")
+            second.do("join", address=address)
 
-        worker = second.until("worker")
+            worker = second.until("worker")
 
     assert worker["address"] in workers_of(address, security)
 
