@@ -1,4 +1,4 @@
-"""A link with delay and limited rate, through which TCP connections lead: a process of its own.
+"""A link with delay and limited rate, through which TCP connections lead: a separate process.
 
 Each direction of the link is one queue for all connections: bytes go through it in the order in which they come, at
 its rate, and arrive after its delay. Delay does not lower the rate. A connection has so many bytes in a direction, at
@@ -144,7 +144,7 @@ class Flow:
                 due, data = self._on_the_way.popleft()
             if (early := due - time.monotonic()) > 0:
                 time.sleep(early)
-            with contextlib.suppress(OSError):  # nobody reads any more: the rest is let through to nowhere
+            with contextlib.suppress(OSError):  # the receiver is gone: the rest is dropped
                 self._target.sendall(data) if data else self._target.shutdown(socket.SHUT_WR)
             with self._changed:
                 self._size -= len(data)

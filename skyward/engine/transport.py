@@ -20,7 +20,7 @@ from distributed.comm import CommClosedError
 
 from skyward.engine.delivery import Delivery
 from skyward.engine.direct import Direct
-from skyward.engine.relay import Relay
+from skyward.engine.indirect import Indirect
 from skyward.engine.store import Store
 from skyward.scheduler.losses import LOSSES
 from skyward.transfer.wire import INTERRUPT, KEEP, KILL, LEAVE, RUN, TAKE_BACK, VALUES, Chunk, Outcome, Outcomes
@@ -76,7 +76,7 @@ class Transport:
         measured: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.client = client
-        self._workers: Direct | Relay = Direct(client) if direct else Relay(client, measured)
+        self._workers: Direct | Indirect = Direct(client) if direct else Indirect(client, measured)
         self._on_output = on_output
         self._store = store
         self._has_slots = has_slots
@@ -88,7 +88,7 @@ class Transport:
 
     def open(self) -> None:
         """Connect ahead of the first request."""
-        if isinstance(self._workers, Relay):
+        if isinstance(self._workers, Indirect):
             self._workers.open()
 
     def lose_scheduler(self) -> None:
@@ -208,7 +208,7 @@ class Transport:
     async def _send(
         self, address: str, op: str, when_sent: Callable[[], None] | None = None, **arguments: Any
     ) -> Any:
-        if op == KEEP and isinstance(self._workers, Relay):  # large: what is small does not wait behind it
+        if op == KEEP and isinstance(self._workers, Indirect):  # large: what is small does not wait behind it
             return await self.client.scheduler.proxy(msg={"op": op, **arguments}, worker=address)
         return await self._workers.ask(address, op, when_sent, **arguments)
 
@@ -359,7 +359,7 @@ class Transport:
         """Let go of what was scattered, and of what is on its way."""
         self._scattered.clear()
         self.delivery.close()
-        if isinstance(self._workers, Relay):
+        if isinstance(self._workers, Indirect):
             self._workers.close()
 
 

@@ -79,7 +79,7 @@ class DaskProcesses:
         import dask
         import distributed.utils
 
-        # Dask would set modules of its own instead of ours, for when the parent of the workers has to be started again.
+        # Dask would replace this list, which counts again when the parent of the workers has to be started again.
         distributed.utils._forkserver_preload_set = True
         host = reach.own_address(self._config.networks, self._config.host)
         config = self._config = replace(self._config, host=host)

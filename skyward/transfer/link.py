@@ -47,10 +47,7 @@ class Link:
         try:
             while True:
                 message = await self._comm.read()
-                data = message.pop("data")
-                decompress = self._decompress.decompress
-                large = len(data) > _APART_BYTES
-                self._hear(message, await asyncio.to_thread(decompress, data) if large else decompress(data))
+                self._hear(message, await _apart(self._decompress.decompress, message.pop("data")))
         except OSError:  # it is closed
             pass
         finally:
@@ -63,10 +60,13 @@ class Link:
             while True:
                 message, data, begin = await self._waiting.get()
                 if begin():
-                    large = len(data) > _APART_BYTES
-                    packed = await asyncio.to_thread(self._pack, data) if large else self._pack(data)
-                    await self._comm.write({**message, "data": packed})
+                    await self._comm.write({**message, "data": await _apart(self._pack, data)})
 
     def _pack(self, data: bytes) -> bytes:
         packed: bytes = self._compress.compress(data) + self._compress.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
         return packed
+
+
+async def _apart(work: Callable[[bytes], bytes], data: bytes) -> bytes:
+    """Do `work` with data; in a thread, if they are large."""
+    return await asyncio.to_thread(work, data) if len(data) > _APART_BYTES else work(data)

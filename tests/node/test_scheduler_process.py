@@ -198,7 +198,7 @@ def test_an_agent_that_was_suspended_takes_no_scheduler_for_hung(first: Agent) -
     assert first.scheduler(address).is_running()
 
 
-def test_beats_that_nobody_reads_block_nothing_and_go_on_when_read() -> None:
+def test_unread_beats_block_nothing_and_go_on_when_read() -> None:
     ours, theirs = multiprocessing.Pipe()
 
     async def beat() -> None:

@@ -20,7 +20,7 @@ _PINGS = 3
 """Times that a round trip is measured; the shortest counts. Chosen, not measured: the first is often late."""
 
 
-class Relay:
+class Indirect:
     """Asks workers through the scheduler. For one event loop.
 
     `measured` hears of the seconds that a round trip to the scheduler takes.
@@ -49,7 +49,7 @@ class Relay:
         """Connect ahead of the first request, if there is no connection."""
         if self._opening is None or (self._opening.done() and not _is_open(self._opening)):
             self._opening = asyncio.ensure_future(self._connect())
-            self._opening.add_done_callback(_is_open)  # so that asyncio does not report a failure that nobody awaits
+            self._opening.add_done_callback(_is_open)  # which takes note of a failure, or asyncio reports it
         return self._opening
 
     async def _connected(self) -> _Connection:

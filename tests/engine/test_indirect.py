@@ -1,4 +1,4 @@
-"""Requests to workers through the scheduler: a real scheduler and a real worker, reached by the relay only."""
+"""Requests to workers through the scheduler: a real scheduler and a real worker, reached through the scheduler only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from distributed.comm import CommClosedError
 from distributed.core import ConnectionPool
 from distributed.protocol import to_serialize
 
-from skyward.engine.relay import Relay
+from skyward.engine.indirect import Indirect
 from skyward.scheduler.link import LinkPlugin
 from skyward.transfer import link
 from skyward.transfer.wire import Kind, Outcome, Outcomes
 
 
 class Site:
-    """A scheduler, a worker that answers `echo`, `large`, `fail` and `wait`, and a relay from afar."""
+    """A scheduler, a worker that answers `echo`, `large`, `fail` and `wait`, asked from afar."""
 
     def __init__(self, scheduler: Any, worker: Any, pool: Any) -> None:
         self.scheduler, self.worker, self.pool = scheduler, worker, pool
@@ -33,7 +33,7 @@ class Site:
         self.go = asyncio.Event()
         self.began: list[str] = []
         client = SimpleNamespace(connect_scheduler=self.connect)
-        self.relay = Relay(client, self.round_trips.append)
+        self.indirect = Indirect(client, self.round_trips.append)
         worker.handlers |= {"echo": self.echo, "large": self.large, "fail": self.fail, "wait": self.wait}
 
     async def connect(self) -> Any:
@@ -54,22 +54,22 @@ class Site:
         await self.go.wait()
 
     async def ask(self, op: str, **arguments: Any) -> Any:
-        return await self.relay.ask(self.worker.address, op, **arguments)
+        return await self.indirect.ask(self.worker.address, op, **arguments)
 
 
 @asynccontextmanager
 async def site() -> AsyncIterator[Site]:
     pool = await ConnectionPool()
     async with (
-        Scheduler(port=0, dashboard=False, plugins=[LinkPlugin()]) as scheduler,
-        Worker(scheduler.address, nthreads=1, dashboard=False) as worker,
+        Scheduler(port=0, dashboard_address=":0", plugins=[LinkPlugin()]) as scheduler,
+        Worker(scheduler.address, nthreads=1, dashboard_address=":0") as worker,
     ):
         found = Site(scheduler, worker, pool)
         try:
             yield found
         finally:
             found.go.set()
-            found.relay.close()
+            found.indirect.close()
             await pool.close()
 
 
@@ -146,7 +146,7 @@ def test_errors_of_a_request_come_back_and_the_others_go_on() -> None:
         with pytest.raises(Exception, match="in the handler"):
             await site.ask("fail")
         with dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}), pytest.raises(OSError):
-            await site.relay.ask("tcp://127.0.0.1:9", "echo", data=b"nobody listens there")
+            await site.indirect.ask("tcp://127.0.0.1:9", "echo", data=b"nobody listens there")
         assert await site.ask("echo", data=b"more") == b"more"
         assert len(site.comms) == 1
 
@@ -184,7 +184,7 @@ def test_a_closed_connection_ends_requests_and_is_made_again() -> None:
 
 def test_a_round_trip_is_measured() -> None:
     async def work(site: Site) -> None:
-        site.relay.open()
+        site.indirect.open()
         await until(lambda: site.round_trips)
         assert 0 < site.round_trips[0] < 30
 
